@@ -1,0 +1,1 @@
+"""Stability-constrained training for torch."""
