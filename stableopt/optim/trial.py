@@ -1,0 +1,192 @@
+"""Evaluate an unchanged torch closure a second time, for the cost of one forward pass and without leaving a trace."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+
+__all__ = ["RandomState", "as_loss", "evaluate_again"]
+
+_GRAD: Any = Tensor.grad  # a descriptor on the class, whatever its annotation says
+_GRAD_GET, _GRAD_SET, _GRAD_DELETE = _GRAD.__get__, _GRAD.__set__, _GRAD.__delete__
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The state of the global random number generators of torch (all devices in use), numpy and Python.
+
+    Examples:
+        >>> state = RandomState.capture()
+        >>> first = torch.rand(2)
+        >>> state.restore()
+        >>> torch.equal(first, torch.rand(2))
+        True
+    """
+
+    cpu: Tensor
+    cuda: tuple[Tensor, ...]
+    numpy: Any
+    python: Any
+
+    @classmethod
+    def capture(cls) -> RandomState:
+        """Return the state now.
+
+        Examples:
+            >>> len(RandomState.capture().cuda) == (torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+            True
+        """
+        cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
+        return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())  # noqa: NPY002 - the global one is meant
+
+    def restore(self) -> None:
+        """Go back to this state.
+
+        Examples:
+            >>> state = RandomState.capture()
+            >>> _ = random.random()
+            >>> state.restore()
+            >>> random.getstate() == state.python
+            True
+        """
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(list(self.cuda))
+        np.random.set_state(self.numpy)  # noqa: NPY002
+        random.setstate(self.python)
+
+
+def as_loss(value: object) -> float:
+    """Return what a closure gave as a float.
+
+    Args:
+        value: a real number, or a tensor or array with one element.
+
+    Raises:
+        ValueError: if it is anything else.
+
+    Examples:
+        >>> as_loss(1), as_loss(torch.tensor([0.5]))
+        (1.0, 0.5)
+        >>> as_loss(torch.zeros(3))
+        Traceback (most recent call last):
+        ValueError: the closure must return the loss, one real number, got a Tensor of shape (3,).
+    """
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        if math.prod(value.shape) == 1:
+            value = value.item()
+        else:
+            raise ValueError(
+                f"the closure must return the loss, one real number, got a {type(value).__name__} of shape {tuple(value.shape)}."
+            )
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(  # noqa: TRY004 - what a closure returns is a value, not an argument
+            f"the closure must return the loss, one real number, got {value!r} ({type(value).__name__})."
+        )
+    return float(value)
+
+
+def evaluate_again(closure: Callable[[], Any], start: RandomState | None = None) -> float:
+    """Return the value of a torch closure at the current parameters, without its side effects.
+
+    The closure may zero gradients, run the model, call ``backward`` and return the loss, as ``torch.optim`` asks for. Here it runs
+    without gradients; ``backward`` does nothing; ``.grad`` looks empty to it and is what it was afterwards; buffers of the modules
+    it calls (running statistics, power-iteration vectors) and all random states are put back.
+
+    Args:
+        closure: evaluated once; a second time, with gradients enabled, only if it needs a graph (``torch.autograd.grad``).
+        start: the random state to begin with, that of the first evaluation, so that dropout draws the same mask; None for the
+            current one.
+
+    Returns:
+        The loss.
+
+    Raises:
+        ValueError: if the closure does not return one real number.
+
+    Note:
+        What a closure changes by itself in Python (a counter, a data iterator) is not put back. A closure that draws a new batch at
+        each call gives another function each time: draw the batch outside of it.
+
+    Examples:
+        >>> w = nn.Parameter(torch.tensor(3.0))
+        >>> def closure():
+        ...     w.grad = None
+        ...     loss = w * w
+        ...     loss.backward()
+        ...     return loss
+        >>> evaluate_again(closure), w.grad is None
+        (9.0, True)
+    """
+    end = RandomState.capture()
+    try:
+        with _buffers_put_back():
+            try:
+                return _value(closure, start or end, gradients=False)
+            except RuntimeError as error:
+                if "does not require grad" not in str(error):
+                    raise
+                return _value(closure, start or end, gradients=True)
+    finally:
+        end.restore()
+
+
+def _value(closure: Callable[[], Any], start: RandomState, *, gradients: bool) -> float:
+    start.restore()
+    with torch.set_grad_enabled(gradients), _NoBackward():
+        value = closure()
+    return as_loss(value.detach() if isinstance(value, Tensor) else value)
+
+
+class _NoBackward(TorchFunctionMode):
+    """Let ``backward`` do nothing, and give ``.grad`` a life of its own that ends with the mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._grads: dict[int, Tensor | None] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.backward:
+            return None
+        if func == _GRAD_GET:
+            return self._grads.get(id(args[0]))
+        if func == _GRAD_SET:
+            self._grads[id(args[0])] = args[1]
+            return None
+        if func == _GRAD_DELETE:
+            self._grads.pop(id(args[0]), None)
+            return None
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _buffers_put_back() -> Iterator[None]:
+    """Snapshot the buffers of each module when it is first called; put values and objects back at the end."""
+    kept: dict[int, tuple[nn.Module, dict[str, tuple[Tensor | None, Tensor | None]]]] = {}
+
+    def keep(module: nn.Module, _arguments: Any) -> None:
+        if id(module) not in kept and module._buffers:  # noqa: SLF001 - named_buffers would skip shared ones
+            buffers = module._buffers.items()  # noqa: SLF001
+            kept[id(module)] = module, {name: (b, None if b is None else b.detach().clone()) for name, b in buffers}
+
+    handle = register_module_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        handle.remove()
+        with torch.no_grad():
+            for module, buffers in kept.values():
+                for name, (buffer, value) in buffers.items():
+                    module._buffers[name] = buffer  # noqa: SLF001
+                    if buffer is not None and value is not None:
+                        buffer.copy_(value)
