@@ -72,13 +72,15 @@ class GuardedOptimizer(Optimizer):
         prox, constraint = group["prox"], group["constraint"]
         if prox is not None and constraint is not None:
             raise ValueError(
-                f"a group takes prox= or constraint=, got both ({prox!r}, {constraint!r}): the prox of a sum is not the one after the other."
+                f"a group takes prox= or constraint=, got both ({prox!r}, {constraint!r}): "
+                "the prox of a sum is not the one after the other."
             )
         if prox is not None and not isinstance(prox, Regularizer):
             raise TypeError(f"prox must be a Regularizer such as stableopt.constraints.L1(0.1), got {prox!r}.")
         if constraint is not None and not isinstance(constraint, Constraint):
             raise TypeError(
-                f"constraint must be a Constraint such as stableopt.constraints.Box(0, 1), got {constraint!r}; a penalty goes to prox=."
+                f"constraint must be a Constraint such as stableopt.constraints.Box(0, 1), got {constraint!r}; "
+                "a penalty goes to prox=."
             )
         if isinstance(prox, Constraint):
             group["prox"], group["constraint"] = None, prox

@@ -219,9 +219,13 @@ class _Ladder:
             )
         self.snapshot.restore()
         return _undone(
-            self.optimizer, self.loss, f"no try from scale {first:.3g} down lowered the energy; undone", "increased" if last.finite else "nonfinite",
-            trial=last, trials=len(self.trials),
-        )  # fmt: skip
+            self.optimizer,
+            self.loss,
+            f"no try from scale {first:.3g} down lowered the energy; undone",
+            "increased" if last.finite else "nonfinite",
+            trial=last,
+            trials=len(self.trials),
+        )
 
     def _started_outside(self) -> bool:
         """Whether a parameter was outside its set before the step: its energy was infinite, so any step into the set lowers it."""

@@ -271,7 +271,7 @@ class Adaptive(UpdateRule):
         return (2 - shrink) * (1 + beta1) / ((1 - beta1) * lr)
 
     def energy_limit(self, smoothness: float, group: Group) -> float:
-        r"""Return the largest :math:`\eta` with :math:`\eta(1-\beta_1) \le 2(1-\beta)/(L+\omega)`, P fixed, and :math:`\eta\omega < 1`."""
+        r"""Return the largest :math:`\eta < 1/\omega` with :math:`\eta(1-\beta_1) \le 2(1-\beta)/(L+\omega)`, for fixed P."""
         omega, (beta1, _) = group["weight_decay"], group["betas"]
         if not group["decoupled_weight_decay"] or omega == 0:
             return 2 / smoothness  # a coupled decay belongs to the smoothness of the loss
@@ -299,7 +299,7 @@ class Adaptive(UpdateRule):
         return state.get("exp_avg")
 
     def displacement(self, parameter: Tensor, buffer: Tensor, metric: Tensor | float, group: Group) -> Tensor:
-        r"""Return :math:`-\eta(\omega\theta + P^{-1}m)/(1-\eta\omega)`; infinite where :math:`\eta\omega \ge 1`, where no energy is known."""
+        r"""Return :math:`-\eta(\omega\theta + P^{-1}m)/(1-\eta\omega)`; infinite, so never accepted, for :math:`\eta\omega \ge 1`."""
         lr, kept, moved = _number(group["lr"]), self._kept(group), buffer / metric
         if kept == 1.0:
             return moved * -lr

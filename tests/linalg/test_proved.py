@@ -152,3 +152,26 @@ def test_gamma_is_rounded_up_and_refuses_endless_sums() -> None:
     assert Fraction(gamma(1000)) >= Fraction(1000, 2**53 - 1000)
     with pytest.raises(ValueError, match="too long"):
         gamma(2**53)
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.5, 0.999, 1.001, 3.0])
+def test_the_factorization_is_a_witness_that_nobody_trusts(factor: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the Cholesky routine returns, also for a shift that is too small, the bound stays above the truth."""
+    rng = np.random.default_rng(7)
+    G = rng.standard_normal((6, 6))
+    G = G @ G.T
+    G = (G + G.T) / 2
+    true = float(np.linalg.eigvalsh(G)[-1])
+    genuine = np.linalg.cholesky
+    monkeypatch.setattr(np.linalg, "cholesky", lambda M: factor * genuine(M + 2 * true * np.eye(6)))
+    for guess in (0.0, true / 2, true):
+        assert largest_eigenvalues_upper(G[None], guess=guess) >= true * (1 - 1e-14)
+
+
+def test_subnormal_results_are_rounded_outwards() -> None:
+    """√2 · 2⁻¹⁰⁷⁴ lies between the first and the second positive float."""
+    tiny = 2.0**-1074
+    bound = spectral_norm(np.full((1, 2), tiny))
+    assert bound.lower <= tiny
+    assert bound.upper >= 2 * tiny
+    assert spectral_norm(np.full((2, 2), 1.5e308)).upper == math.inf

@@ -1,0 +1,75 @@
+"""Arguments are torch's, and bad ones are refused with a sentence."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+from stableopt.constraints import L2Ball
+from stableopt.constraints.base import Regularizer
+from stableopt.optim import SGD, AdamW, GuardedOptimizer
+
+
+@pytest.mark.parametrize("cls", [SGD, AdamW])
+def test_they_are_torch_optimizers_with_the_same_arguments_and_defaults(cls: type[GuardedOptimizer]) -> None:
+    assert issubclass(cls, cls.torch_class)
+    theirs = inspect.signature(cls.torch_class.__init__).parameters
+    ours = inspect.signature(cls.__init__).parameters
+    assert {n: p.default for n, p in theirs.items()} == {n: ours[n].default for n in theirs}
+    assert {n: p.kind for n, p in theirs.items()} == {n: ours[n].kind for n in theirs}
+
+
+@pytest.mark.parametrize("cls", [SGD, AdamW])
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"lr": -1.0}, ValueError), ({"lr": float("nan")}, ValueError), ({"lr": float("inf")}, ValueError),
+        ({"lr": True}, TypeError), ({"lr": "0.1"}, TypeError), ({"lr": None}, TypeError),
+        ({"lr": torch.ones(2)}, ValueError), ({"weight_decay": -1.0}, ValueError),
+        ({"guard": "loud"}, ValueError), ({"differentiable": True}, ValueError), ({"constraint": 1.0}, TypeError),
+    ],
+)  # fmt: skip
+def test_bad_arguments_are_refused(cls: type, options: dict[str, object], error: type[Exception]) -> None:
+    with pytest.raises(error):
+        cls([nn.Parameter(torch.ones(1))], **options)
+
+
+def test_a_tensor_rate_works() -> None:
+    w = nn.Parameter(torch.tensor([2.0]))
+    optimizer = SGD([w], lr=torch.tensor(0.25), guard="strict")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = w.square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert w.tolist() == [1.0]
+    assert isinstance(optimizer.param_groups[0]["lr"], torch.Tensor)
+    assert optimizer.last_step.lr == (0.25,)
+
+
+def test_an_empty_list_of_parameters_is_refused() -> None:
+    with pytest.raises(ValueError, match="empty"):
+        SGD([])
+
+
+class _Norm(Regularizer):
+    """A penalty that is not separable."""
+
+    def value(self, x: torch.Tensor) -> torch.Tensor:
+        return x.norm().double()
+
+    def prox(self, x: torch.Tensor, step: float | torch.Tensor = 1.0) -> torch.Tensor:
+        return x
+
+
+def test_adamw_refuses_a_penalty_without_a_prox_in_its_metric() -> None:
+    w = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="metric of AdamW"):
+        AdamW([w], prox=_Norm())
+    assert AdamW([w], constraint=L2Ball(1.0)).param_groups[0]["constraint"] == L2Ball(1.0)
