@@ -1,0 +1,124 @@
+"""The commands: train, certify, verify, report."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from stableopt._version import __version__
+from stableopt.certify.verify import main as run_verifier
+from stableopt.cli.progress import LiveProgress
+from stableopt.cli.train import EPSILONS, Settings, certify_run
+from stableopt.cli.train import train as run_training
+from stableopt.errors import StableoptError
+
+__all__ = ["app", "run"]
+
+app = typer.Typer(
+    help="Stability-constrained training: enforced while training, measured, and proved in a file that anyone can check.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+
+def run() -> None:
+    """Run the command line; a foreseen failure is one sentence on standard error and exit code 2."""
+    try:
+        app()
+    except (StableoptError, ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        raise SystemExit(2) from None
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(__version__, highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    model: Annotated[str, typer.Option(help="mlp, resnet or cnn.")] = "mlp",
+    optimizer: Annotated[str, typer.Option(help="sgd or adamw.")] = "adamw",
+    lipschitz: Annotated[float, typer.Option(help="Limit of the Lipschitz constant (Euclidean norm).")] = 1.0,
+    epochs: Annotated[
+        int | None, typer.Option(help="Passes over the training set; by default the model's recipe.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Learning rate; by default the model's recipe.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Inputs per step; by default the model's recipe.")] = None,
+    guard: Annotated[str, typer.Option(help="off, monitor, backtrack or strict.")] = "backtrack",
+    data: Annotated[str, typer.Option(help="digits, or a .npz file with x_train y_train x_test y_test.")] = "digits",
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/digits"),
+    seed: Annotated[int, typer.Option(help="Of the initial weights and the order of the batches.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+) -> None:
+    """Train a model under the guard, certify it, and print what is proved."""
+    settings = Settings(model, optimizer, lipschitz, epochs, lr, batch_size, guard, data, seed)
+    try:
+        with LiveProgress(console, settings.resolved().epochs or 0) as progress:
+            metrics = run_training(settings, out, resume=resume, progress=progress)
+    except KeyboardInterrupt:
+        metrics = certify_run(out)
+        _print_metrics(metrics, out)
+        console.print(
+            f"[yellow]interrupted[/] after epoch {metrics['epochs']}; the folder is usable, continue with --resume"
+        )
+        raise typer.Exit(130) from None
+    _print_metrics(metrics, out)
+
+
+@app.command()
+def certify(run_folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Certify the last checkpoint of a run again and measure it on its test set."""
+    _print_metrics(certify_run(run_folder), run_folder)
+
+
+@app.command()
+def verify(
+    certificate: Annotated[Path, typer.Argument(help="A model.cert.json, or the folder that holds it.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Prove a certificate again from the bytes of the weights; exit 0 verified, 1 rejected, 2 error."""
+    path = certificate / "model.cert.json" if certificate.is_dir() else certificate
+    raise typer.Exit(run_verifier([str(path), *(["--json"] if as_json else [])]))
+
+
+@app.command()
+def report(
+    run_folders: Annotated[list[Path], typer.Argument(help="One or more run folders; several are overlaid.")],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+) -> None:
+    """Write one self-contained HTML page with the energy, the steps, the norms and the certified accuracy."""
+    from stableopt.report import write_report
+
+    console.print(f"wrote {write_report(run_folders, out)}", highlight=False)
+
+
+def _print_metrics(metrics: dict[str, Any], out: Path) -> None:
+    table = Table(show_header=False, box=None)
+    table.add_row("proved Lipschitz bound", f"{metrics['lipschitz']:.9f}")
+    table.add_row("test accuracy", f"{metrics['test_accuracy']:.4f}")
+    for eps in EPSILONS:
+        table.add_row(f"certified accuracy, radius {eps:g}", f"{metrics['certified_accuracy'][str(eps)]:.4f}")
+    for kind in ("actions", "verdicts"):
+        table.add_row(
+            f"{kind} of {metrics['steps']} steps", ", ".join(f"{n} {name}" for name, n in sorted(metrics[kind].items()))
+        )
+    table.add_row("run folder", str(out))
+    console.print(table)

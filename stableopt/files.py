@@ -1,0 +1,47 @@
+"""Files that are complete or absent, never half written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+__all__ = ["write_atomically"]
+
+
+def write_atomically(path: str | Path, content: bytes) -> None:
+    """Write a file so that a crash leaves the old one or the new one, whole.
+
+    A temporary file in the same folder is flushed to disk and renamed over the old file; then the folder is flushed too.
+
+    Args:
+        path: the file; an existing one stays as it is until the new one is complete.
+        content: all its bytes.
+
+    Raises:
+        OSError: if the folder cannot be written; the old file is then as before.
+
+    Examples:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> write_atomically(folder / "a.txt", b"whole")
+        >>> (folder / "a.txt").read_bytes(), len(list(folder.iterdir()))
+        (b'whole', 1)
+    """
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).chmod(path.stat().st_mode & 0o777 if path.exists() else 0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)

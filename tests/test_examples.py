@@ -1,0 +1,83 @@
+"""Each example runs and the claim that it prints is true."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load(name: str) -> ModuleType:
+    specification = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def _as_a_user_runs_it() -> None:
+    torch.set_default_dtype(torch.float32)
+
+
+def test_every_example_is_short_and_tested() -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    for example in EXAMPLES.glob("*.py"):
+        assert len(example.read_text(encoding="utf-8").splitlines()) < 80, example.name
+        assert f'load("{example.stem}")' in text, f"{example.name} has no test"
+
+
+def check_guard(steps: int) -> None:
+    result = load("guard_at_any_learning_rate").main(steps=steps)
+    assert result["raised"] == 0
+    assert result["taken"] > 0.5 * 6 * steps
+    assert result["diverged"] == 1
+    for factor in (1, 10, 100):
+        assert result[f"full batch x{factor} strict"] < 1.0
+        # the guard judges a step by its own batch: at 100 times a good rate other batches suffer, but the run stays bounded
+        assert result[f"mini-batch x{factor} strict"] < 10.0
+
+
+def test_the_guard_never_raises_the_energy_at_any_learning_rate() -> None:
+    check_guard(steps=60)
+
+
+@pytest.mark.slow
+def test_the_guard_never_raises_the_energy_in_a_longer_run() -> None:
+    check_guard(steps=300)
+
+
+def test_the_lasso_reaches_its_optimum_with_exact_zeros() -> None:
+    result = load("lasso").main(steps=1500)
+    assert result["distance"] < 1e-8
+    assert result["zeros"] == result["zeros_of_optimum"] > 5
+    assert result["raised"] == 0
+
+
+@pytest.mark.slow
+def test_a_deep_certified_network_learns() -> None:
+    result = load("deep_residual").main()
+    assert result["stable accuracy"] >= 0.93
+    assert result["stable bound"] <= 1.0
+    assert result["plain accuracy"] >= 0.93
+    assert result["plain bound"] >= 1e20
+
+
+def test_a_shallow_version_of_the_deep_network_is_certified() -> None:
+    result = load("deep_residual").main(steps=10, depth=4)
+    assert result["stable bound"] <= 1.0 < result["plain bound"]
+
+
+def test_no_certified_point_is_broken_and_tampering_is_noticed() -> None:
+    result = load("certify_and_attack").main(steps=150)
+    assert result["accuracy"] > 0.9
+    assert result["bound"] <= 1.0
+    assert result["broken"] == 0
+    assert result["honest"] == 1
+    assert result["tampered"] == 0

@@ -1,0 +1,58 @@
+"""A file is the old one or the new one, whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from stableopt.files import write_atomically
+
+
+def test_content_replaces_the_old_file_and_keeps_its_mode(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_atomically(path, b"one")
+    assert path.stat().st_mode & 0o777 == 0o644
+    path.chmod(0o600)
+    write_atomically(path, b"two")
+    assert path.read_bytes() == b"two"
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_a_failure_leaves_the_old_file_and_no_litter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a"
+    write_atomically(path, b"old")
+
+    def disk_full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", disk_full)
+    with pytest.raises(OSError, match="No space"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_kill_during_writing_never_leaves_a_torn_file(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_atomically(path, b"0" * 2**20)
+    script = (
+        "import sys\nfrom stableopt.files import write_atomically\nprint('go', flush=True)\n"
+        "while True:\n    for c in b'0123456789': write_atomically(sys.argv[1], bytes([c]) * 2**20)\n"
+    )
+    for delay in (0.01, 0.03, 0.05):
+        process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
+        assert process.stdout is not None
+        process.stdout.readline()
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        content = path.read_bytes()
+        assert len(content) == 2**20
+        assert len(set(content)) == 1
