@@ -31,7 +31,7 @@ from torch import Tensor
 
 from stableopt.linalg.bound import Bound
 from stableopt.linalg.estimate import gram_norm
-from stableopt.linalg.proved import Array, Matrix, as_matrix, gamma, gram_upper, scale_to_unit
+from stableopt.linalg.proved import Array, Matrix, as_matrix, gamma, gram_upper, scale_back, scale_to_unit
 
 __all__ = ["conv_norm", "gram_conv_norm"]
 
@@ -85,8 +85,8 @@ def conv_norm(weight: Matrix, *, groups: int = 1, oversampling: int = 8) -> Boun
     # entrywise, the symbol is off by (gamma_taps + twiddle error) times the sum of |taps|, in both real and imaginary part
     sums = np.sqrt((np.abs(parts).sum(axis=-1) ** 2).sum(axis=(1, 2)).max())
     rounding = 2.0 * (gamma(taps) + _TWIDDLE_ERROR) * float(sums) * (1 + gamma(w.size + 8))
-    bound = (Bound.point(largest) + rounding) * _riesz_factor(kernel, grid) * Bound.point(math.ldexp(1.0, exponent))
-    return Bound(0.0, bound.upper)
+    bound = (Bound.point(largest) + rounding) * _riesz_factor(kernel, grid)
+    return Bound(0.0, scale_back(bound, exponent).upper)
 
 
 def gram_conv_norm(weight: Tensor, *, groups: int = 1, steps: int = 6, oversampling: int = 4) -> Tensor:

@@ -40,6 +40,7 @@ __all__ = [
     "largest_eigenvalues_upper",
     "log_norm",
     "one_norm",
+    "scale_back",
     "scale_to_unit",
     "spectral_norm",
 ]
@@ -131,7 +132,7 @@ def inf_norm(A: Matrix) -> Bound:
     if a.size == 0 or not a.any():
         return Bound.point(0.0)
     a, exponent = scale_to_unit(a)
-    return _scaled(_enclose_sum(np.abs(a).sum(axis=1).max(), a.shape[1]), exponent)
+    return scale_back(_enclose_sum(np.abs(a).sum(axis=1).max(), a.shape[1]), exponent)
 
 
 def one_norm(A: Matrix) -> Bound:
@@ -185,7 +186,7 @@ def log_norm(A: Matrix, p: float = 2) -> Bound:
     if not a.any():
         return Bound.point(0.0)
     a, exponent = scale_to_unit(a)
-    return _scaled(_log_norm_two(a) if p == 2 else _log_norm_inf(a.T if p == 1 else a), exponent)
+    return scale_back(_log_norm_two(a) if p == 2 else _log_norm_inf(a.T if p == 1 else a), exponent)
 
 
 def largest_eigenvalues_upper(G: Array, *, guess: float) -> float:
@@ -330,7 +331,13 @@ def _enclose_sum(total: float, terms: int) -> Bound:
     return Bound.point(float(total)) * Bound(1 - gamma(terms), 1 + gamma(terms))
 
 
-def _scaled(bound: Bound, exponent: int) -> Bound:
+def scale_back(bound: Bound, exponent: int) -> Bound:
+    """Return the enclosure times ``2**exponent``, rounded outwards where that is subnormal or overflows.
+
+    Examples:
+        >>> scale_back(Bound(1.0, 2.0), 3)
+        Bound(lower=8.0, upper=16.0, proved=True)
+    """
     return Bound(_ldexp(bound.lower, exponent, up=False), _ldexp(bound.upper, exponent, up=True), bound.proved)
 
 

@@ -106,6 +106,8 @@ def test_scales_zero_and_empty_kernels() -> None:
     for exponent in (-900, -40, 40, 900):
         scaled = conv_norm(weight.numpy() * 2.0**exponent).upper
         assert scaled == pytest.approx(unit * 2.0**exponent, rel=1e-13)
+    assert conv_norm(torch.full((1, 1, 3), 1e308)).upper == math.inf
+    assert 0.0 < conv_norm(torch.full((1, 1, 3), 5e-324)).upper < 1e-322
     assert conv_norm(torch.zeros(2, 2, 3)).upper == 0.0
     assert conv_norm(torch.empty(0, 2, 3)).upper == 0.0
 

@@ -1,0 +1,58 @@
+"""Weights as the bytes of a safetensors file, and back."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stableopt.certify.verify import parse_weights
+
+__all__ = ["decode_weights", "encode_weights"]
+
+_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+def encode_weights(tensors: dict[str, Tensor]) -> bytes:
+    """Return the bytes of a safetensors file: the same tensors always give the same bytes.
+
+    Args:
+        tensors: named floating tensors on the CPU.
+
+    Examples:
+        >>> data = encode_weights({"w": torch.tensor([1.0, 2.0])})
+        >>> decode_weights(data)["w"]
+        tensor([1., 2.])
+    """
+    header, chunks, start = {}, [], 0
+    for name in sorted(tensors):
+        value = tensors[name].contiguous()
+        bits = {8: (torch.int64, "<i8"), 4: (torch.int32, "<i4"), 2: (torch.int16, "<i2")}[value.element_size()]
+        chunks.append(value.view(bits[0]).numpy().astype(bits[1]).tobytes())
+        end = start + len(chunks[-1])
+        header[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns its data to eight bytes
+    return len(text).to_bytes(8, "little") + text + b"".join(chunks)
+
+
+def decode_weights(data: bytes) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file, bit for bit, in their stored dtypes.
+
+    Raises:
+        RejectedError: if the file is malformed.
+
+    Examples:
+        >>> decode_weights(encode_weights({"b": torch.ones(1, dtype=torch.bfloat16)}))["b"].dtype
+        torch.bfloat16
+    """
+    tensors = {}
+    for name, (kind, shape, chunk) in parse_weights(data).items():
+        dtype = _DTYPES[kind]
+        code, bits = {8: ("<i8", np.int64), 4: ("<i4", np.int32), 2: ("<i2", np.int16)}[dtype.itemsize]
+        tensors[name] = torch.from_numpy(np.frombuffer(chunk, code).astype(bits)).view(dtype).reshape(shape)
+    return tensors
