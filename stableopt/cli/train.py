@@ -36,7 +36,7 @@ class Settings:
         optimizer: ``"sgd"`` (momentum 0.9) or ``"adamw"``.
         lipschitz: the limit of the Lipschitz constant, Euclidean norm on both sides.
         epochs: passes over the training set; None takes the recipe's.
-        lr: learning rate; None takes the recipe's.
+        lr: learning rate of the first epoch, from which it falls to zero along a cosine; None takes the recipe's.
         batch_size: inputs per step; None takes the recipe's.
         guard: ``"off"``, ``"monitor"``, ``"backtrack"`` or ``"strict"``.
         data: ``"digits"`` or the path of a ``.npz`` file.
@@ -126,6 +126,7 @@ def train(settings: Settings, out: Path, *, resume: bool = False, progress: Prog
     run.start(resume=resume)
     with run.monitor as monitor:
         for epoch in range(run.epochs_done, settings.epochs or 0):
+            run.set_learning_rate(epoch)
             for batch in run.batches(epoch):
                 run.step(*batch)
                 if progress is not None and monitor.last is not None:
@@ -157,7 +158,7 @@ class _Run:
             ):
                 raise ValueError(
                     f"the run in '{self.out}' has other settings or data ({state['settings']}); "
-                    "resume it with the same, only --epochs may differ."
+                    "resume it with the same; only --epochs may differ, and the learning rate then follows the new number."
                 )
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -175,6 +176,12 @@ class _Run:
         write_json(self.out / "run.json", description)
         if not resume:
             self.finish_epoch(0)
+
+    def set_learning_rate(self, epoch: int) -> None:
+        """Let the learning rate fall to zero along a cosine over the epochs."""
+        share = epoch / (self.settings.epochs or 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = (self.settings.lr or 0.0) * 0.5 * (1.0 + math.cos(math.pi * share))
 
     def batches(self, epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch in an order that depends on the seed and the epoch only."""
@@ -233,7 +240,11 @@ def certify_run(out: Path) -> dict[str, Any]:
     model.load_state_dict(state["model"])
     certificate = certify(model.eval(), data.shape, lipschitz=settings.lipschitz)
     certificate.save(out)
-    metrics = _metrics(certificate, data) | _energy_counts(out) | {"epochs": state["epoch"], "steps": state["monitor"]["step"]}
+    metrics = (
+        _metrics(certificate, data)
+        | _energy_counts(out)
+        | {"epochs": state["epoch"], "steps": state["monitor"]["step"]}
+    )
     write_json(out / "metrics.json", metrics)
     return metrics
 

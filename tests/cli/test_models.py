@@ -26,8 +26,6 @@ def test_models_that_do_not_fit_are_refused() -> None:
         build_model("transformer", (64,), 10, 1.0)
     with pytest.raises(ValueError, match="choose one of mlp"):
         prepare("transformer", load_data("digits"))
-    with pytest.raises(ValueError, match="at least 4 x 4"):
-        build_model("cnn", (1, 3, 8), 10, 1.0)
 
 
 def test_initial_weights_depend_on_the_seed_only() -> None:

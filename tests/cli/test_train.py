@@ -76,10 +76,10 @@ def test_an_interrupted_and_resumed_run_has_the_bytes_of_an_uninterrupted_one(tm
 
 
 def test_a_finished_run_can_be_continued_for_more_epochs(tmp_path: Path) -> None:
-    train(Settings(epochs=1, batch_size=256), tmp_path / "a")
-    train(Settings(epochs=2, batch_size=256), tmp_path / "a", resume=True)
-    train(Settings(epochs=2, batch_size=256), tmp_path / "b")
-    assert artifacts(tmp_path / "a") == artifacts(tmp_path / "b")
+    first = train(Settings(epochs=1, batch_size=256), tmp_path)
+    more = train(Settings(epochs=3, batch_size=256), tmp_path, resume=True)
+    assert (first["epochs"], more["epochs"], more["steps"]) == (1, 3, 18)
+    assert more["test_accuracy"] > first["test_accuracy"]
 
 
 def test_a_run_is_never_overwritten_or_mixed(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_settings_that_cannot_run_are_refused(bad: dict[str, object]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("model", "accuracy"), [("mlp", 0.97), ("resnet", 0.95), ("cnn", 0.95)])
+@pytest.mark.parametrize(("model", "accuracy"), [("mlp", 0.97), ("resnet", 0.97), ("cnn", 0.97)])
 def test_the_recipes_learn_the_digits_under_a_limit_of_one(tmp_path: Path, model: str, accuracy: float) -> None:
     metrics = train(Settings(model=model), tmp_path)
     assert metrics["test_accuracy"] >= accuracy
