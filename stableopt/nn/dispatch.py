@@ -1,0 +1,135 @@
+r"""Where the Lipschitz rules of module types are registered, and what a rule may be applied to.
+
+A rule belongs to one class and to its ``forward``. A subclass that overrides anything which takes part in the forward map, and
+a module with a forward hook, computes something else: no rule applies to it, and the search fails closed.
+"""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+from stableopt.errors import UncertifiableError
+from stableopt.linalg import Bound
+
+__all__ = ["check_forward", "lipschitz_rule", "registered_class", "require_l2_or_linf"]
+
+_HARMLESS = frozenset(
+    {
+        "__annotations__", "__constants__", "__deepcopy__", "__dict__", "__doc__", "__firstlineno__", "__getstate__",
+        "__init__", "__module__", "__orig_bases__", "__parameters__", "__qualname__", "__repr__", "__setstate__",
+        "__static_attributes__", "__weakref__", "_version", "extra_repr", "reset_parameters",
+    }
+)  # fmt: skip
+"""What a subclass may define anew without changing the map: construction, printing, copying."""
+
+
+@functools.singledispatch
+def lipschitz_rule(module: nn.Module, norm: str) -> Bound:
+    """Return the proved Lipschitz bound of one module; the registry behind :func:`stableopt.nn.lipschitz`.
+
+    Register a rule for a class of your own with ``@lipschitz_rule.register(MyModule)``. Call :func:`stableopt.nn.lipschitz`
+    instead of this function: it also checks hooks, subclasses and the norm.
+
+    Args:
+        module: the module; a rule reads its current parameters.
+        norm: ``"l2"`` or ``"linf"``, the norm of the input and of the output.
+
+    Returns:
+        An enclosure of the smallest Lipschitz constant whose upper end is proved.
+
+    Raises:
+        UncertifiableError: for a class without a rule.
+
+    Examples:
+        >>> class Negate(nn.Module):
+        ...     def forward(self, x):
+        ...         return -x
+        >>> @lipschitz_rule.register(Negate)
+        ... def _(module: Negate, norm: str) -> Bound:
+        ...     return Bound.point(1.0)
+        >>> lipschitz_rule(Negate(), "l2")
+        Bound(lower=1.0, upper=1.0, proved=True)
+    """
+    name = type(module).__name__
+    raise UncertifiableError(
+        f"no {norm} Lipschitz rule is known for {name}. Register one: "
+        f"@stableopt.nn.lipschitz_rule.register({name}) on a function (module, norm) -> Bound."
+    )
+
+
+def registered_class(module: nn.Module) -> type[nn.Module] | None:
+    """Return the class whose rule would be used for ``module``, or None if there is none.
+
+    Examples:
+        >>> registered_class(nn.Bilinear(1, 1, 1)) is None
+        True
+    """
+    for kind in type(module).__mro__:
+        if kind in lipschitz_rule.registry and kind is not object:
+            return kind
+    return None
+
+
+def check_forward(module: nn.Module, kind: type[nn.Module], path: str = "") -> None:
+    """Refuse a module whose forward map need not be the one of the class ``kind``.
+
+    Args:
+        module: the module.
+        kind: the class whose rule is about to be used, a base class of the module's class.
+        path: dotted name for the message.
+
+    Raises:
+        UncertifiableError: if a subclass overrides part of the forward map, the instance has its own ``forward``, or a forward
+            hook is registered.
+
+    Examples:
+        >>> check_forward(nn.ReLU(), nn.ReLU)
+        >>> layer = nn.Linear(1, 1)
+        >>> handle = layer.register_forward_hook(lambda module, args, output: 2 * output)
+        >>> check_forward(layer, nn.Linear, "0")
+        Traceback (most recent call last):
+        stableopt.errors.UncertifiableError: '0' (Linear) has a forward hook, which may change its output ...
+    """
+    where = named(module, path)
+    overridden = sorted(
+        name
+        for c in type(module).__mro__[: type(module).__mro__.index(kind)]
+        for name in vars(c)
+        if name not in _HARMLESS and name in dir(kind)
+    )
+    overridden += sorted(name for name in vars(module) if callable(getattr(kind, name, None)))
+    if overridden:
+        raise UncertifiableError(
+            f"{where} overrides {', '.join(overridden)} of {kind.__name__}, so the rule of {kind.__name__} need not hold for it. "
+            f"Register its own: @stableopt.nn.lipschitz_rule.register({type(module).__name__})."
+        )
+    if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 torch has no public accessor
+        raise UncertifiableError(
+            f"{where} has a forward hook, which may change its output or its weight. Remove the hook first "
+            "(torch.nn.utils.weight_norm and spectral_norm of the old kind are such hooks; use torch.nn.utils.parametrizations)."
+        )
+
+
+def require_l2_or_linf(norm: str) -> None:
+    """Refuse a norm that no rule knows.
+
+    Raises:
+        ValueError: unless ``norm`` is ``"l2"`` or ``"linf"``.
+
+    Examples:
+        >>> require_l2_or_linf("l2")
+    """
+    if norm not in {"l2", "linf"}:
+        raise ValueError(f"norm must be 'l2' or 'linf', got {norm!r}.")
+
+
+def named(module: nn.Module, path: str) -> str:
+    """Return how a message calls a module: its path and its class.
+
+    Examples:
+        >>> named(nn.ReLU(), "1"), named(nn.ReLU(), "")
+        ("'1' (ReLU)", 'the module (ReLU)')
+    """
+    return f"'{path}' ({type(module).__name__})" if path else f"the module ({type(module).__name__})"

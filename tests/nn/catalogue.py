@@ -1,0 +1,141 @@
+"""Every module with a Lipschitz rule, on an input shape: the laws of test_rules.py run on each row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from stableopt.nn import GradientBlock, GroupSort, Scale
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module, the shape of an input with batch dimension, and by what factor the l2 bound may exceed the norm.
+
+    Args:
+        make: builds the module; None as tightness means that only validity is promised.
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    tightness: float | None = None
+    norms: tuple[str, ...] = ("l2", "linf")
+
+
+CONVS = [
+    Row("conv1d", lambda: nn.Conv1d(3, 4, 3), (1, 3, 12), 1.35),
+    Row("conv1d same", lambda: nn.Conv1d(2, 3, 5, padding="same"), (1, 2, 12), 1.35),
+    Row(
+        "conv1d valid circular", lambda: nn.Conv1d(2, 3, 3, padding="valid", padding_mode="circular"), (1, 2, 12), 1.35
+    ),
+    Row("conv1d same circular", lambda: nn.Conv1d(2, 3, 3, padding="same", padding_mode="circular"), (1, 2, 12), 1.35),
+    Row("conv1d stride 2 dilation 2", lambda: nn.Conv1d(2, 3, 3, stride=2, dilation=2, padding=2), (1, 2, 11)),
+    Row("conv1d stride 3 dilation 3", lambda: nn.Conv1d(2, 2, 3, stride=3, dilation=3, padding=4), (1, 2, 12)),
+    Row("conv1d one tap", lambda: nn.Conv1d(3, 5, 1), (1, 3, 4), 1.0 + 1e-9),
+    Row("conv2d", lambda: nn.Conv2d(2, 3, 3, padding=1), (1, 2, 7, 7), 1.35),
+    Row("conv2d no bias", lambda: nn.Conv2d(2, 3, (3, 2), padding=(2, 0), bias=False), (1, 2, 6, 5), 1.6),
+    Row("conv2d wide zeros", lambda: nn.Conv2d(1, 2, 3, padding=4), (1, 1, 4, 4), 1.6),
+    Row("conv2d circular", lambda: nn.Conv2d(2, 2, 3, padding=1, padding_mode="circular"), (1, 2, 6, 6), 1.35),
+    Row(
+        "conv2d circular dilation",
+        lambda: nn.Conv2d(1, 2, 3, padding=2, dilation=2, padding_mode="circular"),
+        (1, 1, 7, 6),
+        1.6,
+    ),
+    Row("conv2d stride", lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1), (1, 2, 7, 7)),
+    Row("conv2d groups", lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), (1, 4, 5, 5), 1.6),
+    Row("conv2d depthwise", lambda: nn.Conv2d(3, 3, 3, padding=1, groups=3), (1, 3, 5, 5), 1.6),
+    Row(
+        "conv2d reflect linf",
+        lambda: nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"),
+        (1, 1, 5, 5),
+        None,
+        ("linf",),
+    ),
+    Row(
+        "conv2d replicate linf",
+        lambda: nn.Conv2d(1, 2, 3, padding=2, padding_mode="replicate"),
+        (1, 1, 5, 5),
+        None,
+        ("linf",),
+    ),
+]
+
+AFFINE = [
+    Row("linear square", lambda: nn.Linear(5, 5), (1, 5), 1.0 + 1e-10),
+    Row("linear wide", lambda: nn.Linear(9, 2), (1, 9), 1.0 + 1e-10),
+    Row("linear tall", lambda: nn.Linear(1, 7, bias=False), (1, 1), 1.0 + 1e-10),
+    Row("linear on a sequence", lambda: nn.Linear(3, 4), (1, 2, 3), 1.0 + 1e-10),
+    *CONVS,
+    Row("avg 1d", lambda: nn.AvgPool1d(3), (1, 2, 9), 1.0 + 1e-12),
+    Row("avg 1d overlapping", lambda: nn.AvgPool1d(3, stride=2), (1, 1, 41), 1.01),
+    Row("avg 1d stride 1", lambda: nn.AvgPool1d(4, stride=1), (1, 1, 60), 1.02),
+    Row("avg 1d gaps", lambda: nn.AvgPool1d(2, stride=3), (1, 1, 11), 1.0 + 1e-12),
+    Row("avg 1d padded", lambda: nn.AvgPool1d(5, stride=3, padding=2), (1, 1, 40), 1.02),
+    Row("avg 2d", lambda: nn.AvgPool2d(2), (1, 2, 5, 4), 1.0 + 1e-12),
+    Row("avg 2d mixed", lambda: nn.AvgPool2d((3, 2), stride=(2, 1), padding=(1, 0)), (1, 1, 17, 17), 1.1),
+    Row("scale", lambda: Scale(-2.5), (1, 3), 1.0),
+    Row("flatten", nn.Flatten, (1, 2, 3), 1.0),
+    Row("unflatten", lambda: nn.Unflatten(1, (2, 3)), (1, 6), 1.0),
+    Row("identity", nn.Identity, (1, 4), 1.0),
+    Row("dropout", nn.Dropout, (1, 4), 1.0),
+    Row("dropout2d", nn.Dropout2d, (1, 4, 2, 2), 1.0),
+]
+
+ACTIVATIONS = [
+    Row("relu", nn.ReLU, (1, 6)),
+    Row("leaky relu", lambda: nn.LeakyReLU(0.3), (1, 6)),
+    Row("leaky relu steep", lambda: nn.LeakyReLU(-1.7), (1, 6)),
+    Row("tanh", nn.Tanh, (1, 6)),
+    Row("softplus", nn.Softplus, (1, 6)),
+    Row("softplus beta", lambda: nn.Softplus(beta=3.0, threshold=30.0), (1, 6)),
+    Row("hardtanh", nn.Hardtanh, (1, 6)),
+    Row("relu6", nn.ReLU6, (1, 6)),
+    Row("sigmoid", nn.Sigmoid, (1, 6)),
+    Row("elu", nn.ELU, (1, 6)),
+    Row("elu steep", lambda: nn.ELU(1.5), (1, 6)),
+    Row("gelu", nn.GELU, (1, 6)),
+    Row("gelu tanh", lambda: nn.GELU(approximate="tanh"), (1, 6)),
+    Row("silu", nn.SiLU, (1, 6)),
+    Row("groupsort 2", lambda: GroupSort(2), (1, 6)),
+    Row("groupsort 3", lambda: GroupSort(3), (1, 6, 2)),
+    Row("max 1d", lambda: nn.MaxPool1d(2), (1, 2, 6)),
+    Row("max 1d overlapping", lambda: nn.MaxPool1d(3, stride=1), (1, 1, 9)),
+    Row("max 1d dilated", lambda: nn.MaxPool1d(4, stride=2, dilation=2, padding=1), (1, 1, 16)),
+    Row("max 2d", lambda: nn.MaxPool2d(2), (1, 2, 4, 4)),
+    Row("max 2d overlapping", lambda: nn.MaxPool2d((3, 2), stride=(1, 2), padding=1, ceil_mode=True), (1, 1, 6, 7)),
+]
+
+COMPOSED = [
+    Row("gradient block", lambda: GradientBlock(5, 7), (1, 5)),
+    Row("gradient block damped", lambda: GradientBlock(5, 3, strong=0.7, activation="tanh", step=0.99), (1, 5)),
+    Row("gradient block leaky", lambda: GradientBlock(4, activation="leaky_relu", step=0.9), (1, 4)),
+    Row("gradient block softplus", lambda: GradientBlock(4, activation="softplus", step=0.9), (1, 4)),
+    Row("gradient block hardtanh", lambda: GradientBlock(4, activation="hardtanh", step=0.9), (1, 4)),
+    Row("mlp", lambda: nn.Sequential(nn.Linear(4, 6), GroupSort(), nn.Linear(6, 3)), (1, 4)),
+    Row("empty", nn.Sequential, (1, 4)),
+    Row(
+        "cnn",
+        lambda: nn.Sequential(
+            nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.AvgPool2d(2)), nn.Flatten(), nn.Linear(18, 2)
+        ),
+        (1, 1, 6, 6),
+    ),
+]
+
+CATALOGUE = [*AFFINE, *ACTIVATIONS, *COMPOSED]
+
+
+def jacobian(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """The dense Jacobian of the map at ``x``, built column by column through autograd."""
+    y = torch.autograd.functional.jacobian(lambda flat: module(flat.view_as(x)).flatten(), x.flatten())
+    return torch.as_tensor(y)
+
+
+def operator_norm(J: torch.Tensor, norm: str) -> float:
+    """The oracle: largest singular value, or largest row sum."""
+    return float(torch.linalg.matrix_norm(J, 2 if norm == "l2" else float("inf"))) if J.numel() else 0.0
