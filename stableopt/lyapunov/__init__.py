@@ -1,0 +1,21 @@
+"""The energy of a run, watched at each step and recorded without touching the run."""
+
+from __future__ import annotations
+
+from stableopt.lyapunov.monitor import Monitor
+from stableopt.lyapunov.norms import LayerNorms, NormEstimator
+from stableopt.lyapunov.record import ACTIONS, VERDICTS, StepRecord
+from stableopt.lyapunov.sinks import JSONLSink, Sink, read_records, truncate_records
+
+__all__ = [
+    "ACTIONS",
+    "VERDICTS",
+    "JSONLSink",
+    "LayerNorms",
+    "Monitor",
+    "NormEstimator",
+    "Sink",
+    "StepRecord",
+    "read_records",
+    "truncate_records",
+]

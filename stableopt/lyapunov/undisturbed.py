@@ -1,0 +1,83 @@
+"""Look at a model and leave it, and every random number to come, as they were."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from stableopt.optim import RandomState
+
+__all__ = ["Snapshot", "undisturbed"]
+
+
+class Snapshot:
+    """The buffers and training modes of a model, and the global random state.
+
+    Args:
+        model: of which the buffer objects and their bits, and the mode of each module, are kept.
+
+    Note:
+        Attributes that a model changes by itself in ``forward`` (a Python counter) are not known here.
+
+    Examples:
+        >>> norm = nn.BatchNorm1d(2)
+        >>> snapshot = Snapshot(norm)
+        >>> _ = norm(torch.rand(4, 2))
+        >>> snapshot.restore()
+        >>> int(norm.num_batches_tracked)
+        0
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.random = RandomState.capture()
+        self._modes = [(module, module.training) for module in model.modules()]
+        self._buffers = [
+            (module, name, buffer, buffer.detach().clone(), _version(buffer))
+            for module in model.modules()
+            for name, buffer in module.named_buffers(recurse=False)
+        ]
+
+    def restore(self) -> None:
+        """Put everything back; a buffer that nobody changed is not written, and keeps its version counter."""
+        self.random.restore()
+        for module, mode in self._modes:
+            module.training = mode
+        with torch.no_grad():
+            for module, name, buffer, bits, version in self._buffers:
+                if getattr(module, name, None) is not buffer:
+                    setattr(module, name, buffer)
+                # batch_norm writes its statistics without counting a version; bits that differ only by a zero's sign do count
+                if version is None or _version(buffer) != version or not torch.equal(buffer, bits):
+                    buffer.copy_(bits)
+
+
+@contextmanager
+def undisturbed(model: nn.Module, start: Snapshot | None = None) -> Iterator[None]:
+    """Put back buffers, training modes and global random states at the end, also after an error.
+
+    Args:
+        model: of which they are.
+        start: a state to begin with; None for the current one.
+
+    Examples:
+        >>> dropout, x = nn.Dropout(), torch.ones(8)
+        >>> start = Snapshot(dropout)
+        >>> first = dropout(x)
+        >>> with undisturbed(dropout, start):
+        ...     bool(dropout(x).equal(first))
+        True
+    """
+    end = Snapshot(model)
+    try:
+        if start is not None:
+            start.restore()
+        yield
+    finally:
+        end.restore()
+
+
+def _version(tensor: torch.Tensor) -> int | None:
+    return None if tensor.is_inference() else tensor._version  # noqa: SLF001 - the documented way to see a change in place

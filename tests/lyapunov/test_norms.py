@@ -1,0 +1,181 @@
+"""An estimate is near the norm, from below, and taking it changes nothing."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+
+from stableopt.linalg import conv_norm
+from stableopt.lyapunov import NormEstimator
+from stableopt.nn import GradientBlock, stabilize
+from tests.lyapunov.training import equal, make_model, seed_everything
+
+
+def norm(weight) -> float:
+    return float(np.linalg.norm(weight.detach().double().numpy(), 2))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 3), (3, 5), (40, 40), (1, 7)])
+@pytest.mark.parametrize("scale", [1e-200, 1.0, 1e200])
+def test_the_estimate_is_below_the_norm_and_reaches_it(shape, scale):
+    layer = nn.Linear(shape[1], shape[0])
+    with torch.no_grad():
+        layer.weight.mul_(scale)
+    estimator = NormEstimator(layer)
+    exact = norm(layer.weight)
+    estimates = [estimator.measure().norms["weight"] for _ in range(400)]
+    assert all(value <= exact * (1 + 1e-12) for value in estimates)
+    assert estimates[0] >= 0.85 * exact  # eight steps from a random vector
+    assert estimates[-1] == pytest.approx(exact, rel=1e-3)
+    assert all(a <= b * (1 + 1e-12) for a, b in pairwise(estimates))  # one warm step each
+
+
+def test_one_step_follows_a_weight_that_changes_slowly():
+    layer = nn.Linear(30, 30)
+    estimator = NormEstimator(layer)
+    for _ in range(300):
+        estimator.measure()
+    for _ in range(50):
+        with torch.no_grad():
+            layer.weight.add_(0.001 * torch.randn(30, 30))
+        assert estimator.measure().norms["weight"] == pytest.approx(norm(layer.weight), rel=0.02)
+
+
+def test_a_zero_weight_has_norm_zero_and_recovers():
+    layer = nn.Linear(3, 3)
+    estimator = NormEstimator(layer)
+    for value in (0.0, math.nan, math.inf, 1e200, 0.0):
+        with torch.no_grad():
+            layer.weight.fill_(value)
+        found = estimator.measure().norms["weight"]
+        exact = 3.0 * value  # of a matrix of ones
+        assert found == pytest.approx(exact, rel=1e-6) if math.isfinite(exact) else not math.isfinite(found)
+    with torch.no_grad():
+        layer.weight.copy_(torch.eye(3))
+    assert estimator.measure().norms["weight"] == pytest.approx(1.0)
+
+
+def test_a_weight_of_another_shape_or_type_is_measured_anew():
+    model = nn.Sequential(nn.Linear(3, 3))
+    estimator = NormEstimator(model)
+    estimator.measure()
+    model[0] = nn.Linear(3, 7)
+    assert 0 < estimator.measure().norms["0.weight"] <= norm(model[0].weight) * (1 + 1e-12)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        model.to(dtype)
+        assert 0 < estimator.measure().norms["0.weight"] <= norm(model[0].weight) * (1 + 1e-5)
+
+
+@pytest.mark.parametrize(
+    "conv", [nn.Conv1d(2, 3, 3), nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), nn.Conv2d(1, 2, 1)]
+)
+def test_a_convolution_is_measured_as_an_operator(conv):
+    proved = conv_norm(conv.weight.detach(), groups=conv.groups).upper
+    found = NormEstimator(conv).measure().norms["weight"]
+    assert 0.8 * proved <= found <= 1.2 * proved
+
+
+def test_the_reshaped_kernel_would_be_wrong():
+    conv = nn.Conv1d(1, 1, 3, bias=False)
+    with torch.no_grad():
+        conv.weight.fill_(1.0)  # a moving sum: amplifies a constant image by 3
+    assert norm(conv.weight.reshape(1, -1)) == pytest.approx(math.sqrt(3))
+    assert NormEstimator(conv).measure().norms["weight"] >= 3.0
+
+
+def test_what_has_no_operator_norm_is_left_out():
+    model = nn.Sequential(
+        nn.Embedding(4, 4), nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.LayerNorm(4), nn.LazyLinear(3),
+        nn.Linear(2, 2, device="meta"), nn.Identity(),
+    )  # fmt: skip
+    assert NormEstimator(model).measure().norms == {}
+
+
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("strong", [0.0, 0.3])
+def test_the_use_of_the_step_limit_is_the_share_that_the_block_takes(fraction, strong):
+    block = GradientBlock(6, 9, step=fraction, strong=strong)
+    estimator = NormEstimator(nn.Sequential(block))
+    for _ in range(200):
+        found = estimator.measure()
+    tau, exact = float(block.step_size().detach()), norm(block.weight)
+    assert found.cfl == {"0": pytest.approx(tau * (2 * strong + exact**2) / 2, rel=1e-6)}
+    assert found.cfl["0"] <= fraction  # the rest is the excess of the block's own bound
+    assert found.cfl["0"] >= 0.8 * fraction
+
+
+def test_the_limit_is_the_one_of_the_constraint():
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
+    assert NormEstimator(model).measure().limits == {}
+    stabilize(model, 4.0)
+    limits = NormEstimator(model).measure().limits
+    assert limits == {"0.weight": pytest.approx(2.0), "2.weight": pytest.approx(2.0)}
+
+
+def test_measuring_changes_nothing():
+    seed_everything()
+    model = make_model()
+    model(torch.randn(4, 6)).sum().backward()
+    state = torch.get_rng_state()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    gradients = [p.grad for p in model.parameters()]
+    versions = [t._version for t in (*model.parameters(), *model.buffers())]
+    modes = [module.training for module in model.modules()]
+    estimator = NormEstimator(model)
+    for _ in range(3):
+        assert set(estimator.measure().norms) == {"1.weight", "3.weight", "7.weight", "9.weight"}
+    assert equal(before, dict(model.state_dict()))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(a is p.grad for a, p in zip(gradients, model.parameters(), strict=True))
+    assert [module.training for module in model.modules()] == modes
+    assert versions == [t._version for t in (*model.parameters(), *model.buffers())]
+
+
+def test_a_parametrization_that_draws_random_numbers_draws_the_same_next():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+
+        def forward(self, weight):
+            self.calls += 1
+            return weight + torch.rand_like(weight)
+
+    layer = nn.Linear(3, 3)
+    parametrize.register_parametrization(layer, "weight", Noisy())
+    state, calls = torch.get_rng_state(), layer.parametrizations.weight[0].calls.clone()
+    NormEstimator(layer).measure()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(layer.parametrizations.weight[0].calls, calls)
+
+
+def test_a_cached_parametrization_keeps_its_graph():
+    model = nn.Sequential(parametrizations.orthogonal(nn.Linear(3, 3)))
+    with parametrize.cached():
+        NormEstimator(model).measure()
+        model(torch.randn(2, 3)).sum().backward()
+    assert model[0].parametrizations.weight.original.grad is not None
+
+
+def test_the_state_continues_the_estimates():
+    model = make_model()
+    a, b = NormEstimator(model), NormEstimator(model)
+    for _ in range(4):
+        a.measure()
+    b.load_state_dict(a.state_dict())
+    assert a.measure() == b.measure()
+    assert a.measure() != NormEstimator(model).measure()
+
+
+def test_the_same_seed_gives_the_same_estimates():
+    model = make_model()
+    torch.manual_seed(1)
+    first = NormEstimator(model).measure()
+    torch.manual_seed(2)
+    assert NormEstimator(model).measure() == first
