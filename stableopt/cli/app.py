@@ -66,10 +66,11 @@ def train(
     data: Annotated[str, typer.Option(help="digits, or a .npz file with x_train y_train x_test y_test.")] = "digits",
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/digits"),
     seed: Annotated[int, typer.Option(help="Of the initial weights and the order of the batches.")] = 0,
+    threads: Annotated[int, typer.Option(help="Threads of torch; the bytes of a run depend on them.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
 ) -> None:
     """Train a model under the guard, certify it, and print what is proved."""
-    settings = Settings(model, optimizer, lipschitz, epochs, lr, batch_size, guard, data, seed)
+    settings = Settings(model, optimizer, lipschitz, epochs, lr, batch_size, guard, data, seed, threads)
     try:
         with LiveProgress(console, settings.resolved().epochs or 0) as progress:
             metrics = run_training(settings, out, resume=resume, progress=progress)

@@ -92,7 +92,8 @@ def build_model(model: str, shape: tuple[int, ...], classes: int, lipschitz: flo
         net = nn.Sequential(nn.Linear(features, 64), *blocks, nn.Linear(64, classes))
     else:
         net = _cnn(shape, classes)
-    return stabilize(net.float(), lipschitz=lipschitz)
+    stabilize(net.float(), lipschitz=lipschitz)
+    return net
 
 
 def _cnn(shape: tuple[int, ...], classes: int) -> nn.Sequential:

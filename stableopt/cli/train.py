@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import platform
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -41,6 +42,7 @@ class Settings:
         guard: ``"off"``, ``"monitor"``, ``"backtrack"`` or ``"strict"``.
         data: ``"digits"`` or the path of a ``.npz`` file.
         seed: of the initial weights and of the order of the batches.
+        threads: of torch; the bytes of a run depend on their number, and models as small as these are fastest with one.
 
     Raises:
         ValueError: if a value is unknown or out of range.
@@ -62,6 +64,7 @@ class Settings:
     guard: str = "backtrack"
     data: str = "digits"
     seed: int = 0
+    threads: int = 1
 
     def __post_init__(self) -> None:
         """Refuse what cannot be run, before anything is written."""
@@ -72,7 +75,7 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{name} must be a finite number > 0, got {value!r}.")
-        for name, least in (("epochs", 0), ("batch_size", 1), ("seed", 0)):
+        for name, least in (("epochs", 0), ("batch_size", 1), ("seed", 0), ("threads", 1)):
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
@@ -120,7 +123,12 @@ def train(settings: Settings, out: Path, *, resume: bool = False, progress: Prog
         After every epoch a checkpoint is written. Records of steps after the last checkpoint are dropped on resuming, because those
         steps are done again.
     """
-    settings = settings.resolved()
+    with _threads(settings.threads):
+        _train(settings.resolved(), out, resume=resume, progress=progress)
+    return certify_run(out)
+
+
+def _train(settings: Settings, out: Path, *, resume: bool, progress: Progress | None) -> None:
     data = prepare(settings.model, load_data(settings.data))
     run = _Run(settings, data, out)
     run.start(resume=resume)
@@ -134,7 +142,17 @@ def train(settings: Settings, out: Path, *, resume: bool = False, progress: Prog
             run.finish_epoch(epoch + 1)
             if progress is not None:
                 progress.epoch(epoch, lipschitz(run.model.eval()).upper, _accuracy(run.model, data.x_test, data.y_test))
-    return certify_run(out)
+
+
+@contextmanager
+def _threads(number: int) -> Iterator[None]:
+    """Let torch use this many threads inside the context."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _Run:
@@ -231,6 +249,11 @@ def certify_run(out: Path) -> dict[str, Any]:
     """
     state = load_checkpoint(out / "checkpoint.pt")
     settings = Settings(**state["settings"])
+    with _threads(settings.threads):
+        return _certify(out, state, settings)
+
+
+def _certify(out: Path, state: dict[str, Any], settings: Settings) -> dict[str, Any]:
     data = prepare(settings.model, load_data(settings.data))
     if data.digest != state["digest"]:
         raise ValueError(

@@ -106,7 +106,7 @@ def test_the_run_file_names_settings_versions_and_data(tmp_path: Path) -> None:
     "bad",
     [
         {"model": "x"}, {"optimizer": "x"}, {"guard": "x"}, {"lipschitz": 0.0}, {"lipschitz": float("nan")}, {"lr": -1.0},
-        {"lr": float("inf")}, {"epochs": -1}, {"batch_size": 0}, {"seed": -1},
+        {"lr": float("inf")}, {"epochs": -1}, {"batch_size": 0}, {"seed": -1}, {"threads": 0},
     ],
 )  # fmt: skip
 def test_settings_that_cannot_run_are_refused(bad: dict[str, object]) -> None:
