@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, ClassVar, overload
 
 import torch
@@ -19,7 +20,8 @@ from stableopt.optim.trial import as_loss
 
 __all__ = ["GuardedOptimizer"]
 
-_OWN = ("prox", "constraint", "guard", "max_shrinks", "shrink", "grow", "armijo", "step_scale", "step_count")
+_SETTINGS = ("guard", "max_shrinks", "shrink", "grow", "armijo")
+_OWN = ("prox", "constraint", *_SETTINGS, "step_scale", "step_count")
 
 
 class GuardedOptimizer(Optimizer):
@@ -38,11 +40,13 @@ class GuardedOptimizer(Optimizer):
     rule: ClassVar[UpdateRule]
     torch_class: ClassVar[type[Optimizer]]
     last_step: StepReport | None = None
+    _versions: dict[Tensor, int]
 
     def set_up(self, own: dict[str, Any]) -> None:
         """Keep our settings for the groups that torch's constructor is about to add."""
-        Settings(**{k: own[k] for k in ("guard", "max_shrinks", "shrink", "grow", "armijo")})
+        Settings(**{k: own[k] for k in _SETTINGS})
         self._own = own | {"step_scale": 1.0, "step_count": 0}
+        self._versions = {}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as torch does; ``prox=`` and ``constraint=`` belong to the group.
@@ -52,8 +56,8 @@ class GuardedOptimizer(Optimizer):
 
         Raises:
             TypeError: if a parameter is not floating, or a regularizer is none.
-            ValueError: if a value is out of range, both ``prox`` and ``constraint`` are given, or a parameter was
-                constrained to another set.
+            ValueError: if a value is out of range, both ``prox`` and ``constraint`` are given, a parameter was constrained to
+                another set, or the group brings its own settings of the guard, which belong to the whole optimizer.
         """
         own = self.__dict__.get("_own") or {k: self.defaults[k] for k in _OWN}
         given = dict(param_group)
@@ -61,6 +65,11 @@ class GuardedOptimizer(Optimizer):
             own = own | {"prox": None, "constraint": None}
         if self.param_groups:
             own = own | {k: self.param_groups[0][k] for k in _OWN[2:]}
+        for key in _SETTINGS:
+            if given.get(key, own[key]) != own[key]:
+                raise ValueError(
+                    f"{key} belongs to the whole optimizer, which has {own[key]!r}; a group asks for {given[key]!r}."
+                )
         super().add_param_group(own | given)
         try:
             self._check_group(self.param_groups[-1])
@@ -85,6 +94,9 @@ class GuardedOptimizer(Optimizer):
         if isinstance(prox, Constraint):
             group["prox"], group["constraint"] = None, prox
         check_lr(group["lr"])
+        decay = float(group["weight_decay"])
+        if not (math.isfinite(decay) and decay >= 0):
+            raise ValueError(f"weight_decay must be a finite number >= 0, got {decay!r}.")
         for p in group["params"]:
             if not (p.dtype.is_floating_point or p.dtype.is_complex):
                 raise TypeError(
@@ -113,9 +125,8 @@ class GuardedOptimizer(Optimizer):
         """Do one step: torch's, then prox or projection, then the check of the guard.
 
         Args:
-            closure: as torch asks for it: zero the gradients, evaluate, call ``backward``, return the loss. Without
-                one the step cannot be
-                checked: it is torch's step with prox or projection, and the report says ``unobserved``.
+            closure: as torch asks for it: zero the gradients, evaluate, call ``backward``, return the loss. Without one the step
+                cannot be checked: it is torch's step with prox or projection, and the report says ``unobserved``.
 
         Returns:
             What the closure returned, None without one.
@@ -124,50 +135,86 @@ class GuardedOptimizer(Optimizer):
             ValueError: if the closure does not return one real number or None, or a learning rate has become invalid.
         """
         for group in self.param_groups:
-            if not isinstance(group["lr"], Tensor):
-                check_lr(group["lr"])
+            check_lr(group["lr"])
         first = self.param_groups[0]
-        settings = Settings(*(first[k] for k in ("guard", "max_shrinks", "shrink", "grow", "armijo")))
-        with torch.no_grad():
-            if closure is not None and settings.guard != "off":
-                value, self.last_step = guarded_step(self, closure, settings)
-            else:
-                value = None
-                if closure is not None:
-                    with torch.enable_grad():
-                        value = closure()
-                self.advance()
-                reason = (
-                    "guard='off'"
-                    if settings.guard == "off"
-                    else "the guard needs a closure: step(closure); nothing was checked"
-                )
-                lr = tuple(g["lr"] if not isinstance(g["lr"], Tensor) else math.nan for g in self.param_groups)
-                self.last_step = StepReport.unobserved(step=self.count, lr=lr, reason=reason)
+        settings = Settings(*(first[k] for k in _SETTINGS))
+        outside = self._enter()
+        try:
+            with torch.no_grad():
+                if closure is not None and settings.guard != "off":
+                    value, report = guarded_step(self, closure, settings)
+                else:
+                    value, report = self._unguarded_step(closure)
+        except BaseException:
+            with torch.no_grad():
+                for p, kept in outside:
+                    p.copy_(kept)
+            raise
+        if outside:
+            report = replace(
+                report, reason=f"{report.reason}; parameters that were outside their sets had been projected before"
+            )
+        self._versions = {p: p._version for p, _ in self._constrained()}  # noqa: SLF001 - the documented way to see a change in place
+        self.last_step = report
         first["step_count"] += 1
         return value
+
+    def _unguarded_step(self, closure: Callable[[], Any] | None) -> tuple[Any, StepReport]:
+        value = None
+        if closure is not None:
+            with torch.enable_grad():
+                value = closure()
+        self.advance()
+        off = self.param_groups[0]["guard"] == "off"
+        reason = "guard='off'" if off else "the guard needs a closure: step(closure); nothing was checked"
+        lr = tuple(g["lr"] if not isinstance(g["lr"], Tensor) else math.nan for g in self.param_groups)
+        return value, StepReport.unobserved(step=self.count, lr=lr, reason=reason)
+
+    @torch.no_grad()
+    def _enter(self) -> list[tuple[Tensor, Tensor]]:
+        """Project what lies outside its set, before anything is evaluated; return what was moved, with its old value.
+
+        Otherwise the way into the set would count as displacement, and momentum would carry on with it: from a norm of 10 into a
+        ball of radius 1 and, in the next step, out on the other side. What nobody has changed since our last step is inside.
+        """
+        moved: list[tuple[Tensor, Tensor]] = []
+        for p, constraint in self._constrained():
+            if self._versions.get(p) == p._version or not p.requires_grad:  # noqa: SLF001
+                continue
+            inside = constraint.project(p.detach())
+            if not torch.equal(inside, p):
+                moved.append((p, p.detach().clone()))
+                p.copy_(inside)
+        return moved
+
+    def _constrained(self) -> Iterator[tuple[Tensor, Constraint]]:
+        for group in self.param_groups:
+            if group["constraint"] is not None:
+                for p in group["params"]:
+                    yield p, group["constraint"]
 
     @torch.no_grad()
     def advance(self) -> None:
         """Do torch's own step, then prox or projection with the momentum set to the realised displacement; check nothing."""
+        regularized = [
+            (p, group, regularizer, self.rule.buffer(self.state.get(p, {})) is None)
+            for group in self.param_groups
+            if (regularizer := group["prox"] or group["constraint"]) is not None
+            for p in group["params"]
+            if p.grad is not None
+        ]
         step = self.torch_class.step
-        if getattr(
-            step, "hooked", False
-        ):  # torch wraps the step of a class once; its hooks have run for this step already
+        # torch wraps the step of a class when its first instance is made; the hooks of this step have run already.
+        if getattr(step, "hooked", False):
             step = step.__wrapped__  # type: ignore[attr-defined]
         step(self)
-        for group in self.param_groups:
-            regularizer = group["prox"] or group["constraint"]
-            if regularizer is None:
-                continue
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._regularize(p, group, regularizer)
+        for p, group, regularizer, first in regularized:
+            self._regularize(p, group, regularizer, first=first)
 
-    def _regularize(self, p: Tensor, group: dict[str, Any], regularizer: Regularizer) -> None:
-        state = self.state[p]
+    def _regularize(self, p: Tensor, group: dict[str, Any], regularizer: Regularizer, *, first: bool) -> None:
+        state = self.state.get(p, {})
         metric = self.rule.metric(state, group)
-        eta = self.rule.effective_lr(group, first=False)
+        eta = self.rule.effective_lr(group, first=first)
         step = eta / metric if isinstance(metric, Tensor) and regularizer.separable else eta
         reached = p.detach().clone()
         p.copy_(regularizer.prox(reached, step))
@@ -231,6 +278,7 @@ class GuardedOptimizer(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Fill in what older states and torch's own lack; the report of the last step is not kept."""
+        self._versions = {}
         super().__setstate__(state)
         fallback = {"prox": None, "constraint": None, **Settings().__dict__, "step_scale": 1.0, "step_count": 0}
         for group in self.param_groups:
@@ -244,7 +292,7 @@ def _(optimizer: GuardedOptimizer) -> UpdateRule | None:
 
 
 def check_lr(lr: object) -> None:
-    """Refuse what is no learning rate; the number inside a tensor is not read, which would wait for the device.
+    """Refuse what is no learning rate; a number on another device is not read, which would wait for it.
 
     Raises:
         TypeError: if it is no number.
@@ -258,7 +306,9 @@ def check_lr(lr: object) -> None:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}.")
-        return
+        if lr.device.type != "cpu":
+            return
+        lr = lr.item()
     if isinstance(lr, bool) or not isinstance(lr, int | float):
         raise TypeError(f"lr must be a number, got {lr!r} ({type(lr).__name__}).")
     if not (math.isfinite(lr) and lr >= 0):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ class SGD(GuardedOptimizer, torch.optim.SGD):
         b^+ = \beta b + (1-\delta)(\nabla f(\theta) + \omega\theta), \quad y = \theta - \eta b^+, \quad
         \theta^+ = \operatorname{prox}_{\eta(1-\delta) g}(y), \quad b^+ := (\theta - \theta^+)/\eta,
 
-    with the energy :math:`V = f + g + \frac{\omega}{2}\|\theta\|^2 + \frac{\beta\eta}{2(1-\delta)}\|b\|^2`, which
-    provably falls for
-    :math:`\eta \le 2(1-\beta)/((1-\delta) L)` (THEORY T4). Without the last assignment, the realised displacement, it need not.
+    with the energy :math:`V = f + g + \frac{\omega}{2}\|\theta\|^2 + \frac{\beta\eta}{2(1-\delta)}\|b\|^2`,
+    which provably falls for :math:`\eta \le 2(1-\beta)/((1-\delta)(L+\omega))`, L the smoothness of f (THEORY T4). Without the last
+    assignment, the realised displacement, it need not. In the first step torch does not dampen: read :math:`\delta = 0` there.
 
     Args:
         params: parameters, named parameters or groups, as for torch.
@@ -34,9 +35,8 @@ class SGD(GuardedOptimizer, torch.optim.SGD):
         nesterov: Nesterov's momentum; its energy is checked, not proved, and it takes no regularizer.
         prox: a :class:`stableopt.constraints.Regularizer` g, per group.
         constraint: a :class:`stableopt.constraints.Constraint`, per group; its indicator is g.
-        guard: ``off`` (torch's step), ``monitor`` (check and report), ``backtrack`` (shrink until the energy falls;
-            keep the smallest try
-            if none does), ``strict`` (undo it then).
+        guard: ``off`` (torch's step), ``monitor`` (check and report), ``backtrack`` (shrink until the energy falls; keep the
+            smallest try if none does), ``strict`` (undo it then).
         max_shrinks: how often all learning rates may shrink within one step.
         shrink: the factor of each shrinking.
         grow: the factor by which the scale recovers after an accepted step.
@@ -51,7 +51,8 @@ class SGD(GuardedOptimizer, torch.optim.SGD):
         ValueError: if an argument is out of range, or arguments exclude each other.
 
     Note:
-        A step with a guard costs one forward pass more per try, and waits for the device.
+        A step with a guard costs one forward pass more per try, and waits for the device. Parameters that lie outside their set are
+        projected before the closure is evaluated.
 
     References:
         Ochs, Chen, Brox and Pock, *iPiano*, 2014.
@@ -115,6 +116,13 @@ class SGD(GuardedOptimizer, torch.optim.SGD):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         _check_fraction("momentum", group["momentum"])
+        dampening = group["dampening"]
+        plain = group["guard"] == "off" and not (group["prox"] or group["constraint"])
+        if not math.isfinite(dampening) or (dampening >= 1 and not plain):
+            raise ValueError(
+                f"dampening must be a finite number below 1, got {dampening!r}: from 1 on gradients enter the momentum with the "
+                "wrong sign or not at all, and no energy falls; guard='off' without prox or constraint takes what torch takes."
+            )
         if group["nesterov"] and (group["prox"] or group["constraint"]):
             raise ValueError(
                 "nesterov=True takes no prox or constraint: no dissipating energy is known for the pair; use nesterov=False."
@@ -128,14 +136,12 @@ class AdamW(GuardedOptimizer, torch.optim.AdamW):
     :math:`\theta_\omega = (1-\eta\omega)\theta`,
 
     .. math::
-        y = \theta_\omega - \eta P^{-1} m^+, \quad \theta^+ = \operatorname{prox}^P_{\eta' g}(y), \quad m^+ :=
-        P(\theta_\omega - \theta^+)/\eta,
+        y = \theta_\omega - \eta P^{-1} m^+, \quad \theta^+ = \operatorname{prox}^P_{\eta' g}(y), \quad
+        m^+ := P(\theta_\omega - \theta^+)/\eta,
 
     and the energy :math:`V = f + g + \frac{\omega}{2}\|\theta\|_P^2 + \frac{\beta}{2\eta'}\|d\|_P^2`,
-    :math:`\beta = \beta_1(1-\eta\omega)`,
-    falls for fixed P and :math:`\eta' \le 2(1-\beta)/(L+\omega)`, L the smoothness of f in P. Since P changes, the
-    decrease is *checked*
-    in the P of each step, not assumed.
+    :math:`\beta = \beta_1(1-\eta\omega)`, falls for fixed P and :math:`\eta' \le 2(1-\beta)/(L+\omega)`, L the smoothness of f
+    in P. Since P changes, the decrease is *checked* in the P of each step, not assumed.
 
     Args:
         params: parameters, named parameters or groups, as for torch.
@@ -145,9 +151,8 @@ class AdamW(GuardedOptimizer, torch.optim.AdamW):
         weight_decay: :math:`\omega \ge 0`, decoupled.
         amsgrad: use the largest second moment so far.
         prox: a separable :class:`stableopt.constraints.Regularizer`, per group: thresholds are scaled per coordinate.
-        constraint: a :class:`stableopt.constraints.Constraint`, per group. A separable set is projected on exactly; on
-            any other the
-            projection is Euclidean, not in the metric: feasible all the same, and the decrease is checked.
+        constraint: a :class:`stableopt.constraints.Constraint`, per group. A separable set is projected on exactly; on any other
+            the projection is Euclidean, not in the metric: feasible all the same, and the decrease is checked.
         guard: ``off``, ``monitor``, ``backtrack`` or ``strict``, see :class:`SGD`.
         max_shrinks: how often all learning rates may shrink within one step.
         shrink: the factor of each shrinking.
@@ -225,6 +230,14 @@ class AdamW(GuardedOptimizer, torch.optim.AdamW):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        if not math.isfinite(group["eps"]):
+            raise ValueError(f"eps must be a finite number >= 0, got {group['eps']!r}.")
+        plain = group["guard"] == "off" and not (group["prox"] or group["constraint"])
+        if not plain and any(p.dtype.is_complex for p in group["params"]):
+            raise TypeError(
+                "AdamW has no real metric for complex parameters: use torch.view_as_real, "
+                "or guard='off' without prox or constraint."
+            )
         if group["prox"] is not None and not group["prox"].separable:
             raise ValueError(
                 f"{group['prox']!r} has no exact prox in the metric of AdamW; "

@@ -4,11 +4,12 @@ A step from :math:`\theta` to :math:`\theta^+` with displacement d is accepted i
 
 .. math:: V(\theta^+) \le V(\theta) - \sum_{groups} \frac{c}{\eta'} \|d\|_P^2 + \text{rounding},
 
-V the energy of the rule (loss, regularizer, decay, kinetic energy of the momentum). Otherwise the learning rates of
-all groups shrink
-jointly and the step is tried again from the same point; then without momentum; then it is undone. The law of the rules
-says that small
-enough learning rates pass.
+V the energy of the rule (loss, regularizer, decay, kinetic energy of the momentum). Otherwise the learning rates of all groups
+shrink jointly and the step is tried again from the same point, with V taken at the learning rates of the try; then without
+momentum; then it is undone. The law of the rules says that small enough learning rates pass.
+
+A start outside its set has infinite energy, so that any feasible point would pass. The optimizer therefore projects such a start
+before it evaluates anything.
 """
 
 from __future__ import annotations
@@ -201,18 +202,12 @@ class _Ladder:
         for restart in (False, True):
             for _ in range(_RESTARTS if restart else settings.max_shrinks + 1):
                 trial = self._try(scale, restart=restart)
-                if not trial.accepted and trial.finite and len(self.trials) == 1 and self._started_outside():
-                    return self._report(
-                        "accepted" if scale == 1.0 else "shrunk", trial, "the step moved the parameters into their set"
-                    )
                 if trial.accepted:
-                    self.optimizer.param_groups[0]["step_scale"] = scale
-                    if restart:
-                        return self._report("restarted", trial, "the step passed after momentum was set to zero")
-                    passed = "passed at once" if scale == 1.0 else f"passed with learning rates scaled by {scale:.3g}"
-                    return self._report("accepted" if scale == 1.0 else "shrunk", trial, f"the step {passed}")
+                    return self._passed(trial, restart=restart)
                 scale *= settings.shrink
         last = self.trials[-1]
+        # The next step goes on from here, so that no learning rate is too large for ever.
+        self.optimizer.param_groups[0]["step_scale"] = last.scale
         if settings.guard == "backtrack" and last.finite:
             return self._report(
                 "restarted", last, f"no try from scale {first:.3g} down lowered the energy; the smallest is kept"
@@ -227,12 +222,12 @@ class _Ladder:
             trials=len(self.trials),
         )
 
-    def _started_outside(self) -> bool:
-        """Whether a parameter was outside its set before the step: its energy was infinite, so any step into the set lowers it."""
-        return any(
-            group["constraint"] is not None and group["constraint"].violation(self.snapshot.values[p]) > 0.0
-            for group, p in self._moved()
-        )
+    def _passed(self, trial: _Trial, *, restart: bool) -> StepReport:
+        self.optimizer.param_groups[0]["step_scale"] = trial.scale
+        how = "at once" if trial.scale == 1.0 else f"with learning rates scaled by {trial.scale:.3g}"
+        how = f"{how} after momentum was set to zero" if restart else how
+        action = "restarted" if restart else "accepted" if trial.scale == 1.0 else "shrunk"
+        return self._report(action, trial, f"the step passed {how}")
 
     def _try(self, scale: float, *, restart: bool = False) -> _Trial:
         if self.trials:
@@ -246,8 +241,7 @@ class _Ladder:
                         buffer.zero_()
             buffers = {p: self._start_buffer(p, restart) for p in self.snapshot.parameters}
             optimizer.advance()
-            sums = self._sums(values, buffers)
-        before, after, required, predicted, displacement = (torch.stack(sums).sum(0)).tolist()
+            before, after, required, predicted, displacement = self._sums(values, buffers)
         value = evaluate_again(self.closure, self.start) * optimizer.sign if math.isfinite(displacement) else math.inf
         before, after = before + optimizer.sign * self.loss, after + value
         armijo = optimizer.param_groups[0]["armijo"]
@@ -260,8 +254,8 @@ class _Ladder:
         buffer = self.optimizer.rule.buffer(self.snapshot.states.get(p, {}))
         return torch.zeros_like(buffer) if restart and buffer is not None else buffer
 
-    def _sums(self, values: dict[Tensor, Tensor], buffers: dict[Tensor, Tensor | None]) -> list[Tensor]:
-        r"""Return, per parameter: energy before and after (without the loss), |d|²_P/η', (1-β)|d|²_P/η', |d|²."""
+    def _sums(self, values: dict[Tensor, Tensor], buffers: dict[Tensor, Tensor | None]) -> list[float]:
+        r"""Return energy before and after (without the loss), |d|²_P/η', (1-β)|d|²_P/η', |d|², with one wait for the device."""
         rule, sums = self.optimizer.rule, []
         device = self.snapshot.parameters[0].device if self.snapshot.parameters else torch.device("cpu")
         for group, p in self._moved():
@@ -269,14 +263,17 @@ class _Ladder:
             metric, first = rule.metric(state, group), buffers[p] is None
             eta, regularizer = rule.effective_lr(group, first=first), group["prox"] or group["constraint"]
             d = p.detach() - values[p]
-            square = weighted_square(d, metric) / eta if eta > 0 else d.new_zeros((), dtype=torch.float64)
+            length = weighted_square(d, 1.0)
+            square = weighted_square(d, metric) if isinstance(metric, Tensor) else metric * length
+            square = square / eta if eta > 0 else torch.zeros_like(length)
             before = rule.energy(values[p], buffers[p], metric, group, first=first)
             after = rule.energy(p.detach(), rule.buffer(state), metric, group, first=first)
-            if group["prox"] is not None:  # a set contributes 0: its points are feasible after the first step
+            if group["prox"] is not None:  # a set contributes 0: steps begin and end inside
                 before, after = before + regularizer.value(values[p]), after + regularizer.value(p.detach())
-            row = [before, after, square, (1.0 - rule.momentum(group)) * square, weighted_square(d, 1.0)]
-            sums.append(torch.stack([x.to(device=device, dtype=torch.float64) for x in row]))
-        return sums or [torch.zeros(5, dtype=torch.float64)]
+            sums += [before, after, square, (1.0 - rule.momentum(group)) * square, length]
+        if not sums:
+            return [0.0] * 5
+        return torch.stack([x.to(device, torch.float64) for x in sums]).view(-1, 5).sum(0).tolist()
 
     def _moved(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.optimizer.param_groups:
@@ -333,8 +330,14 @@ def _undone(
 def _finite_gradients(optimizer: GuardedOptimizer) -> bool:
     """Look at all gradients with one wait for the device."""
     grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    if not grads:
+        return True
     dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
-    return not dense or bool(torch.stack([g.isfinite().all().to(dense[0].device) for g in dense]).all())
+    sums = [(torch.view_as_real(g) if g.is_complex() else g).sum(dtype=torch.float64) for g in dense]
+    total = float(torch.stack([s.to(sums[0].device) for s in sums]).sum())
+    if math.isfinite(total):  # a sum keeps every NaN and infinity
+        return True
+    return all(bool(g.isfinite().all()) for g in dense)  # finite numbers, too, may have an infinite sum
 
 
 def _eps(optimizer: GuardedOptimizer, value: Any) -> float:

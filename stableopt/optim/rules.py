@@ -8,9 +8,8 @@ the names that torch gives them. Both rules here are heavy-ball methods in a met
     V = F(\theta) + \frac{\beta}{2\eta'} \|d\|_P^2, \qquad
     V^+ \le V - \Bigl(\frac{1-\beta}{\eta'} - \frac{L}{2}\Bigr) \|d^+\|_P^2,
 
-where F is the loss plus the weight decay (and the regularizer, if the step ends with its prox and the momentum is set
-to the realised
-displacement) and L its smoothness in the metric P (THEORY T4).
+where F is the loss plus the weight decay (and the regularizer, if the step ends with its prox and the momentum is set to the
+realised displacement) and L the smoothness in the metric P of all but the regularizer (THEORY T4).
 """
 
 from __future__ import annotations
@@ -97,7 +96,7 @@ class UpdateRule(ABC):
 
         Args:
             parameter: :math:`\theta`, any shape.
-            buffer: its momentum buffer, None for none.
+            buffer: its momentum buffer, None for none yet, which means zero.
             metric: P of the step that is judged; the same before and after it.
             group: hyper-parameters.
             first: whether the step judged is the parameter's first.
@@ -107,8 +106,10 @@ class UpdateRule(ABC):
         """
         beta, eta = self.momentum(group), self.effective_lr(group, first=first)
         total = self.decay(parameter, metric, group)
-        if buffer is None or beta == 0.0 or eta == 0.0:
+        if beta == 0.0 or eta == 0.0:
             return total
+        if buffer is None:  # zero momentum is not always zero displacement: a decoupled decay moves too
+            buffer = torch.zeros_like(parameter)
         return total + beta / (2.0 * eta) * weighted_square(self.displacement(parameter, buffer, metric, group), metric)
 
 
@@ -119,8 +120,12 @@ def weighted_square(x: Tensor, metric: Tensor | float) -> Tensor:
         >>> weighted_square(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 0.5])).item()
         3.0
     """
-    square = x.abs().to(torch.float64).square()
-    return (square * metric).sum() if isinstance(metric, Tensor) else metric * square.sum()
+    # A norm and a dot product read what a square and a sum would write and read again: this is most of what the guard computes.
+    if not isinstance(metric, Tensor):
+        norm = torch.linalg.vector_norm(x, dtype=torch.complex128 if x.is_complex() else torch.float64)
+        return metric * norm * norm
+    y = (x.abs() if x.is_complex() else x).double().flatten()
+    return torch.dot(metric.flatten() * y, y)
 
 
 def _number(value: Any) -> float:
@@ -132,8 +137,7 @@ class HeavyBall(UpdateRule):
     r"""SGD with momentum :math:`\beta`, dampening :math:`\delta` and coupled weight decay :math:`\omega`; P is the identity.
 
     torch's buffer :math:`b^+ = \beta b + (1-\delta)(\nabla f + \omega\theta)` stands for :math:`d = -\eta b`, and
-    :math:`\eta' = \eta(1-\delta)`
-    (:math:`\eta` in the first step, where torch takes the bare gradient).
+    :math:`\eta' = \eta(1-\delta)` (:math:`\eta` in the first step, where torch takes the bare gradient).
 
     Note:
         For Nesterov's momentum the same energy is used; its dissipation is checked, not proved.
@@ -172,14 +176,17 @@ class HeavyBall(UpdateRule):
         r"""Return :math:`2(1-\beta)/((1-\delta)(L+\omega))`.
 
         Raises:
-            ValueError: for Nesterov's momentum, for which no dissipating energy is known here.
+            ValueError: for Nesterov's momentum, for which no dissipating energy is known here, and if ``smoothness`` is
+                negative or not finite.
         """
+        _check_smoothness(smoothness)
         if group["nesterov"]:
             raise ValueError(
                 "no dissipating energy is known for Nesterov's momentum; use nesterov=False for a proved limit."
             )
         dampening = group["dampening"] if group["momentum"] else 0.0
-        return 2 * (1 - group["momentum"]) / ((1 - dampening) * (smoothness + group["weight_decay"]))
+        denominator = (1 - dampening) * (smoothness + group["weight_decay"])
+        return 2 * (1 - group["momentum"]) / denominator if denominator > 0 else math.inf
 
     def momentum(self, group: Group) -> float:
         r"""Return :math:`\beta`."""
@@ -222,14 +229,12 @@ class Adaptive(UpdateRule):
     :math:`m^+ = \beta_1 m + (1-\beta_1)\nabla f`. For fixed P this is a
     heavy ball with :math:`\eta' = \eta(1-\beta_1)`, :math:`\beta = \beta_1(1-\eta\omega)` and the decay energy
     :math:`\frac{\omega}{2}\|\theta\|_P^2`; the buffer m stands for
-    :math:`d = -\eta(\omega\theta + P^{-1}m)/(1-\eta\omega)`. Adam couples its decay
-    to the gradient instead: then :math:`\beta = \beta_1`, the energy is :math:`\frac{\omega}{2}\|\theta\|^2`,
-        :math:`d = -\eta P^{-1}m`.
+    :math:`d = -\eta(\omega\theta + P^{-1}m)/(1-\eta\omega)`. Adam couples its decay to the gradient
+    instead: then :math:`\beta = \beta_1`, the energy is :math:`\frac{\omega}{2}\|\theta\|^2`, :math:`d = -\eta P^{-1}m`.
 
     Note:
-        P changes from step to step. Both energies of one step are taken in the P of that step; what V changes by when
-        P changes is a
-        drift that no step is judged by.
+        P changes from step to step. Both energies of one step are taken in the P of that step; what V changes by when P changes is
+        a drift that no step is judged by.
 
     Examples:
         >>> group = {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.0, "decoupled_weight_decay": True}
@@ -271,10 +276,15 @@ class Adaptive(UpdateRule):
         return (2 - shrink) * (1 + beta1) / ((1 - beta1) * lr)
 
     def energy_limit(self, smoothness: float, group: Group) -> float:
-        r"""Return the largest :math:`\eta < 1/\omega` with :math:`\eta(1-\beta_1) \le 2(1-\beta)/(L+\omega)`, for fixed P."""
+        r"""Return the largest :math:`\eta < 1/\omega` with :math:`\eta(1-\beta_1) \le 2(1-\beta)/(L+\omega)`, for fixed P.
+
+        Raises:
+            ValueError: if ``smoothness`` is negative or not finite.
+        """
+        _check_smoothness(smoothness)
         omega, (beta1, _) = group["weight_decay"], group["betas"]
-        if not group["decoupled_weight_decay"] or omega == 0:
-            return 2 / smoothness  # a coupled decay belongs to the smoothness of the loss
+        if not group["decoupled_weight_decay"] or omega == 0:  # a coupled decay belongs to the smoothness of the loss
+            return 2 / smoothness if smoothness > 0 else math.inf
         denominator = (1 - beta1) * (smoothness + omega) - 2 * beta1 * omega
         within = math.nextafter(1 / omega, 0.0)
         return min(within, 2 * (1 - beta1) / denominator) if denominator > 0 else within
@@ -290,7 +300,8 @@ class Adaptive(UpdateRule):
     def metric(self, state: State, group: Group) -> Tensor:
         """Return P for the state after the step."""
         beta1, beta2 = group["betas"]
-        t = _number(state["step"])
+        t = state["step"]  # a fused or capturable step counts on its device: reading it would wait
+        t = t.double() if isinstance(t, Tensor) and t.device.type != "cpu" else _number(t)
         v = state["max_exp_avg_sq"] if group["amsgrad"] else state["exp_avg_sq"]
         return (1 - beta1**t) * ((v / (1 - beta2**t)).sqrt() + group["eps"])
 
@@ -299,7 +310,7 @@ class Adaptive(UpdateRule):
         return state.get("exp_avg")
 
     def displacement(self, parameter: Tensor, buffer: Tensor, metric: Tensor | float, group: Group) -> Tensor:
-        r"""Return :math:`-\eta(\omega\theta + P^{-1}m)/(1-\eta\omega)`; infinite, so never accepted, for :math:`\eta\omega \ge 1`."""
+        r"""Return :math:`-\eta(\omega\theta + P^{-1}m)/(1-\eta\omega)`, infinite for :math:`\eta\omega > 1`: not accepted."""
         lr, kept, moved = _number(group["lr"]), self._kept(group), buffer / metric
         if kept == 1.0:
             return moved * -lr
@@ -321,6 +332,11 @@ class Adaptive(UpdateRule):
     @staticmethod
     def _kept(group: Group) -> float:
         return 1.0 - _number(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
+
+
+def _check_smoothness(smoothness: float) -> None:
+    if not (math.isfinite(smoothness) and smoothness >= 0):
+        raise ValueError(f"smoothness must be a finite number >= 0, got {smoothness!r}.")
 
 
 def _zero(like: Tensor) -> Tensor:

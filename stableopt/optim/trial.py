@@ -7,7 +7,9 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import CodeType, FunctionType
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -19,6 +21,9 @@ __all__ = ["RandomState", "as_loss", "evaluate_again"]
 
 _GRAD: Any = Tensor.grad  # a descriptor on the class, whatever its annotation says
 _GRAD_GET, _GRAD_SET, _GRAD_DELETE = _GRAD.__get__, _GRAD.__set__, _GRAD.__delete__
+
+_needs_graph: WeakSet[CodeType] = WeakSet()
+"""The code of closures that could not run without gradients: the next evaluation starts with them."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +104,14 @@ def as_loss(value: object) -> float:
 def evaluate_again(closure: Callable[[], Any], start: RandomState | None = None) -> float:
     """Return the value of a torch closure at the current parameters, without its side effects.
 
-    The closure may zero gradients, run the model, call ``backward`` and return the loss, as ``torch.optim`` asks for. Here it runs
-    without gradients; ``backward`` does nothing; ``.grad`` looks empty to it and is what it was afterwards; buffers of the modules
-    it calls (running statistics, power-iteration vectors) and all random states are put back.
+    The closure may zero gradients, run the model, call ``backward``, clip and return the loss, as ``torch.optim`` asks for. Here
+    it runs without gradients and ``backward`` does nothing; ``.grad`` is empty before it and zero after it, and in the end what it
+    really was; buffers of the modules it calls (running statistics, power-iteration vectors) and all random states are put back; an
+    autocast that is open around it forgets the weights it has cast.
 
     Args:
-        closure: evaluated once; a second time, with gradients enabled, only if it needs a graph (``torch.autograd.grad``).
+        closure: evaluated once; a second time, with gradients enabled, only if it needs a graph (``torch.autograd.grad``), and then
+            once again from the next time on.
         start: the random state to begin with, that of the first evaluation, so that dropout draws the same mask; None for the
             current one.
 
@@ -129,44 +136,65 @@ def evaluate_again(closure: Callable[[], Any], start: RandomState | None = None)
         (9.0, True)
     """
     end = RandomState.capture()
+    begin = end if start is None else start
+    code = closure.__code__ if isinstance(closure, FunctionType) else None
     try:
-        with _buffers_put_back():
+        if code not in _needs_graph:
             try:
-                return _value(closure, start or end, gradients=False)
+                return _value(closure, begin, gradients=False)
             except RuntimeError as error:
                 if "does not require grad" not in str(error):
                     raise
-                return _value(closure, start or end, gradients=True)
+                if code is not None:
+                    _needs_graph.add(code)
+        return _value(closure, begin, gradients=True)
     finally:
         end.restore()
 
 
 def _value(closure: Callable[[], Any], start: RandomState, *, gradients: bool) -> float:
     start.restore()
-    with torch.set_grad_enabled(gradients), _NoBackward():
-        value = closure()
+    # An autocast around the training step keeps the weights it has cast: before, they are those of the point that the step left;
+    # after, they have no graph. Neither may meet the next forward pass.
+    torch.clear_autocast_cache()
+    try:
+        with _buffers_put_back(), torch.set_grad_enabled(gradients), _NoBackward():
+            value = closure()
+    finally:
+        torch.clear_autocast_cache()
     return as_loss(value.detach() if isinstance(value, Tensor) else value)
 
 
 class _NoBackward(TorchFunctionMode):
-    """Let ``backward`` do nothing, and give ``.grad`` a life of its own that ends with the mode."""
+    """Let ``backward`` do nothing, and give ``.grad`` a life of its own that ends with the mode.
+
+    In plain words: gradients are None until ``backward`` is called and zero from then on, so that a closure may clip or scale them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self._grads: dict[int, Tensor | None] = {}
+        self._called = False
+        self._grads: dict[int, tuple[Tensor, Tensor | None]] = {}  # with its tensor, which keeps the id in use
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.backward:
+        if func is Tensor.backward or func is torch.autograd.backward:
+            self._called = True
             return None
         if func == _GRAD_GET:
-            return self._grads.get(id(args[0]))
+            return self._grad(args[0])
         if func == _GRAD_SET:
-            self._grads[id(args[0])] = args[1]
+            self._grads[id(args[0])] = args[0], args[1]
             return None
         if func == _GRAD_DELETE:
-            self._grads.pop(id(args[0]), None)
+            self._grads[id(args[0])] = args[0], None
             return None
         return func(*args, **(kwargs or {}))
+
+    def _grad(self, tensor: Tensor) -> Tensor | None:
+        if id(tensor) not in self._grads or (self._grads[id(tensor)][1] is None and self._called):
+            given = torch.zeros_like(tensor) if self._called and tensor.is_leaf and tensor.requires_grad else None
+            self._grads[id(tensor)] = tensor, given
+        return self._grads[id(tensor)][1]
 
 
 @contextmanager
@@ -189,4 +217,4 @@ def _buffers_put_back() -> Iterator[None]:
                 for name, (buffer, value) in buffers.items():
                     module._buffers[name] = buffer  # noqa: SLF001
                     if buffer is not None and value is not None:
-                        buffer.copy_(value)
+                        buffer.copy_(value)  # always: batch_norm changes its statistics without counting a new version

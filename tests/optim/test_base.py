@@ -265,3 +265,132 @@ def test_parameters_without_gradient_stay_where_they_are(device: torch.device) -
     optimizer.step(closure_of(optimizer, used, lambda w: w.square().sum()))
     assert unused.tolist() == [1.0, 1.0]
     assert optimizer.last_step.verdict == "decreased"
+
+
+def test_the_first_step_takes_the_prox_of_its_own_rate() -> None:
+    """torch does not dampen the first gradient: the prox step is then η, not η(1−δ), or the law of the step fails."""
+    w = nn.Parameter(torch.tensor([1.0]))
+    optimizer = SGD([w], lr=0.1, momentum=0.9, dampening=0.5, prox=L1(2.0), guard="off")
+    for expected in (1.0 - 0.1 * 2.0, None):
+        start, buffer = w.item(), optimizer.state.get(w, {}).get("momentum_buffer")
+        buffer = None if buffer is None else buffer.item()
+        w.grad = torch.zeros(1)
+        optimizer.step()
+        if expected is None:
+            expected = start - 0.1 * 0.9 * buffer - 0.1 * 0.5 * 2.0
+        assert w.item() == pytest.approx(expected, abs=1e-15)
+        assert optimizer.state[w]["momentum_buffer"].item() == pytest.approx((start - w.item()) / 0.1, abs=1e-13)
+
+
+@pytest.mark.parametrize("cls", [SGD, AdamW])
+def test_settings_of_the_guard_belong_to_the_whole_optimizer(cls: type) -> None:
+    w, v = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    for setting in ({"guard": "off"}, {"shrink": 0.1}, {"armijo": "x"}):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))} belongs to the whole"):
+            cls([{"params": [w]}, {"params": [v]} | setting], guard="strict")
+    optimizer = cls([{"params": [w], "guard": "strict"}], guard="strict")
+    optimizer.param_groups[0]["guard"] = "monitor"
+    optimizer.add_param_group({"params": [v]})
+    assert optimizer.param_groups[1]["guard"] == "monitor"
+
+
+def test_complex_parameters_are_right_or_refused() -> None:
+    """SGD on z is SGD on (re, im), energies included; AdamW has no real metric for z."""
+    z, pair = nn.Parameter(torch.tensor([2.0 + 1.0j])), nn.Parameter(torch.tensor([2.0, 1.0]))
+    reports = []
+    for w in (z, pair):
+        optimizer = SGD([w], lr=0.1, momentum=0.9, weight_decay=0.1, guard="strict")
+        for _ in range(5):
+            optimizer.step(closure_of(optimizer, w, lambda w: (w * w.conj()).real.sum() if w.is_complex() else w @ w))
+        reports.append(optimizer.last_step)
+    torch.testing.assert_close(torch.view_as_real(z.detach())[0], pair.detach())
+    assert reports[0].energy_after == pytest.approx(reports[1].energy_after, rel=1e-12)
+    assert reports[0].predicted == pytest.approx(reports[1].predicted, rel=1e-12)
+    with pytest.raises(TypeError, match="view_as_real"):
+        AdamW([nn.Parameter(torch.ones(1, dtype=torch.complex128))])
+    assert AdamW([nn.Parameter(torch.ones(1, dtype=torch.complex128))], guard="off").count == 0
+
+
+@pytest.mark.parametrize(("ours", "theirs", "options"), [(SGD, torch.optim.SGD, {"weight_decay": 0.1}), PAIRS[1]])
+def test_differentiable_is_torchs_step(ours: type, theirs: type, options: dict) -> None:
+    """The derivative of a step with respect to its start, through the optimizer."""
+    slopes = []
+    for cls, extra in ((ours, {"guard": "off"}), (theirs, {})):
+        start = torch.tensor([2.0], requires_grad=True)
+        w = start.clone()
+        w.retain_grad()
+        optimizer = cls(
+            [nn.Parameter(torch.ones(1))], lr=0.1, differentiable=True, **options, **extra
+        )  # takes leaves only
+        optimizer.param_groups[0]["params"] = [w]
+        w.grad = 2 * w
+        optimizer.step()
+        slopes.append(torch.autograd.grad(w.sum(), start)[0])
+    assert torch.equal(*slopes)
+    assert slopes[0].item() != 1.0
+
+
+@pytest.mark.parametrize("cls", [SGD, AdamW])
+@pytest.mark.parametrize("guard", ["monitor", "strict"])
+def test_scalars_empty_tensors_and_strided_parameters_are_parameters(
+    cls: type, guard: str, device: torch.device
+) -> None:
+    scalar, empty = nn.Parameter(torch.tensor(3.0, device=device)), nn.Parameter(torch.zeros(0, 3, device=device))
+    strided = nn.Parameter(torch.randn(4, 3, device=device).T)
+    plain = nn.Parameter(strided.detach().clone(memory_format=torch.contiguous_format))
+    optimizer = cls([scalar, empty, strided], lr=0.05, prox=L1(0.1), guard=guard)
+    twin = cls([nn.Parameter(torch.tensor(3.0, device=device)), plain], lr=0.05, prox=L1(0.1), guard=guard)
+
+    def closure_for(o: torch.optim.Optimizer) -> object:
+        def closure() -> torch.Tensor:
+            o.zero_grad()
+            loss = sum(p.square().sum() for p in o.param_groups[0]["params"])
+            loss.backward()
+            return loss
+
+        return closure
+
+    for _ in range(5):
+        optimizer.step(closure_for(optimizer))
+        twin.step(closure_for(twin))
+        assert optimizer.last_step.verdict == "decreased"
+    assert torch.equal(strided.detach(), plain.detach())
+    assert strided.stride() == (1, 3)
+
+
+@pytest.mark.parametrize("cls", [SGD, AdamW])
+def test_distributed_checkpoints_carry_settings_and_move_nothing(cls: type) -> None:
+    """torch creates missing state by a step with zero gradients and learning rate zero: it must change no weight."""
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+    model = nn.Linear(3, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = cls(model.parameters(), lr=0.1, guard="strict", prox=L1(0.1))
+    saved = get_optimizer_state_dict(model, optimizer)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    other = cls(model.parameters(), lr=0.7)
+    set_optimizer_state_dict(model, other, saved)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    group = other.param_groups[0]
+    assert (group["lr"], group["guard"], group["prox"]) == (0.1, "strict", L1(0.1))
+
+
+@pytest.mark.parametrize("cls", [SGD, AdamW])
+@pytest.mark.parametrize(
+    "regularizer", [{"prox": L1(0.3)}, {"constraint": Box(-0.5, 0.5)}, {"constraint": L2Ball(1.0)}]
+)
+def test_watching_changes_nothing_with_a_regularizer_either(cls: type, regularizer: dict) -> None:
+    """monitor, and strict at a rate that passes, give the iterates of off, bit for bit."""
+    runs = []
+    for guard in ("off", "monitor", "strict"):
+        w, f, _ = quadratic()
+        with torch.no_grad():
+            w.mul_(0.1)
+        optimizer = cls([w], lr=0.01, guard=guard, **regularizer)
+        for _ in range(30):
+            optimizer.step(closure_of(optimizer, w, f))
+            assert guard != "strict" or optimizer.last_step.scale == 1.0
+        runs.append((w.detach(), optimizer.state_dict()["state"].get(0, {})))
+    for value, state in runs[1:]:
+        assert torch.equal(value, runs[0][0])
+        assert all(torch.equal(v, runs[0][1][k]) for k, v in state.items())

@@ -229,3 +229,136 @@ def test_nesterov_has_no_proved_limit_and_a_zero_rate_has_no_edge() -> None:
     with pytest.raises(ValueError, match="Nesterov"):
         HeavyBall().energy_limit(1.0, group)
     assert HeavyBall().limit(group) == math.inf
+
+
+@pytest.mark.parametrize("omega", [0.0, 0.5, 3.0])
+def test_the_law_of_adamw_holds_from_its_first_step(omega: float) -> None:
+    """Without momentum a decoupled decay still moves: that displacement has energy too."""
+    rule, n = Adaptive(), 4
+    group = {
+        "lr": 1.0, "betas": (0.9, 0.99), "eps": 1e-3, "weight_decay": omega, "amsgrad": False, "maximize": False,
+        "decoupled_weight_decay": True,
+    }  # fmt: skip
+    for trial in range(60):
+        Q = torch.linalg.qr(torch.randn(n, n))[0]
+        H = Q @ torch.diag(torch.rand(n) * 3 - 1.5) @ Q.T
+        w = torch.randn(n)
+        metric = rule.metric(rule.update(w, H @ w, {}, group)[1], group)
+        smoothness = float(torch.linalg.eigvalsh(H / metric.sqrt() / metric.sqrt()[:, None]).abs().max())
+        group["lr"] = rule.energy_limit(smoothness, group) * (0.05 + 0.94 * trial / 59)
+        before, after, square, *_ = one_step(rule, group, H, w, {})
+        rate = 1 - rule.momentum(group) - rule.effective_lr(group, first=True) * (smoothness + omega) / 2
+        assert after <= before - rate * square + 1e-10 * max(1.0, abs(before))
+        zero = {"step": torch.tensor(0.0), "exp_avg": torch.zeros(n), "exp_avg_sq": torch.zeros(n)}
+        assert one_step(rule, group, H, w, zero)[0] == pytest.approx(before, rel=1e-12)
+
+
+@pytest.mark.parametrize("dampening", [0.0, 0.3, 0.8])
+@pytest.mark.parametrize("penalty", ["L1", "box", "ball"])
+def test_the_law_of_heavy_ball_holds_with_dampening_and_from_the_first_step(dampening: float, penalty: str) -> None:
+    from stableopt.constraints import L1, Box, L2Ball
+
+    prox = {"L1": L1(0.3), "box": Box(-0.5, 0.5), "ball": L2Ball(0.7)}[penalty]
+    rule, n, beta = HeavyBall(), 4, 0.8
+    group = {
+        "lr": 1.0,
+        "momentum": beta,
+        "dampening": dampening,
+        "weight_decay": 0.0,
+        "nesterov": False,
+        "maximize": False,
+    }
+    for trial in range(60):
+        Q = torch.linalg.qr(torch.randn(n, n))[0]
+        H = Q @ torch.diag(torch.rand(n) * 3 - 1.5) @ Q.T
+        smoothness = float(torch.linalg.eigvalsh(H).abs().max())
+        state = {"momentum_buffer": 10 * torch.randn(n)} if trial % 2 else {}
+        group["lr"] = (
+            (rule.energy_limit(smoothness, group) if state else 2 * (1 - beta) / smoothness) * (trial + 1) / 60
+        )
+        w = torch.randn(n) if penalty == "L1" else prox.project(torch.randn(n))
+        before, after, square, *_ = one_step(rule, group, H, w, state, prox)
+        rate = 1 - beta - rule.effective_lr(group, first=not state) * smoothness / 2
+        assert rate >= -1e-12
+        assert after <= before - rate * square + 1e-11 * max(1.0, abs(before))
+
+
+@pytest.mark.parametrize("name", ["Box", "L1", "L2Ball"])
+@pytest.mark.parametrize("beta", [0.5, 0.9])
+@pytest.mark.parametrize("convex", [True, False])
+def test_our_sgd_keeps_the_law_that_a_prox_after_torchs_step_breaks(name: str, beta: float, convex: bool) -> None:
+    """0.999 of the limit, 300 steps: no violation with the realised displacement, some without it."""
+    from stableopt import constraints
+
+    regularizer = {"Box": constraints.Box(-0.5, 0.5), "L1": constraints.L1(0.5), "L2Ball": constraints.L2Ball(0.6)}[
+        name
+    ]
+    scale, center = torch.linspace(0.02, 1.0, 8), torch.linspace(-3, 3, 8)
+    smoothness = 1.0 if convex else 1.5
+
+    def f(w: torch.Tensor) -> torch.Tensor:
+        x = w - center
+        return 0.5 * (scale * x * x).sum() if convex else (0.25 * x * x + (2 * x).cos() / 4).sum()
+
+    lr = 0.999 * 2 * (1 - beta) / smoothness
+    rate = (1 - beta) / lr - smoothness / 2
+    counts = {}
+    for corrected in (True, False):
+        w = nn.Parameter(regularizer.prox(torch.linspace(2.0, -1.0, 8)))
+        if corrected:
+            optimizer = SGD([w], lr=lr, momentum=beta, guard="off", prox=regularizer)
+        else:
+            optimizer = torch.optim.SGD([w], lr=lr, momentum=beta)
+        energy, count = float(f(w.detach()) + regularizer.value(w.detach())), 0
+        for _ in range(300):
+            old = w.detach().clone()
+            optimizer.zero_grad()
+            f(w).backward()
+            optimizer.step()
+            if not corrected:
+                with torch.no_grad():
+                    w.copy_(regularizer.prox(w.detach(), lr))
+            kinetic = beta * lr / 2 * optimizer.state[w]["momentum_buffer"].square().sum()
+            new = float(f(w.detach()) + regularizer.value(w.detach()) + kinetic)
+            count += new > energy - rate * float((w.detach() - old).square().sum()) + 1e-12
+            energy = new
+        counts[corrected] = count
+    assert counts[True] == 0
+    assert counts[False] > 0
+
+
+@pytest.mark.parametrize("rule", [HeavyBall(), Adaptive()])
+def test_a_flat_loss_has_no_limit_and_a_smoothness_is_a_number(rule: HeavyBall | Adaptive) -> None:
+    group = {
+        "lr": 0.1, "momentum": 0.9, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False,
+        "betas": (0.9, 0.999), "decoupled_weight_decay": True,
+    }  # fmt: skip
+    assert rule.energy_limit(0.0, group) == math.inf
+    for bad in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match="smoothness"):
+            rule.energy_limit(bad, group)
+
+
+@pytest.mark.parametrize("smoothness", [0.1, 1.0, 30.0])
+@pytest.mark.parametrize("omega", [0.0, 0.2, 3.0])
+@pytest.mark.parametrize("dampening", [0.0, 0.4])
+@pytest.mark.parametrize("rule", [HeavyBall(), Adaptive()])
+def test_the_energy_limit_is_where_the_rate_of_the_law_changes_sign(
+    rule: HeavyBall | Adaptive, dampening: float, omega: float, smoothness: float
+) -> None:
+    """(1−β)/η' − (L+ω)/2 is zero at the limit; for AdamW the limit may also be where a decoupled decay turns θ round, ηω = 1."""
+    group = {
+        "lr": 0.1, "momentum": 0.8, "dampening": dampening, "weight_decay": omega, "nesterov": False, "maximize": False,
+        "betas": (0.8, 0.999), "decoupled_weight_decay": True,
+    }  # fmt: skip
+    limit = rule.energy_limit(smoothness, group)
+
+    def rate(lr: float) -> float:
+        at = group | {"lr": lr}
+        return 1 - rule.momentum(at) - rule.effective_lr(at, first=False) * (smoothness + omega) / 2
+
+    assert rate(limit * (1 - 1e-6)) > 0
+    if isinstance(rule, Adaptive) and omega and limit > 0.999 / omega:
+        assert limit * omega < 1
+    else:
+        assert rate(limit * (1 + 1e-6)) < 0

@@ -110,3 +110,113 @@ def test_one_real_number_is_a_loss(loss: object) -> None:
 def test_anything_else_is_none(loss: object) -> None:
     with pytest.raises(ValueError, match="closure must return the loss"):
         as_loss(loss)
+
+
+@pytest.mark.parametrize("backward", [torch.Tensor.backward, torch.autograd.backward])
+@pytest.mark.parametrize("needs_graph", [False, True])
+def test_no_way_to_call_backward_reaches_the_gradients(backward: object, needs_graph: bool) -> None:
+    w = nn.Parameter(torch.tensor(2.0))
+
+    def closure() -> torch.Tensor:
+        w.grad = None
+        loss = w * w
+        if needs_graph:
+            (slope,) = torch.autograd.grad(loss, w, create_graph=True)
+            loss = loss + 0 * slope
+        backward(loss)
+        return loss
+
+    closure()
+    gradient = w.grad
+    assert gradient.item() == 4.0
+    assert evaluate_again(closure) == 4.0
+    assert w.grad is gradient
+    assert gradient.item() == 4.0
+
+
+def test_a_closure_may_clip_scale_read_and_delete_its_gradients() -> None:
+    w, unused = nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.ones(1))
+    seen = []
+
+    def closure() -> torch.Tensor:
+        del unused.grad
+        w.grad = None
+        seen.append(w.grad)
+        loss = w.square().sum()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_([w], 1.0)
+        w.grad.clamp_(-0.5, 0.5)
+        w.grad = w.grad * 2
+        seen.append(float(norm))
+        seen.append(w.grad.tolist())
+        return loss
+
+    closure()
+    real, kept = w.grad, w.grad.clone()
+    assert evaluate_again(closure) == 25.0
+    assert w.grad is real
+    assert torch.equal(w.grad, kept)
+    assert unused.grad is None
+    assert seen == [None, 10.0, [1.0, 1.0], None, 0.0, [0.0, 0.0]]
+
+
+def test_a_gradient_tensor_does_not_inherit_that_of_a_freed_one() -> None:
+    """Ids are used again after a tensor has died; the gradients of temporaries must not meet."""
+    found = []
+
+    def closure() -> float:
+        for value in range(50):
+            temporary = torch.zeros(1, requires_grad=True)
+            found.append(temporary.grad)
+            temporary.grad = torch.full((1,), float(value))
+        return 0.0
+
+    evaluate_again(closure)
+    assert found == [None] * 50
+
+
+def test_an_autocast_around_the_step_does_not_hide_that_the_weights_moved() -> None:
+    """autocast keeps the weights it has cast; a second evaluation at other weights must cast again, and leave no cast behind."""
+    layer, x = nn.Linear(4, 1, bias=False).float(), torch.ones(1, 4, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        first = float(layer(x).sum().detach())
+        with torch.no_grad():
+            layer.weight.mul_(2.0)
+        assert float(layer(x).sum().detach()) == first  # the trap
+        assert evaluate_again(lambda: layer(x).sum()) == 2 * first
+        with torch.no_grad():  # a step that is undone
+            layer.weight.mul_(0.5)
+            assert float(layer(x).sum()) == first
+        layer(x).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_that_a_closure_needs_a_graph_is_remembered() -> None:
+    w, calls = nn.Parameter(torch.tensor(2.0)), []
+
+    def make() -> object:
+        def closure() -> torch.Tensor:
+            calls.append(torch.is_grad_enabled())
+            loss = w**2
+            torch.autograd.grad(loss, w)
+            return loss
+
+        return closure
+
+    evaluate_again(make())
+    evaluate_again(make())  # another closure of the same code
+    assert calls == [False, True, True]
+
+
+def test_a_failed_attempt_without_gradients_does_not_advance_buffers_twice() -> None:
+    """With a vector of a power iteration, the value of the second attempt shows whether the first was put back."""
+    layer = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4), n_power_iterations=1)
+    x = torch.ones(1, 4, requires_grad=True)
+
+    def closure() -> torch.Tensor:
+        y = layer(x).sum()
+        (slope,) = torch.autograd.grad(y, x, create_graph=True)
+        return y + slope.square().sum()
+
+    first = evaluate_again(closure)  # two attempts
+    assert evaluate_again(closure) == first  # one attempt

@@ -185,6 +185,8 @@ def test_exponentials_and_logarithms_of_enclosures_are_rounded_outwards() -> Non
         assert enclosure.lower <= mpmath.log(mpmath.mpf(x)) <= enclosure.upper
         assert math.nextafter(enclosure.lower, math.inf) >= enclosure.upper
     assert arguments.real_exp(Bound.point(0.0)) == Bound.point(1.0)
+    assert arguments.real_exp(Bound.point(1e-300)).upper > 1.0  # beyond the digits that are computed
+    assert arguments.real_exp(Bound.point(-1e-300)).lower < 1.0
     assert arguments.real_exp(Bound(-1e9, 1e9)) == Bound(0.0, math.inf)
     assert arguments.real_exp(1e9) == math.inf
     assert arguments.real_log(Bound(0.0, 1.0)) == Bound(-math.inf, 0.0)
