@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stableopt.constraints import Regularizer
 from stableopt.optim import rule_for
+from stableopt.optim.rules import step_sums, weighted_square
 
 __all__ = ["Motion", "Start", "direction"]
 
@@ -80,27 +81,16 @@ class Start:
             math.sqrt(square), before, after, predicted if self._rule is not None else math.nan, f"energy: {name}"
         )
 
-    def _row(self, p: Tensor, group: dict[str, object]) -> list[Tensor]:
+    def _row(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
         """Return, for one parameter, the square of its displacement, its energies before and after, and what is predicted."""
-        rule, start, state = self._rule, self._values[p], self._optimizer.state.get(p, {})
-        d = p.detach() - start
-        square = d.abs().to(_WIDE.get(d.device.type, torch.float64)).square()
-        zero = square.new_zeros(())
+        rule, start = self._rule, self._values[p]
         if rule is None:
-            return [square.sum(), zero, zero, zero]
-        metric, buffer = rule.metric(state, group), self._buffers[p]
-        first = buffer is None
-        eta = rule.effective_lr(group, first=first)
-        predicted = (square * metric).sum() * ((1.0 - rule.momentum(group)) / eta) if eta > 0 else zero
-        before = rule.energy(start, buffer, metric, group, first=first)
-        after = rule.energy(p.detach(), rule.buffer(state), metric, group, first=first)
-        prox = group.get("prox")
-        if isinstance(prox, Regularizer):
-            before, after = before + prox.value(start), after + prox.value(p.detach())
-        return [square.sum(), before, after, predicted]
-
-
-_WIDE = {"mps": torch.float32}  # has no float64
+            square = weighted_square(p.detach() - start, 1.0)
+            zero = torch.zeros_like(square)
+            return square, zero, zero, zero
+        state = self._optimizer.state.get(p, {})
+        before, after, _, predicted, square = step_sums(rule, group, start, self._buffers[p], p.detach(), state)
+        return square, before, after, predicted
 
 
 def direction(optimizer: Optimizer) -> float:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stableopt.optim.report import Action, StepReport, energy_tolerance, verdict_of
-from stableopt.optim.rules import weighted_square
+from stableopt.optim.rules import step_sums
 from stableopt.optim.trial import RandomState, evaluate_again
 
 if TYPE_CHECKING:
@@ -256,24 +256,16 @@ class _Ladder:
 
     def _sums(self, values: dict[Tensor, Tensor], buffers: dict[Tensor, Tensor | None]) -> list[float]:
         r"""Return energy before and after (without the loss), |d|²_P/η', (1-β)|d|²_P/η', |d|², with one wait for the device."""
-        rule, sums = self.optimizer.rule, []
+        rule, state = self.optimizer.rule, self.optimizer.state
         device = self.snapshot.parameters[0].device if self.snapshot.parameters else torch.device("cpu")
-        for group, p in self._moved():
-            state = self.optimizer.state.get(p, {})
-            metric, first = rule.metric(state, group), buffers[p] is None
-            eta, regularizer = rule.effective_lr(group, first=first), group["prox"] or group["constraint"]
-            d = p.detach() - values[p]
-            length = weighted_square(d, 1.0)
-            square = weighted_square(d, metric) if isinstance(metric, Tensor) else metric * length
-            square = square / eta if eta > 0 else torch.zeros_like(length)
-            before = rule.energy(values[p], buffers[p], metric, group, first=first)
-            after = rule.energy(p.detach(), rule.buffer(state), metric, group, first=first)
-            if group["prox"] is not None:  # a set contributes 0: steps begin and end inside
-                before, after = before + regularizer.value(values[p]), after + regularizer.value(p.detach())
-            sums += [before, after, square, (1.0 - rule.momentum(group)) * square, length]
+        sums = [
+            x.to(device, torch.float64)
+            for group, p in self._moved()
+            for x in step_sums(rule, group, values[p], buffers[p], p.detach(), state.get(p, {}))
+        ]
         if not sums:
             return [0.0] * 5
-        return torch.stack([x.to(device, torch.float64) for x in sums]).view(-1, 5).sum(0).tolist()
+        return torch.stack(sums).view(-1, 5).sum(0).tolist()
 
     def _moved(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
         for group in self.optimizer.param_groups:

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Adaptive", "HeavyBall", "UpdateRule", "rule_for"]
+from stableopt.theory import adamw_energy_limit, sgd_energy_limit
+
+__all__ = ["Adaptive", "HeavyBall", "UpdateRule", "rule_for", "step_sums", "weighted_square"]
 
 State: TypeAlias = dict[str, Any]
 Group: TypeAlias = Mapping[str, Any]
@@ -113,6 +115,41 @@ class UpdateRule(ABC):
         return total + beta / (2.0 * eta) * weighted_square(self.displacement(parameter, buffer, metric, group), metric)
 
 
+def step_sums(
+    rule: UpdateRule, group: Group, start: Tensor, buffer: Tensor | None, end: Tensor, state: State
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    r"""Return what one parameter adds to the energies of a step.
+
+    Args:
+        rule: of the optimizer.
+        group: hyper-parameters, those that the step used.
+        start: the parameter before the step.
+        buffer: its momentum buffer before the step, None if it had none.
+        end: the parameter after the step.
+        state: its state after the step.
+
+    Returns:
+        Five 0-d float64 tensors: the energy before and after without the loss, :math:`\|d\|_P^2/\eta'`,
+        :math:`(1-\beta)\|d\|_P^2/\eta'` and :math:`\|d\|^2`.
+
+    Examples:
+        >>> group = {"lr": 0.5, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0}
+        >>> [x.item() for x in step_sums(HeavyBall(), group, torch.zeros(1), None, torch.ones(1), {})]
+        [0.0, 0.0, 2.0, 2.0, 1.0]
+    """
+    metric, first = rule.metric(state, group), buffer is None
+    eta, prox = rule.effective_lr(group, first=first), group.get("prox")
+    d = end - start
+    length = weighted_square(d, 1.0)
+    square = weighted_square(d, metric) if isinstance(metric, Tensor) else metric * length
+    square = square / eta if eta > 0 else torch.zeros_like(length)
+    before = rule.energy(start, buffer, metric, group, first=first)
+    after = rule.energy(end, rule.buffer(state), metric, group, first=first)
+    if prox is not None:  # a set contributes 0: steps begin and end inside
+        before, after = before + prox.value(start), after + prox.value(end)
+    return before, after, square, (1.0 - rule.momentum(group)) * square, length
+
+
 def weighted_square(x: Tensor, metric: Tensor | float) -> Tensor:
     r"""Return :math:`\|x\|_P^2 = \sum P_i |x_i|^2`, summed in float64.
 
@@ -179,14 +216,13 @@ class HeavyBall(UpdateRule):
             ValueError: for Nesterov's momentum, for which no dissipating energy is known here, and if ``smoothness`` is
                 negative or not finite.
         """
-        _check_smoothness(smoothness)
         if group["nesterov"]:
             raise ValueError(
                 "no dissipating energy is known for Nesterov's momentum; use nesterov=False for a proved limit."
             )
-        dampening = group["dampening"] if group["momentum"] else 0.0
-        denominator = (1 - dampening) * (smoothness + group["weight_decay"])
-        return 2 * (1 - group["momentum"]) / denominator if denominator > 0 else math.inf
+        momentum, decay = group["momentum"], group["weight_decay"]
+        dampening = group["dampening"] if momentum else 0.0
+        return sgd_energy_limit(smoothness, momentum=momentum, dampening=dampening, weight_decay=decay)
 
     def momentum(self, group: Group) -> float:
         r"""Return :math:`\beta`."""
@@ -281,13 +317,9 @@ class Adaptive(UpdateRule):
         Raises:
             ValueError: if ``smoothness`` is negative or not finite.
         """
-        _check_smoothness(smoothness)
-        omega, (beta1, _) = group["weight_decay"], group["betas"]
-        if not group["decoupled_weight_decay"] or omega == 0:  # a coupled decay belongs to the smoothness of the loss
-            return 2 / smoothness if smoothness > 0 else math.inf
-        denominator = (1 - beta1) * (smoothness + omega) - 2 * beta1 * omega
-        within = math.nextafter(1 / omega, 0.0)
-        return min(within, 2 * (1 - beta1) / denominator) if denominator > 0 else within
+        omega = group["weight_decay"] if group["decoupled_weight_decay"] else 0.0  # a coupled decay belongs to the loss
+        proved = adamw_energy_limit(smoothness, beta1=group["betas"][0], weight_decay=omega)
+        return min(proved, math.nextafter(1 / omega, 0.0)) if omega else proved
 
     def momentum(self, group: Group) -> float:
         r"""Return :math:`\beta_1(1-\eta\omega)`."""
@@ -332,11 +364,6 @@ class Adaptive(UpdateRule):
     @staticmethod
     def _kept(group: Group) -> float:
         return 1.0 - _number(group["lr"]) * group["weight_decay"] if group["decoupled_weight_decay"] else 1.0
-
-
-def _check_smoothness(smoothness: float) -> None:
-    if not (math.isfinite(smoothness) and smoothness >= 0):
-        raise ValueError(f"smoothness must be a finite number >= 0, got {smoothness!r}.")
 
 
 def _zero(like: Tensor) -> Tensor:
