@@ -161,8 +161,9 @@ def weighted_square(x: Tensor, metric: Tensor | float) -> Tensor:
     if not isinstance(metric, Tensor):
         norm = torch.linalg.vector_norm(x, dtype=torch.complex128 if x.is_complex() else torch.float64)
         return metric * norm * norm
-    y = (x.abs() if x.is_complex() else x).double().flatten()
-    return torch.dot(metric.flatten() * y, y)
+    x = x.abs() if x.is_complex() else x
+    # the product with the metric is rounded in its own dtype: all terms are positive, so that is one relative rounding
+    return torch.dot((metric * x).double().flatten(), x.double().flatten())
 
 
 def _number(value: Any) -> float:
