@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import math
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -116,19 +120,26 @@ def load_data(source: str) -> Dataset:
     path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(f"no data at '{source}': expected the word digits or the path of a .npz file.")
-    with np.load(path, allow_pickle=False) as archive:
-        missing = [key for key in KEYS if key not in archive.files]
-        if missing:
-            raise ValueError(
-                f"'{path.name}' lacks {', '.join(missing)}; it has {', '.join(archive.files) or 'nothing'}."
-            )
-        arrays = {key: archive[key] for key in KEYS}
+    arrays = _read_archive(path)
     for key in ("x_train", "x_test"):
         if arrays[key].dtype == np.uint8:
             arrays[key] = arrays[key] / 255.0
         if arrays[key].ndim == 3:
             arrays[key] = arrays[key][:, None]
     return _dataset(path.name, arrays)
+
+
+def _read_archive(path: Path) -> dict[str, npt.NDArray[Any]]:
+    """Read the arrays, or say in a sentence why the file cannot be used."""
+    try:
+        content = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+        arrays = {key: content[key] for key in content.files} if isinstance(content, np.lib.npyio.NpzFile) else {}
+    except (ValueError, OSError, EOFError, BadZipFile, zlib.error) as error:
+        raise ValueError(f"'{path.name}' is no usable .npz file ({type(error).__name__}: {error}).") from error
+    missing = [key for key in KEYS if key not in arrays]
+    if missing:
+        raise ValueError(f"'{path.name}' lacks {', '.join(missing)}; it has {', '.join(arrays) or 'no named arrays'}.")
+    return {key: arrays[key] for key in KEYS}
 
 
 def _dataset(name: str, arrays: dict[str, npt.NDArray[np.generic]]) -> Dataset:

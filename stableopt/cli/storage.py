@@ -55,10 +55,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Examples:
         >>> load_checkpoint(Path("nowhere.pt"))
         Traceback (most recent call last):
-        FileNotFoundError: no checkpoint at 'nowhere.pt': start the run without --resume.
+        FileNotFoundError: no checkpoint at 'nowhere.pt': train there first, without --resume.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at '{path}': start the run without --resume.")
+        raise FileNotFoundError(f"no checkpoint at '{path}': train there first, without --resume.")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for a damaged file

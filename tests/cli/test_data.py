@@ -82,3 +82,15 @@ def test_what_is_no_data_is_refused(tmp_path: Path) -> None:
         load_data(str(tmp_path / "nothing.npz"))
     with pytest.raises(ValueError, match="needs images"):
         load_data(saved(tmp_path, x_train=np.zeros((6, 5)), x_test=np.zeros((3, 5)))).as_images()
+
+
+def test_a_file_that_is_no_archive_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "data.npz"
+    whole = Path(saved(tmp_path)).read_bytes()
+    for content in (b"text", b"", whole[:-40], whole[:200]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="is no usable"):
+            load_data(str(path))
+    np.save(tmp_path / "one.npy", np.zeros(3))
+    with pytest.raises(ValueError, match="no named arrays"):
+        load_data(str(tmp_path / "one.npy"))
