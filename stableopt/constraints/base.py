@@ -1,7 +1,7 @@
 r"""The two interfaces: a regularizer has a value and a prox, a constraint is the indicator of a set and has a projection.
 
 One code path serves both: a set is the function that is 0 inside and infinite outside, and its prox is the projection.
-Instances are frozen data (numbers and strings only), so they hash, compare, pickle, and travel in parameter groups and JSON.
+Instances are frozen data (numbers, strings, and tuples of them), so they hash, compare, pickle, and travel in parameter groups and JSON.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from stableopt.constraints.arguments import check_step, check_tensor
+from stableopt.constraints.arguments import check_tensor, combined_step
 
 __all__ = ["Constraint", "Parametrization", "Regularizer", "from_spec"]
 
@@ -26,12 +26,13 @@ _REGISTRY: dict[str, type[Regularizer]] = {}
 class Regularizer(ABC):
     r"""A function :math:`g` that an optimizer can split off and treat exactly, by its proximal operator.
 
-    A new one is a frozen dataclass with fields that are numbers, strings or ``None``. Its class name enters it into the
+    A new one is a frozen dataclass with fields that are numbers, strings, ``None``, other regularizers, or tuples of these. Its class name enters it into the
     registry of :func:`from_spec`; a name that starts with an underscore does not.
 
     Attributes:
-        separable: whether :math:`g` is a sum over coordinates. Only then is the prox with one step per coordinate (a diagonal
-            metric, as in Adam) exact, and a tensor accepted as step.
+        separable: whether :math:`g` is a sum over coordinates, so that its prox acts on each coordinate alone.
+        diagonal: whether the prox with one step per coordinate (a diagonal metric, as in Adam) is exact, so that a tensor is
+            accepted as step; everything separable is.
 
     Raises:
         TypeError: if the name of a new class is taken by a class defined elsewhere.
@@ -54,6 +55,11 @@ class Regularizer(ABC):
     """
 
     separable: ClassVar[bool] = False
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether the prox in a diagonal metric is exact; as long as a class does not say otherwise, if it is separable."""
+        return self.separable
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Enter the class into the registry under its name."""
@@ -85,12 +91,45 @@ class Regularizer(ABC):
 
         Args:
             x: any shape; never changed.
-            step: finite number :math:`\ge 0`; if :attr:`separable` also a tensor that broadcasts to ``x``, one step per
-                coordinate (its entries are not checked: that would wait for the device).
+            step: finite number :math:`\ge 0`; if :attr:`diagonal` also a tensor that broadcasts to ``x``, one step per
+                coordinate (its entries are not checked: that would wait for the device). The metric P and a step s are the
+                tensor s / P.
 
         Returns:
             Tensor with the shape, dtype and device of ``x``.
         """
+
+    @torch.no_grad()
+    def prox_(self, x: Tensor, step: float | Tensor = 1.0) -> Tensor:
+        """Replace ``x`` by its proximal point, in place and outside of autograd; the arguments and errors of :meth:`prox`.
+
+        Returns:
+            ``x`` itself. If anything is refused, it is unchanged.
+
+        Examples:
+            >>> from stableopt.constraints import L1
+            >>> x = torch.tensor([3.0, -0.5])
+            >>> L1(1.0).prox_(x) is x, x
+            (True, tensor([2., 0.]))
+        """
+        return x.copy_(self.prox(x, step))
+
+    def conjugate(self) -> Regularizer:
+        r"""Return the convex conjugate :math:`g^*(y) = \sup_x \langle x, y\rangle - g(x)`, where it is one of the package's classes.
+
+        With it :math:`\operatorname{prox}_{sg}(x) + s \operatorname{prox}_{g^*/s}(x/s) = x` (Moreau).
+
+        Raises:
+            ValueError: if :math:`g` is not convex, or the package has no class for its conjugate.
+
+        Examples:
+            >>> from stableopt.constraints import L1
+            >>> L1(0.5).conjugate()
+            LinfBall(radius=0.5)
+        """
+        raise ValueError(
+            f"{self!r} has no conjugate in closed form here; use prox, by Moreau's identity it gives the same."
+        )
 
     def spec(self) -> dict[str, Any]:
         """Return the name and the fields as JSON data: what :func:`from_spec` reads.
@@ -99,7 +138,8 @@ class Regularizer(ABC):
             A new dict; infinities are the strings ``"inf"`` and ``"-inf"``, which JSON has no number for.
 
         Raises:
-            TypeError: if the class is not a dataclass, or a field is not a number, a string or ``None``.
+            TypeError: if the class is not a dataclass, or a field is not a number, a string, ``None``, a regularizer, or a tuple
+                of such.
 
         Examples:
             >>> from stableopt.constraints import Box
@@ -150,6 +190,21 @@ class Constraint(Regularizer):
             x: float64, float32, bfloat16 or float16 tensor.
         """
 
+    @torch.no_grad()
+    def project_(self, x: Tensor) -> Tensor:
+        """Replace ``x`` by its projection, in place and outside of autograd; the errors of :meth:`project`.
+
+        Returns:
+            ``x`` itself. If anything is refused, it is unchanged.
+
+        Examples:
+            >>> from stableopt.constraints import LinfBall
+            >>> x = torch.tensor([3.0, -0.5])
+            >>> LinfBall(1.0).project_(x) is x, x
+            (True, tensor([ 1.0000, -0.5000]))
+        """
+        return x.copy_(self.project(x))
+
     def value(self, x: Tensor) -> Tensor:
         """Return 0 for a feasible point, else infinity (0-d, float64, on the device of ``x``).
 
@@ -160,15 +215,15 @@ class Constraint(Regularizer):
         """
         return torch.full((), 0.0 if self.violation(x) == 0.0 else math.inf, dtype=torch.float64, device=x.device)
 
-    def prox(self, x: Tensor, step: float | Tensor = 1.0) -> Tensor:
-        """Return the projection; the step is checked, then has no influence.
+    def prox(self, x: Tensor, step: float | Tensor = 1.0, metric: Tensor | None = None) -> Tensor:
+        """Return the projection; step and metric are checked, then have no influence.
 
         Raises:
             TypeError: if ``x`` or ``step`` has the wrong type.
             ValueError: if ``step`` is negative, not finite, or a tensor that does not fit.
         """
         check_tensor(type(self).__name__, x)
-        check_step(type(self).__name__, step, x, separable=self.separable)
+        combined_step(type(self).__name__, step, metric, x, diagonal=self.diagonal)
         return self.project(x)
 
     def map(self, x: Tensor) -> Tensor:
@@ -271,13 +326,24 @@ def from_spec(spec: Mapping[str, Any]) -> Regularizer:
     return cls(**given)
 
 
-def _to_json(owner: str, name: str, value: object) -> float | int | str | None:
+def _to_json(owner: str, name: str, value: object) -> Any:
+    if isinstance(value, Regularizer):
+        return value.spec()
+    if isinstance(value, tuple):
+        return [_to_json(owner, name, item) for item in value]
     if isinstance(value, float):
         return repr(value) if math.isinf(value) else value
     if value is None or isinstance(value, int | str):
         return value
-    raise TypeError(f"field {name!r} of {owner} must be a number, a string or None, got {type(value).__name__}.")
+    raise TypeError(
+        f"field {name!r} of {owner} must be a number, a string, None, a regularizer or a tuple of such, "
+        f"got {type(value).__name__}."
+    )
 
 
 def _from_json(value: object) -> object:
+    if isinstance(value, Mapping):
+        return from_spec(value)
+    if isinstance(value, list | tuple):
+        return tuple(_from_json(item) for item in value)
     return float(value) if isinstance(value, str) and value in {"inf", "-inf"} else value

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from stableopt.constraints.arguments import check_matrix
 from stableopt.constraints.base import Constraint
-from stableopt.constraints.sets import with_derivative_of
+from stableopt.constraints.layout import substitute
 from stableopt.constraints.spectral import apply_to_singular_values, proved_norm, shrink_until_proved
 
 __all__ = ["Orthogonal", "OrthogonalParametrization"]
@@ -94,7 +94,7 @@ class Orthogonal(Constraint):
         if self.violation(x) == 0.0 and proved_norm(x) <= 1.0:
             return x
         polar = apply_to_singular_values(x.double(), lambda s: (torch.ones_like(s), torch.zeros_like(s)))
-        return with_derivative_of(polar.to(x.dtype), shrink_until_proved(polar.detach(), 1.0, x.dtype))
+        return substitute(polar.to(x.dtype), shrink_until_proved(polar.detach(), 1.0, x.dtype))
 
     def violation(self, x: Tensor) -> float:
         r"""Return :math:`\max_i |\sigma_i^2 - 1|`, computed in float64; 0 within the tolerance, infinite for NaN.

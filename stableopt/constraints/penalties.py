@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-import torch
 from torch import Tensor
 
-from stableopt.constraints.arguments import check_number, check_step, check_tensor
+from stableopt.constraints.arguments import check_number
 from stableopt.constraints.base import Regularizer
+from stableopt.constraints.kinds import Elementwise
+from stableopt.constraints.sets import LinfBall
 
 __all__ = ["L1", "L2Squared"]
 
 
 @dataclass(frozen=True)
-class L1(Regularizer):
+class L1(Elementwise):
     r"""The sparsity penalty :math:`g(x) = \lambda \sum_i |x_i|`.
 
     .. math:: \operatorname{prox}_{sg}(x)_i = \operatorname{sign}(x_i) \max(|x_i| - s\lambda,\ 0).
@@ -35,6 +35,7 @@ class L1(Regularizer):
         Parikh and Boyd, *Proximal Algorithms*, 2014, section 6.5.2.
 
     Examples:
+        >>> import torch
         >>> L1(2.0).prox(torch.tensor([3.0, -0.5]), step=0.5)
         tensor([2., 0.])
         >>> L1(2.0).value(torch.tensor([3.0, -0.5])).item()
@@ -42,39 +43,25 @@ class L1(Regularizer):
     """
 
     weight: float
-    separable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the weight."""
         object.__setattr__(self, "weight", check_number("L1", "weight", self.weight, low=0.0))
 
-    def value(self, x: Tensor) -> Tensor:
-        """Return the penalty, summed in float64.
+    def conjugate(self) -> Regularizer:
+        """Return the ball of the maximum norm with the weight as radius."""
+        return LinfBall(self.weight)
 
-        Examples:
-            >>> L1(1.0).value(torch.tensor([3.0, -4.0])).item()
-            7.0
-        """
-        check_tensor("L1", x)
-        return self.weight * x.abs().sum(dtype=torch.float64)
+    def _value(self, x: Tensor) -> Tensor:
+        return self.weight * x.abs()
 
-    def prox(self, x: Tensor, step: float | Tensor = 1.0) -> Tensor:
-        """Return ``x`` moved toward zero by ``step * weight``, and no further than zero.
-
-        Raises:
-            TypeError: if ``x`` or ``step`` has the wrong type.
-            ValueError: if ``step`` is negative, not finite, or a tensor that does not broadcast to ``x``.
-
-        Examples:
-            >>> L1(1.0).prox(torch.tensor([3.0, -4.0]), step=torch.tensor([1.0, 2.0]))
-            tensor([ 2., -2.])
-        """
-        work, threshold = _scaled_step("L1", x, step, self.weight)
-        return (work - work.clamp(-threshold, threshold)).to(x.dtype)
+    def _prox(self, x: Tensor, step: float | Tensor) -> Tensor:
+        threshold = step * self.weight
+        return x - x.clamp(-threshold, threshold)
 
 
 @dataclass(frozen=True)
-class L2Squared(Regularizer):
+class L2Squared(Elementwise):
     r"""The ridge penalty :math:`g(x) = \tfrac{\lambda}{2} \|x\|^2`, that is weight decay taken implicitly.
 
     .. math:: \operatorname{prox}_{sg}(x) = \frac{x}{1 + s\lambda}.
@@ -94,6 +81,7 @@ class L2Squared(Regularizer):
         Parikh and Boyd, *Proximal Algorithms*, 2014, section 6.1.1.
 
     Examples:
+        >>> import torch
         >>> L2Squared(2.0).prox(torch.tensor([3.0, -4.0]), step=0.5)
         tensor([ 1.5000, -2.0000])
         >>> L2Squared(2.0).value(torch.tensor([3.0, -4.0])).item()
@@ -101,42 +89,13 @@ class L2Squared(Regularizer):
     """
 
     weight: float
-    separable: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the weight."""
         object.__setattr__(self, "weight", check_number("L2Squared", "weight", self.weight, low=0.0))
 
-    def value(self, x: Tensor) -> Tensor:
-        """Return the penalty, summed in float64.
+    def _value(self, x: Tensor) -> Tensor:
+        return 0.5 * self.weight * x.square()
 
-        Examples:
-            >>> L2Squared(1.0).value(torch.tensor([3.0, 4.0])).item()
-            12.5
-        """
-        check_tensor("L2Squared", x)
-        return 0.5 * self.weight * x.double().square().sum()
-
-    def prox(self, x: Tensor, step: float | Tensor = 1.0) -> Tensor:
-        """Return ``x`` divided by ``1 + step * weight``.
-
-        Raises:
-            TypeError: if ``x`` or ``step`` has the wrong type.
-            ValueError: if ``step`` is negative, not finite, or a tensor that does not broadcast to ``x``.
-
-        Examples:
-            >>> L2Squared(1.0).prox(torch.tensor([3.0, -4.0]), step=torch.tensor([1.0, 3.0]))
-            tensor([ 1.5000, -1.0000])
-        """
-        work, amount = _scaled_step("L2Squared", x, step, self.weight)
-        return (work / (1.0 + amount)).to(x.dtype)
-
-
-def _scaled_step(owner: str, x: Tensor, step: float | Tensor, weight: float) -> tuple[Tensor, Tensor]:
-    """Return ``x`` in the dtype to compute in (float32 for half precision), and ``step * weight`` in the same."""
-    check_tensor(owner, x)
-    check_step(owner, step, x, separable=True)
-    work = x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
-    if isinstance(step, Tensor):
-        return work, torch.mul(step, weight).to(work.dtype)
-    return work, torch.full((), step * weight, dtype=torch.float64, device=x.device).to(work.dtype)
+    def _prox(self, x: Tensor, step: float | Tensor) -> Tensor:
+        return x / (1.0 + step * self.weight)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["STORAGE_DTYPES", "round_down_to", "round_up_to", "toward_zero", "unit_scale"]
+__all__ = ["COMPLEX_DTYPES", "STORAGE_DTYPES", "round_down_to", "round_up_to", "toward_zero", "unit_scale"]
 
 _BITS = {
     torch.float64: torch.int64,
@@ -17,28 +17,34 @@ _BITS = {
 }
 STORAGE_DTYPES = tuple(_BITS)
 """The dtypes in which a constraint can promise feasibility of the stored numbers."""
+COMPLEX_DTYPES = (torch.complex128, torch.complex64)
+"""The complex ones, for what depends on the moduli of the entries only."""
 
 
 def toward_zero(x: Tensor, dtype: torch.dtype) -> Tensor:
     r"""Cast float64 numbers to ``dtype``, rounding toward zero: :math:`|\mathrm{cast}(x_i)| \le |x_i|` for every entry.
 
+    Complex numbers are cast part by part.
+
     A finite number that is too large for ``dtype`` becomes the largest finite one; infinity and NaN stay what they are.
 
     Args:
-        x: float64 tensor of any shape.
-        dtype: float64, float32, bfloat16 or float16.
+        x: float64 or complex128 tensor of any shape.
+        dtype: float64, float32, bfloat16 or float16; complex128 or complex64 for a complex tensor.
 
     Returns:
         New tensor without gradient, except that a float64 ``x`` asked for as float64 is returned as it is.
 
     Raises:
-        TypeError: if ``x`` is not float64, or ``dtype`` is another one.
+        TypeError: if ``x`` has another dtype, or ``dtype`` is another one.
 
     Examples:
         >>> third = torch.tensor(2 / 3, dtype=torch.float64)
         >>> third.to(torch.bfloat16).item() > 2 / 3 > toward_zero(third, torch.bfloat16).item()
         True
     """
+    if x.dtype == torch.complex128 and dtype in COMPLEX_DTYPES:
+        return torch.view_as_complex(toward_zero(torch.view_as_real(x.detach().resolve_conj()), dtype.to_real()))
     if x.dtype != torch.float64 or dtype not in _BITS:
         raise TypeError(
             f"toward_zero casts float64 to one of {[str(d) for d in STORAGE_DTYPES]}, got {x.dtype} to {dtype}."

@@ -25,10 +25,11 @@ from torch import Tensor
 
 from stableopt.constraints.arguments import check_number, check_tensor
 from stableopt.constraints.base import Constraint
+from stableopt.constraints.layout import substitute
 from stableopt.constraints.rounding import round_down_to, round_up_to, toward_zero, unit_scale
 from stableopt.errors import InfeasibleError
 
-__all__ = ["Box", "L2Ball", "LinfBall", "NonNegative", "with_derivative_of"]
+__all__ = ["Box", "L2Ball", "LinfBall", "NonNegative"]
 
 _SAFE_RADIUS = 2.0**-900  # below it the quotients of L2Ball may be subnormal, and its margins lost
 
@@ -234,7 +235,7 @@ class L2Ball(Constraint):
         if self.radius < _SAFE_RADIUS:
             _, bound, radius = self._measure(inner)
             inner = torch.where(bound > radius, 0.0, inner)
-        return torch.where(outside, with_derivative_of(shortened.to(x.dtype), inner), x)
+        return torch.where(outside, substitute(shortened.to(x.dtype), inner), x)
 
     def violation(self, x: Tensor) -> float:
         """Return by how much the bound of the norm exceeds the radius; infinite for NaN and infinity.
@@ -266,26 +267,6 @@ class L2Ball(Constraint):
         unit = wide * scale
         bound = unit.detach().square().sum().sqrt() * (1.0 + _delta(x))
         return unit, bound, self.radius * scale
-
-
-def with_derivative_of(smooth: Tensor, value: Tensor) -> Tensor:
-    """Return the numbers of ``value`` with the derivative of ``smooth``.
-
-    Args:
-        smooth: tensor that carries the derivative.
-        value: tensor of the same shape and dtype, each entry 0 or within a factor of two of ``smooth``: then the difference and the
-            sum are exact (Sterbenz). Where ``smooth`` overflowed to infinity the derivative is 0.
-
-    Returns:
-        ``value``, up to the sign of a zero.
-
-    Examples:
-        >>> x = torch.tensor(3.0, requires_grad=True)
-        >>> y = with_derivative_of(2 * x, torch.tensor(5.0))
-        >>> torch.autograd.grad(y, x)[0].item(), y.item()
-        (2.0, 5.0)
-    """
-    return torch.where(smooth.isfinite(), smooth + (value - smooth).detach(), value)
 
 
 def _delta(x: Tensor) -> float:

@@ -12,7 +12,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from stableopt.constraints.arguments import check_matrix, check_number
 from stableopt.constraints.base import Constraint
-from stableopt.constraints.sets import with_derivative_of
+from stableopt.constraints.layout import substitute
 from stableopt.linalg import gram_norm, spectral_norm
 
 __all__ = ["SpectralBall", "apply_to_singular_values", "shrink_until_proved"]
@@ -92,7 +92,7 @@ class SpectralBall(Constraint):
             return x
         clipped = apply_to_singular_values(x.double(), self._clip)
         value = shrink_until_proved(clipped.detach(), self.radius, x.dtype)
-        return with_derivative_of(clipped.to(x.dtype), value)
+        return substitute(clipped.to(x.dtype), value)
 
     def violation(self, x: Tensor) -> float:
         """Return by how much the proved norm exceeds the radius; infinite for NaN and infinity.

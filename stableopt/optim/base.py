@@ -215,7 +215,7 @@ class GuardedOptimizer(Optimizer):
         state = self.state.get(p, {})
         metric = self.rule.metric(state, group)
         eta = self.rule.effective_lr(group, first=first)
-        step = eta / metric if isinstance(metric, Tensor) and regularizer.separable else eta
+        step = eta / metric if isinstance(metric, Tensor) and regularizer.diagonal else eta
         reached = p.detach().clone()
         p.copy_(regularizer.prox(reached, step))
         if self.rule.momentum(group):

@@ -150,8 +150,8 @@ class AdamW(GuardedOptimizer, torch.optim.AdamW):
         eps: :math:`\epsilon`.
         weight_decay: :math:`\omega \ge 0`, decoupled.
         amsgrad: use the largest second moment so far.
-        prox: a separable :class:`stableopt.constraints.Regularizer`, per group: thresholds are scaled per coordinate.
-        constraint: a :class:`stableopt.constraints.Constraint`, per group. A separable set is projected on exactly; on any other
+        prox: a :class:`stableopt.constraints.Regularizer` with an exact prox in a diagonal metric, per group: thresholds are scaled per coordinate.
+        constraint: a :class:`stableopt.constraints.Constraint`, per group. A set with an exact projection in a diagonal metric is projected on so; on any other
             the projection is Euclidean, not in the metric: feasible all the same, and the decrease is checked.
         guard: ``off``, ``monitor``, ``backtrack`` or ``strict``, see :class:`SGD`.
         max_shrinks: how often all learning rates may shrink within one step.
@@ -166,7 +166,7 @@ class AdamW(GuardedOptimizer, torch.optim.AdamW):
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if an argument is out of range, arguments exclude each other, or a penalty is not separable.
+        ValueError: if an argument is out of range, arguments exclude each other, or a penalty has no exact prox in a diagonal metric.
 
     References:
         Yun, Lozano and Yang, *Adaptive proximal gradient methods for structured neural networks*, 2021 (the prox in the metric).
@@ -238,10 +238,10 @@ class AdamW(GuardedOptimizer, torch.optim.AdamW):
                 "AdamW has no real metric for complex parameters: use torch.view_as_real, "
                 "or guard='off' without prox or constraint."
             )
-        if group["prox"] is not None and not group["prox"].separable:
+        if group["prox"] is not None and not group["prox"].diagonal:
             raise ValueError(
                 f"{group['prox']!r} has no exact prox in the metric of AdamW; "
-                "use a separable penalty (L1, L2Squared), a constraint, or SGD."
+                "use a penalty that has (its `diagonal` is True, such as L1), a constraint, or SGD."
             )
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from stableopt.constraints import Box, L2Ball, LinfBall, NonNegative
-from stableopt.constraints.sets import with_derivative_of
+from stableopt.constraints.layout import substitute
 from stableopt.errors import InfeasibleError
 from tests.constraints.catalogue import DTYPES
 from tests.constraints.oracle import entries, exactly_feasible, same_bits
@@ -167,6 +167,6 @@ def test_the_ball_has_the_closed_derivative_and_none_is_nan_at_zero() -> None:
 def test_a_replaced_value_keeps_the_derivative() -> None:
     x = torch.tensor([2.0, -4.0], requires_grad=True)
     value = torch.tensor([3.9, 0.0])
-    y = with_derivative_of(2 * x, value)
+    y = substitute(2 * x, value)
     assert torch.equal(y, value)
     assert torch.autograd.grad(y.sum(), x)[0].tolist() == [2.0, 2.0]
