@@ -1,7 +1,8 @@
 r"""The two interfaces: a regularizer has a value and a prox, a constraint is the indicator of a set and has a projection.
 
 One code path serves both: a set is the function that is 0 inside and infinite outside, and its prox is the projection.
-Instances are frozen data (numbers, strings, and tuples of them), so they hash, compare, pickle, and travel in parameter groups and JSON.
+Instances are frozen data (numbers, strings, and tuples of them), so they hash, compare, pickle, and travel in
+parameter groups and JSON.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ _REGISTRY: dict[str, type[Regularizer]] = {}
 class Regularizer(ABC):
     r"""A function :math:`g` that an optimizer can split off and treat exactly, by its proximal operator.
 
-    A new one is a frozen dataclass with fields that are numbers, strings, ``None``, other regularizers, or tuples of these. Its class name enters it into the
+    A new one is a frozen dataclass with fields that are numbers, strings, ``None``, other regularizers, or tuples of
+    these. Its class name enters it into the
     registry of :func:`from_spec`; a name that starts with an underscore does not.
 
     Attributes:
@@ -115,7 +117,7 @@ class Regularizer(ABC):
         return x.copy_(self.prox(x, step))
 
     def conjugate(self) -> Regularizer:
-        r"""Return the convex conjugate :math:`g^*(y) = \sup_x \langle x, y\rangle - g(x)`, where it is one of the package's classes.
+        r"""Return the convex conjugate :math:`g^*(y) = \sup_x \langle x, y\rangle - g(x)`, where the package has a class for it.
 
         With it :math:`\operatorname{prox}_{sg}(x) + s \operatorname{prox}_{g^*/s}(x/s) = x` (Moreau).
 

@@ -195,7 +195,7 @@ class VectorSet(Constraint):
         return v.fold(torch.where(outside | ~v.finite, moved, v.stored))
 
     def violation(self, x: Tensor) -> float:
-        """Return the largest excess of a vector; 0.0 exactly if all stored vectors are proved feasible, infinite for NaN and infinity.
+        """Return the largest excess of a vector; 0.0 exactly if all stored vectors are proved feasible, infinite for NaN.
 
         Raises:
             TypeError: if ``x`` has the wrong type.

@@ -20,7 +20,8 @@ Dims = int | tuple[int, ...] | None
 class Vectors:
     r"""A tensor as ``batch`` vectors of ``n`` entries each, one per row.
 
-    Of a DTensor the rows hold what lies on this process, and :meth:`sum` and :meth:`max` communicate where a vector is split, so that
+    Of a DTensor the rows hold what lies on this process, and :meth:`sum` and :meth:`max` communicate where a vector is
+    split, so that
     code written with them gives the same on one process and on many.
 
     Args:
@@ -96,10 +97,7 @@ class Vectors:
 
     def max(self, terms: Tensor) -> Tensor:
         """Return the largest entry of each vector, shape ``(batch, 1)``, over all processes; NaN wins, none gives -inf."""
-        if terms.shape[1] == 0:
-            top = terms.new_full((terms.shape[0], 1), -math.inf)
-        else:
-            top = terms.amax(dim=1, keepdim=True)
+        top = terms.new_full((terms.shape[0], 1), -math.inf) if terms.shape[1] == 0 else terms.amax(dim=1, keepdim=True)
         if self.groups:  # a maximum over processes may drop NaN
             nan = _reduced(top.isnan().double(), "sum", self.groups) > 0
             finite = torch.where(top.isnan(), -math.inf, top)
@@ -164,37 +162,15 @@ class Matrices:
         return batch.reshape(*self._kept, *batch.shape[-2:]).movedim((-2, -1), self.dims)  # pyright: ignore[reportArgumentType]
 
 
-class _Substitute(torch.autograd.Function):
-    """Forward: the second argument. Derivative: that of the first, 0 where it is infinite."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(smooth: Tensor, value: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[override]
-        ctx.save_for_backward(inputs[0])
-        ctx.save_for_forward(inputs[0])
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        (smooth,) = ctx.saved_tensors
-        return torch.where(smooth.isfinite(), grad, 0.0), None
-
-    @staticmethod
-    def jvp(ctx, smooth_t: Tensor, _: Tensor | None) -> Tensor:  # type: ignore[override]
-        (smooth,) = ctx.saved_tensors
-        return torch.where(smooth.isfinite(), smooth_t, 0.0)
-
-
 def substitute(smooth: Tensor, value: Tensor) -> Tensor:
-    """Return the numbers of ``value``, bit for bit, with the derivative of ``smooth``.
+    """Return the numbers of ``value`` with the derivative of ``smooth``.
 
     Args:
         smooth: tensor that carries the derivative. Where it overflowed to infinity the derivative is 0.
         value: tensor of the same shape and dtype.
+
+    Returns:
+        ``value`` bit for bit, except that -0.0 becomes 0.0.
 
     Examples:
         >>> x = torch.tensor(3.0, requires_grad=True)
@@ -202,9 +178,7 @@ def substitute(smooth: Tensor, value: Tensor) -> Tensor:
         >>> torch.autograd.grad(y, x)[0].item(), y.item()
         (2.0, 5.0)
     """
-    if not smooth.requires_grad and not torch._C._functorch.peek_interpreter_stack():  # noqa: SLF001 torch has no public question for it
-        return value
-    return _Substitute.apply(smooth, value.detach())  # pyright: ignore[reportReturnType]
+    return torch.where(smooth.isfinite(), value.detach() + (smooth - smooth.detach()), value.detach())
 
 
 def _positive(owner: str, dims: Dims, x: Tensor) -> tuple[int, ...] | None:

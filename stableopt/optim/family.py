@@ -150,8 +150,10 @@ class AdamW(GuardedOptimizer, torch.optim.AdamW):
         eps: :math:`\epsilon`.
         weight_decay: :math:`\omega \ge 0`, decoupled.
         amsgrad: use the largest second moment so far.
-        prox: a :class:`stableopt.constraints.Regularizer` with an exact prox in a diagonal metric, per group: thresholds are scaled per coordinate.
-        constraint: a :class:`stableopt.constraints.Constraint`, per group. A set with an exact projection in a diagonal metric is projected on so; on any other
+        prox: a :class:`stableopt.constraints.Regularizer` with an exact prox in a diagonal metric, per group:
+            thresholds are scaled per coordinate.
+        constraint: a :class:`stableopt.constraints.Constraint`, per group. A set with an exact projection in a
+            diagonal metric is projected on so; on any other
             the projection is Euclidean, not in the metric: feasible all the same, and the decrease is checked.
         guard: ``off``, ``monitor``, ``backtrack`` or ``strict``, see :class:`SGD`.
         max_shrinks: how often all learning rates may shrink within one step.
@@ -166,7 +168,8 @@ class AdamW(GuardedOptimizer, torch.optim.AdamW):
 
     Raises:
         TypeError: if an argument has the wrong type.
-        ValueError: if an argument is out of range, arguments exclude each other, or a penalty has no exact prox in a diagonal metric.
+        ValueError: if an argument is out of range, arguments exclude each other, or a penalty has no exact prox in a
+            diagonal metric.
 
     References:
         Yun, Lozano and Yang, *Adaptive proximal gradient methods for structured neural networks*, 2021 (the prox in the metric).

@@ -1,85 +1,84 @@
-"""Every regularizer of the package, and the points on which the laws are checked. A new class adds a row."""
+"""Every row of the catalogue, and the points on which the laws are checked."""
 
 from __future__ import annotations
 
-import math
+import importlib
+import pkgutil
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from stableopt.constraints import (
-    L1,
-    Box,
-    Constraint,
-    L2Ball,
-    L2Squared,
-    LinfBall,
-    NonNegative,
-    Orthogonal,
-    Regularizer,
-    SpectralBall,
-)
+from stableopt.constraints import Constraint
+from tests.constraints import rows
+from tests.constraints.rows import Row
 
-PENALTIES: list[Regularizer] = [L1(0.3), L1(0.0), L2Squared(0.7), L2Squared(0.0)]
-CONVEX_SETS: list[Constraint] = [
-    Box(-0.55, 0.8),
-    Box(-math.inf, 0.1),
-    Box(0.1, math.inf),
-    NonNegative(),
-    LinfBall(0.7),
-    L2Ball(1.3),
-    L2Ball(1e-3),
-    SpectralBall(0.9),
-    SpectralBall(30.1),
+ROWS: list[Row] = [
+    row
+    for module in pkgutil.iter_modules(rows.__path__)
+    for row in importlib.import_module(f"{rows.__name__}.{module.name}").ROWS
 ]
-MANIFOLDS: list[Constraint] = [Orthogonal(), Orthogonal("cayley")]
-DEGENERATE_SETS: list[Constraint] = [LinfBall(0.0), L2Ball(0.0), Box(0.5, 0.5), Box(-math.inf, math.inf)]
-
-CONVEX: list[Regularizer] = [*PENALTIES, *CONVEX_SETS]
-SETS: list[Constraint] = [*CONVEX_SETS, *MANIFOLDS, *DEGENERATE_SETS]
-ALL: list[Regularizer] = [*PENALTIES, *SETS]
+CONVEX = [row for row in ROWS if row.convex]
+SETS = [row for row in ROWS if isinstance(row.g, Constraint)]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+ANY_SHAPE = ((4, 3), (3, 4), (3, 3), (1, 5), (5, 1), (1, 1))
 
 
-def only_matrices(regularizer: Regularizer) -> bool:
-    return isinstance(regularizer, SpectralBall | Orthogonal)
+def name_of(row: Row) -> str:
+    """Return what a test is called that runs on this row."""
+    return repr(row.g)[:80]
 
 
-def matrices(dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield named matrices of every awkward kind, finite in ``dtype``."""
+def shapes_of(row: Row) -> tuple[tuple[int, ...], ...]:
+    return row.shapes or ANY_SHAPE
+
+
+def random(row: Row, shape: tuple[int, ...], seed: int) -> Tensor:
+    """Return a random float64 point of this shape in the domain of the row."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x if row.domain is None else row.domain(x)
+
+
+def pairs(row: Row) -> list[tuple[Tensor, Tensor]]:
+    """Return pairs of points, far from and near to each other."""
+    made = []
+    for shape in shapes_of(row)[:4]:
+        for scale in (0.3, 1.0, 10.0):
+            generator = torch.Generator().manual_seed(3)
+            x, y = (scale * torch.randn(2, *shape, generator=generator, dtype=torch.float64)).unbind()
+            made += [(x, y), (x, x + 1e-3 * y)]
+    return made
+
+
+def points(row: Row, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """Yield named tensors of every awkward kind, finite in ``dtype``."""
     generator = torch.Generator().manual_seed(1)
     info = torch.finfo(dtype)
-    for shape in ((4, 3), (3, 4), (3, 3), (1, 5), (5, 1), (1, 1)):
+    huge = min(1e30, info.max / 8)
+    for shape in shapes_of(row):
         for scale in (1e-2, 1.0, 50.0):
             x = scale * torch.randn(shape, generator=generator, dtype=torch.float64)
             yield f"random{shape}*{scale:g}", x.to(dtype)
-    base = torch.randn(4, 3, generator=generator, dtype=torch.float64)
-    huge = min(1e30, info.max / 8)
-    yield "zero", torch.zeros(3, 2, dtype=dtype)
-    yield "minus zero", torch.full((2, 2), -0.0, dtype=dtype)
-    yield "huge", (huge * base / base.abs().max()).to(dtype)
-    yield "tiny", (1e-3 * info.smallest_normal**0.5 * base).to(dtype)
-    yield "subnormal", torch.full((2, 3), info.smallest_normal * info.eps, dtype=dtype)
-    yield "largest", torch.tensor([[info.max, -info.max], [info.max, info.max]], dtype=dtype)
-    yield "uneven", torch.tensor([[huge, 1.0], [info.smallest_normal, -0.0]], dtype=dtype)
-    yield "repeated", 3.0 * torch.eye(3, dtype=dtype)
-    yield "rank one", torch.ones(3, 4, dtype=dtype)
-    yield "identity", torch.eye(3, 2, dtype=dtype)
-    yield "transposed", base.to(dtype).mT
-    yield "strided", torch.randn(6, 6, generator=generator, dtype=torch.float64).to(dtype)[::2, 1::2]
-    yield "expanded", torch.tensor([[2.0, -1.0, 0.5]], dtype=dtype).expand(3, 3)
-    yield "empty", torch.zeros(0, 3, dtype=dtype)
-
-
-def tensors(regularizer: Regularizer, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """Yield the matrices, and for what is not about matrices also other shapes."""
-    yield from matrices(dtype)
-    if not only_matrices(regularizer):
+    for shape in shapes_of(row)[:3]:
+        base = torch.randn(shape, generator=generator, dtype=torch.float64)
+        yield "zero", torch.zeros(shape, dtype=dtype)
+        yield "minus zero", torch.full(shape, -0.0, dtype=dtype)
+        yield "huge", (huge * base / base.abs().max()).to(dtype)
+        yield "tiny", (1e-3 * info.smallest_normal**0.5 * base).to(dtype)
+        yield "subnormal", torch.full(shape, info.smallest_normal * info.eps, dtype=dtype)
+        signs = torch.where(base < 0, -1.0, 1.0)
+        yield "largest", (info.max * signs).to(dtype)
+        yield "uneven", torch.where(base > 0.5, huge, info.smallest_normal * signs).to(dtype)
+        yield "ties", torch.ones(shape, dtype=dtype)
+        yield "strided", torch.randn(*shape, 2, generator=generator, dtype=torch.float64).to(dtype)[..., 0]
+        yield "expanded", torch.tensor(0.7, dtype=dtype).expand(shape)
+        if len(shape) == 2:
+            yield "transposed", base.to(dtype).mT.contiguous().mT
+            yield "identity", torch.eye(*shape, dtype=dtype)
+            yield "repeated", 3.0 * torch.eye(*shape, dtype=dtype)
+    if row.shapes is None:
+        yield "empty", torch.zeros(0, 3, dtype=dtype)
         yield "0-d", torch.tensor(-2.0, dtype=dtype)
         yield "vector", torch.linspace(-3.0, 3.0, 7, dtype=torch.float64).to(dtype)
-        yield (
-            "kernel",
-            torch.randn(2, 2, 3, 3, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(dtype),
-        )
+        yield "kernel", torch.randn(2, 2, 3, 3, generator=generator, dtype=torch.float64).to(dtype)
         yield "nothing", torch.zeros(0, dtype=dtype)

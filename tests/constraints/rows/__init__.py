@@ -10,7 +10,6 @@ from torch import Tensor
 from stableopt.constraints import Regularizer
 
 
-
 @dataclass(frozen=True)
 class Row:
     """A regularizer and what the laws must know about it.
@@ -22,7 +21,7 @@ class Row:
             classes have two dimensions.
         exact: decides with exact arithmetic (``fractions``, or digits to spare) whether the stored numbers of a set are feasible;
             required for sets, shares no code with the package.
-        degenerate: a set with an empty interior or a trivial one (a point, everything): laws that need both inside and outside skip it.
+        degenerate: a set that is trivial (a point, everything) or has no interior, so that the sample points lie on one side only.
         tolerant: violation is 0 within a stated tolerance, and ``exact`` checks that tolerance.
         smooth: whether gradcheck at random points applies (False where almost every point is a kink, or there is no derivative).
         domain: brings random points into the domain of a penalty that is infinite elsewhere (such as a logarithm).
