@@ -150,16 +150,17 @@ class Matrices:
                 f"{owner} needs a matrix with two dimensions, got shape {tuple(x.shape)}. {advice}".rstrip()
                 + " For a batch of matrices say which two dimensions hold one, as in dims=(-2, -1)."
             )
-        self.dims = _positive(owner, (0, 1) if dims is None else dims, x)
+        first, second = _positive(owner, (0, 1) if dims is None else dims, x) or (0, 1)
+        self.dims = (first, second)
         self._shape = x.shape
-        moved = x.movedim(self.dims, (-2, -1))  # pyright: ignore[reportArgumentType]
+        moved = x.movedim(self.dims, (-2, -1))
         self._kept = moved.shape[:-2]
         self.stored = moved.reshape(math.prod(self._kept), *moved.shape[-2:])
         self.data = self.stored.to(torch.complex128 if x.dtype in COMPLEX_DTYPES else torch.float64)
 
     def fold(self, batch: Tensor) -> Tensor:
         """Return a batch of matrices as a tensor of the original shape."""
-        return batch.reshape(*self._kept, *batch.shape[-2:]).movedim((-2, -1), self.dims)  # pyright: ignore[reportArgumentType]
+        return batch.reshape(*self._kept, *batch.shape[-2:]).movedim((-2, -1), self.dims)
 
 
 def substitute(smooth: Tensor, value: Tensor) -> Tensor:
