@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from stableopt.constraints.arguments import check_number
+from stableopt.constraints.arguments import check_dims, check_number, check_numbers
+from stableopt.constraints.balls import weight_rows
 from stableopt.constraints.base import Regularizer
-from stableopt.constraints.kinds import Elementwise
+from stableopt.constraints.kinds import Elementwise, VectorPenalty
+from stableopt.constraints.layout import Vectors
 from stableopt.constraints.sets import LinfBall
 
-__all__ = ["L1", "L2Squared"]
+__all__ = ["L1", "L2Squared", "WeightedL1", "shrink"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +34,8 @@ class L1(Elementwise):
         ValueError: if it is negative or not finite.
 
     Note:
-        The prox is rounded to nearest in the dtype of ``x`` (half precision is computed in float32). Its derivative at the kink
+        The prox is rounded to nearest in the dtype of ``x`` (half precision is computed in float32). Complex tensors work, with
+        moduli. Its derivative at the kink
         :math:`|x_i| = s\lambda` is 0, an element of the Clarke Jacobian.
 
     References:
@@ -36,13 +43,14 @@ class L1(Elementwise):
 
     Examples:
         >>> import torch
-        >>> L1(2.0).prox(torch.tensor([3.0, -0.5]), step=0.5)
+        >>> L1(2.0).prox(torch.tensor([3.0, 0.5]), step=0.5)
         tensor([2., 0.])
         >>> L1(2.0).value(torch.tensor([3.0, -0.5])).item()
         7.0
     """
 
     weight: float
+    complex_too: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the weight."""
@@ -56,8 +64,7 @@ class L1(Elementwise):
         return self.weight * x.abs()
 
     def _prox(self, x: Tensor, step: float | Tensor) -> Tensor:
-        threshold = step * self.weight
-        return x - x.clamp(-threshold, threshold)
+        return shrink(x, step * self.weight)
 
 
 @dataclass(frozen=True)
@@ -89,13 +96,88 @@ class L2Squared(Elementwise):
     """
 
     weight: float
+    complex_too: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Check the weight."""
         object.__setattr__(self, "weight", check_number("L2Squared", "weight", self.weight, low=0.0))
 
+    def conjugate(self) -> Regularizer:
+        """Return the same function with the inverse weight.
+
+        Raises:
+            ValueError: if the weight is 0, or so small that its inverse is infinite.
+        """
+        if self.weight == 0.0 or 1.0 / self.weight == float("inf"):
+            return super().conjugate()
+        return L2Squared(1.0 / self.weight)
+
     def _value(self, x: Tensor) -> Tensor:
-        return 0.5 * self.weight * x.square()
+        return 0.5 * self.weight * x.abs().square()
 
     def _prox(self, x: Tensor, step: float | Tensor) -> Tensor:
         return x / (1.0 + step * self.weight)
+
+
+@dataclass(frozen=True)
+class WeightedL1(VectorPenalty):
+    r"""The sparsity penalty with a weight for each entry of a vector, :math:`g(x) = \sum_i w_i |x_i|` (adaptive lasso).
+
+    Args:
+        weights: :math:`w_i \ge 0`, finite, one per entry of a vector in the order of ``dims``.
+        dims: the dimensions along which the entries of one vector lie; ``None`` for all entries together.
+
+    Raises:
+        TypeError: if the weights are not numbers, or ``dims`` are not dimensions.
+        ValueError: if a weight is negative or not finite; in use, if there are not as many as entries.
+
+    Note:
+        As :class:`L1`, with threshold :math:`s w_i`; computed in float64. Complex tensors work, with moduli.
+
+    References:
+        Zou, *The adaptive lasso and its oracle properties*, JASA 101, 2006.
+
+    Examples:
+        >>> import torch
+        >>> WeightedL1((1.0, 2.0), dims=-1).prox(torch.tensor([[3.0, 3.0], [-0.5, 4.0]]))
+        tensor([[2., 1.],
+                [0., 2.]])
+    """
+
+    weights: tuple[float, ...]
+    dims: int | tuple[int, ...] | None = None
+    separable: ClassVar[bool] = True
+    complex_too: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Check the fields."""
+        object.__setattr__(self, "weights", check_numbers("WeightedL1", "weights", self.weights, low=0.0))
+        object.__setattr__(self, "dims", check_dims("WeightedL1", self.dims))
+
+    def _value(self, v: Vectors) -> Tensor:
+        return v.sum(weight_rows("WeightedL1", "weights", v, self.weights) * v.data.abs())
+
+    def _prox(self, v: Vectors, step: Tensor) -> Tensor:
+        return shrink(v.data, step * weight_rows("WeightedL1", "weights", v, self.weights))
+
+
+def shrink(x: Tensor, threshold: float | Tensor) -> Tensor:
+    r"""Return the soft threshold :math:`x_i \max(1 - \tau_i / |x_i|,\ 0)`, complex too; the derivative at the kink is 0.
+
+    Args:
+        x: floating or complex tensor.
+        threshold: :math:`\tau \ge 0`, a number (one kernel for real tensors) or a tensor that broadcasts to ``x``.
+
+    Examples:
+        >>> shrink(torch.tensor([3.0, 0.5]), 1.0), shrink(torch.tensor(-3.0), 1.0)
+        (tensor([2., 0.]), tensor(-2.))
+    """
+    if isinstance(threshold, float) and threshold == 0.0:
+        return x.clone()  # also at 0 the identity has the derivative 1
+    if x.is_complex():
+        size = x.abs()
+        above = size > threshold
+        return torch.where(above, x * (1.0 - threshold / torch.where(above, size, 1.0)), x * 0.0)
+    if isinstance(threshold, float) and math.isfinite(threshold):
+        return F.softshrink(x, threshold)
+    return x - x.clamp(-torch.as_tensor(threshold), torch.as_tensor(threshold))

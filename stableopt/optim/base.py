@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from stableopt.constraints import Constraint, Regularizer, attached, from_spec
+from stableopt.constraints.reuse import project_tracked
 from stableopt.optim.guard import Settings, guarded_step, scaled
 from stableopt.optim.report import StepReport
 from stableopt.optim.rules import UpdateRule, rule_for
@@ -217,7 +218,10 @@ class GuardedOptimizer(Optimizer):
         eta = self.rule.effective_lr(group, first=first)
         step = eta / metric if isinstance(metric, Tensor) and regularizer.diagonal else eta
         reached = p.detach().clone()
-        p.copy_(regularizer.prox(reached, step))
+        if isinstance(regularizer, Constraint) and not isinstance(step, Tensor):
+            p.copy_(project_tracked(regularizer, p, reached))
+        else:
+            p.copy_(regularizer.prox(reached, step))
         if self.rule.momentum(group):
             self.rule.realign(reached - p, state, metric, group)
 

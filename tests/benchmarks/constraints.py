@@ -1,7 +1,7 @@
 """Constraints beside the peers: agreement, wrong operators reproduced, infeasible results counted exactly, and time.
 
 Run ``python -m tests.benchmarks.constraints [agreement] [audit] [feasible] [speed]`` (all without arguments). The peers (optax, jaxopt,
-pyproximal, proxtorch, scikit-learn) are taken where they are installed and named where they are not.
+pyproximal, proxtorch, prox_tv, scikit-learn) are taken where they are installed and named where they are not.
 """
 
 from __future__ import annotations
@@ -60,21 +60,43 @@ def agreements() -> Iterator[tuple[str, Callable[[np.ndarray], np.ndarray], Call
         P, R = jaxopt.projection, jaxopt.prox
         yield "jaxopt l1_ball", lambda x: P.projection_l1_ball(as_array(x), 1.7), C.L1Ball(1.7).project
         yield "jaxopt simplex", lambda x: P.projection_simplex(as_array(x), 1.5), C.Simplex(1.5).project
-        yield "jaxopt box_section", lambda x: P.projection_box_section(
-            as_array(x), (np.zeros(SIZE), np.full(SIZE, 0.4), np.ones(SIZE), 1.5)
-        ), C.CappedSimplex(1.5, 0.4).project
+        yield (
+            "jaxopt box_section",
+            lambda x: P.projection_box_section(as_array(x), (np.zeros(SIZE), np.full(SIZE, 0.4), np.ones(SIZE), 1.5)),
+            C.CappedSimplex(1.5, 0.4).project,
+        )
         yield "jaxopt lasso", lambda x: R.prox_lasso(as_array(x), 0.3, 0.7), lambda x: C.L1(0.3).prox(x, 0.7)
-        yield "jaxopt elastic_net", lambda x: R.prox_elastic_net(as_array(x), (0.3, 2.0), 0.7), lambda x: C.ElasticNet(
-            0.3, 0.6
-        ).prox(x, 0.7)
+        yield (
+            "jaxopt elastic_net",
+            lambda x: R.prox_elastic_net(as_array(x), (0.3, 2.0), 0.7),
+            lambda x: C.ElasticNet(0.3, 0.6).prox(x, 0.7),
+        )
         yield "jaxopt ridge", lambda x: R.prox_ridge(as_array(x), 0.3, 0.7), lambda x: C.L2Squared(0.3).prox(x, 0.7)
-        yield "jaxopt group_lasso", lambda x: R.prox_group_lasso(as_array(x), 0.3, 0.7), lambda x: C.L2(0.3).prox(x, 0.7)
+        yield (
+            "jaxopt group_lasso",
+            lambda x: R.prox_group_lasso(as_array(x), 0.3, 0.7),
+            lambda x: C.L2(0.3).prox(x, 0.7),
+        )
     if (pyproximal := peer("pyproximal")) is not None:
         yield "pyproximal L1", lambda x: pyproximal.L1(0.3).prox(x, 0.7), lambda x: C.L1(0.3).prox(x, 0.7)
         yield "pyproximal Euclidean", lambda x: pyproximal.Euclidean(0.3).prox(x, 0.7), lambda x: C.L2(0.3).prox(x, 0.7)
-        yield "pyproximal L2 squared", lambda x: pyproximal.L2(sigma=0.3).prox(x, 0.7), lambda x: C.L2Squared(0.3).prox(x, 0.7)
-        yield "pyproximal SCAD", lambda x: pyproximal.SCAD(0.5, 3.7).prox(x, 1.0), lambda x: C.SCAD(0.5, 3.7).prox(x, 1.0)
-        yield "pyproximal EuclideanBall", lambda x: pyproximal.EuclideanBall(0.0, 1.7).prox(x, 1.0), C.L2Ball(1.7).project
+        yield (
+            "pyproximal L2 squared",
+            lambda x: pyproximal.L2(sigma=0.3).prox(x, 0.7),
+            lambda x: C.L2Squared(0.3).prox(x, 0.7),
+        )
+        yield (
+            "pyproximal SCAD",
+            lambda x: pyproximal.SCAD(0.5, 3.7).prox(x, 1.0),
+            lambda x: C.SCAD(0.5, 3.7).prox(x, 1.0),
+        )
+        yield (
+            "pyproximal EuclideanBall",
+            lambda x: pyproximal.EuclideanBall(0.0, 1.7).prox(x, 1.0),
+            C.L2Ball(1.7).project,
+        )
+    if (prox_tv := peer("prox_tv")) is not None:
+        yield "prox_tv tv1_1d", lambda x: prox_tv.tv1_1d(x, 0.4), C.TV1D(0.4).prox
     if (sklearn := peer("sklearn.isotonic")) is not None:
         yield "scikit-learn isotonic_regression", sklearn.isotonic_regression, C.Monotone().project
 
@@ -116,7 +138,9 @@ def audit() -> None:
     rows: list[tuple[str, Callable[[np.ndarray], np.ndarray], tuple[int, ...]]] = []
     if (pyproximal := peer("pyproximal")) is not None:
         rows.append(("pyproximal Huber(alpha=1)", lambda x: pyproximal.Huber(alpha=1.0).prox(x, 0.7), (6,)))
-        print(f"  pyproximal Huber(alpha=1).prox(1.2, 0.7) = {float(pyproximal.Huber(alpha=1.0).prox(np.array([1.2]), 0.7)[0]):.5f}")
+        print(
+            f"  pyproximal Huber(alpha=1).prox(1.2, 0.7) = {float(pyproximal.Huber(alpha=1.0).prox(np.array([1.2]), 0.7)[0]):.5f}"
+        )
         truth = float(C.Huber(1.0, 1.0).prox(torch.tensor([1.2], dtype=torch.float64), 0.7))
         print(f"  ours and the minimizer                  = {truth:.5f}")
     if peer("proxtorch") is not None:
@@ -201,8 +225,13 @@ def vector_sets() -> list[tuple[str, C.Constraint, Callable[[list[int]], bool], 
             lambda r: sum(scaled(a) * k for a, k in zip(NORMAL, r, strict=True)) <= scaled(0.3) << SHIFT,
             usual_half_space,
         ),
-        ("SecondOrderCone", C.SecondOrderCone(dims=-1), lambda r: r[-1] >= 0 and squares(r[:-1]) <= r[-1] ** 2, usual_cone),
-        ("Monotone", C.Monotone(dims=-1), lambda r: all(a <= b for a, b in zip(r, r[1:], strict=False)), None),
+        (
+            "SecondOrderCone",
+            C.SecondOrderCone(dims=-1),
+            lambda r: r[-1] >= 0 and squares(r[:-1]) <= r[-1] ** 2,
+            usual_cone,
+        ),
+        ("Monotone", C.Monotone(dims=-1), lambda r: r == sorted(r), None),
         ("Sparsity(3)", C.Sparsity(3, dims=-1), lambda r: sum(k != 0 for k in r) <= 3, None),
     ]
 
@@ -247,7 +276,9 @@ def usual_cone(x: Tensor) -> Tensor:
 
 def feasible() -> None:
     """Count, in exact integers, results outside of the set."""
-    print(f"\nInfeasible among {COUNT:,} projections of {SIZE} gaussian entries, decided in exact integers: ours / the usual formula")
+    print(
+        f"\nInfeasible among {COUNT:,} projections of {SIZE} gaussian entries, decided in exact integers: ours / the usual formula"
+    )
     generator = torch.Generator().manual_seed(0)
     batch = 100_000
     for name, constraint, inside, usual in vector_sets():
@@ -348,7 +379,9 @@ def speed() -> None:
             "L1Ball": lambda r=share * total: C.L1Ball(r).project(x),
             "Simplex": lambda r=share * total: C.Simplex(r).project(x),
         }
-        report(f"{COUNT:,} float32, radius {share:g} |x|_1, {device_name()}", medians(contenders, rounds=9), "torch.sort")
+        report(
+            f"{COUNT:,} float32, radius {share:g} |x|_1, {device_name()}", medians(contenders, rounds=9), "torch.sort"
+        )
     large = torch.randn(10 * COUNT, generator=torch.Generator().manual_seed(0)).to(device)
     contenders = {
         "F.softshrink": lambda: F.softshrink(large, 0.3),
@@ -356,16 +389,32 @@ def speed() -> None:
         "sign(x) * relu(|x| - 0.3)": lambda: large.sign() * (large.abs() - 0.3).clamp(min=0),
     }
     report(f"{10 * COUNT:,} float32, {device_name()}", medians(contenders, rounds=9), "F.softshrink")
-    for name, signal in (("noise", x), ("random walk", x.cumsum(0))):
+    prox_tv = peer("prox_tv")
+    for name, signal in (("noise", x.cpu()), ("random walk", x.cpu().cumsum(0))):
         for weight in (1.0, 10.0):
-            (seconds,) = medians({"": lambda w=weight, s=signal: C.TV1D(w).prox(s)}, rounds=3, warm_up=1).values()
-            print(f"  TV1D({weight:g}) of {COUNT:,} entries, {name}: {1e9 * seconds / COUNT:.0f} ns per sample")
+            wide = signal.double()
+            contenders = {"TV1D, float64": lambda w=weight, s=wide: C.TV1D(w).prox(s)}
+            if prox_tv is not None:
+                numbers = wide.numpy()
+                for method in ("condat", "hybridtautstring"):
+                    contenders[f"prox_tv {method} (C++)"] = lambda w=weight, s=numbers, m=method: prox_tv.tv1_1d(
+                        s, w, method=m
+                    )
+            seconds = medians(contenders, rounds=5, warm_up=1)
+            report(f"total variation, weight {weight:g}, {COUNT:,} entries, {name}", seconds, list(seconds)[-1])
+            print(f"  TV1D: {1e9 * seconds['TV1D, float64'] / COUNT:.0f} ns per sample")
 
 
 def main() -> None:
     """Run the parts that are named, or all."""
     torch.set_num_threads(1)
-    parts = {"agreement": agreement, "audit": audit, "feasible": feasible, "matrices": feasible_matrices, "speed": speed}
+    parts = {
+        "agreement": agreement,
+        "audit": audit,
+        "feasible": feasible,
+        "matrices": feasible_matrices,
+        "speed": speed,
+    }
     for name in sys.argv[1:] or list(parts):
         parts[name]()
 
