@@ -211,6 +211,7 @@ class Sphere(VectorSet):
     complex_too: ClassVar[bool] = True
     radius: float = 1.0
     dims: int | tuple[int, ...] | None = None
+    convex: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""

@@ -33,6 +33,7 @@ class Regularizer(ABC):
 
     Attributes:
         separable: whether :math:`g` is a sum over coordinates, so that its prox acts on each coordinate alone.
+        convex: whether :math:`g` is convex, so that its prox is unique and firmly nonexpansive.
         diagonal: whether the prox with one step per coordinate (a diagonal metric, as in Adam) is exact, so that a tensor is
             accepted as step; everything separable is.
 
@@ -57,6 +58,7 @@ class Regularizer(ABC):
     """
 
     separable: ClassVar[bool] = False
+    convex: ClassVar[bool] = True
 
     @property
     def diagonal(self) -> bool:
@@ -110,7 +112,7 @@ class Regularizer(ABC):
 
         Examples:
             >>> from stableopt.constraints import L1
-            >>> x = torch.tensor([3.0, -0.5])
+            >>> x = torch.tensor([3.0, 0.5])
             >>> L1(1.0).prox_(x) is x, x
             (True, tensor([2., 0.]))
         """
@@ -297,7 +299,7 @@ def from_spec(spec: Mapping[str, Any]) -> Regularizer:
     """Rebuild a regularizer from what :meth:`Regularizer.spec` returned, for example after a trip through JSON.
 
     Args:
-        spec: ``{"name": class name, field: value, ...}``.
+        spec: ``{"name": class name, field: value, ...}``; fields that have a default may be left out.
 
     Returns:
         A regularizer equal to the one that wrote the spec.
@@ -322,9 +324,13 @@ def from_spec(spec: Mapping[str, Any]) -> Regularizer:
         raise ValueError(f"no regularizer is named {name!r}; known are {', '.join(sorted(known))}.")
     cls = known[name]
     given = {key: _from_json(value) for key, value in spec.items() if key != "name"}
-    wanted = [f.name for f in dataclasses.fields(cls)]
-    if sorted(given) != sorted(wanted):
-        raise ValueError(f"the spec of {name} needs exactly the fields {wanted}, got {sorted(map(str, given))}.")
+    fields = dataclasses.fields(cls)
+    wanted, needed = {f.name for f in fields}, {f.name for f in fields if f.default is dataclasses.MISSING}
+    if not needed <= given.keys() <= wanted:
+        raise ValueError(
+            f"the spec of {name} has the fields {[f.name for f in fields]}, of which {sorted(needed)} must be given, "
+            f"got {sorted(map(str, given))}."
+        )
     return cls(**given)
 
 

@@ -179,6 +179,8 @@ class VectorSet(Constraint):
         """
         name = type(self).__name__
         check_tensor(name, x, complex_too=self.complex_too)
+        if x.is_meta:
+            return torch.empty_like(x)
         if metric is not None:
             check_step(name, metric, x, diagonal=self.diagonal, called="metric")
         if self.needs_whole and is_sharded(x):
@@ -191,8 +193,9 @@ class VectorSet(Constraint):
         outside = ~(self._excess(v) <= 0)
         nearest = self._nearest(v, weights)
         moved = substitute(nearest.to(x.dtype), self._inward(v, nearest.detach()))
-        moved = torch.where(v.finite, moved, math.nan)
-        return v.fold(torch.where(outside | ~v.finite, moved, v.stored))
+        finite = v.finite()
+        moved = torch.where(finite, moved, math.nan)
+        return v.fold(torch.where(outside | ~finite, moved, v.stored))
 
     def violation(self, x: Tensor) -> float:
         """Return the largest excess of a vector; 0.0 exactly if all stored vectors are proved feasible, infinite for NaN.
@@ -209,7 +212,7 @@ class VectorSet(Constraint):
             v = Vectors(name, x, self.dims, complex_too=self.complex_too)
             if v.stored.numel() == 0 and not v.groups:
                 return 0.0
-            return v.worst(torch.where(v.finite, self._excess(v), math.inf))
+            return v.worst(torch.where(v.finite(), self._excess(v), math.inf))
 
     def prox(self, x: Tensor, step: float | Tensor = 1.0, metric: Tensor | None = None) -> Tensor:
         """Return the projection, in the metric ``metric / step`` if one of them is a tensor; a number as step has no influence.

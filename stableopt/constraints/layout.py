@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -61,9 +60,8 @@ class Vectors:
         self.data = self.stored.to(torch.complex128 if x.dtype in COMPLEX_DTYPES else torch.float64)
         self.size = x.numel() if self.dims is None else math.prod(x.shape[d] for d in self.dims)
 
-    @functools.cached_property
     def finite(self) -> Tensor:
-        """Whether all entries of a vector are finite, shape ``(batch, 1)``."""
+        """Return whether all entries of a vector are finite, shape ``(batch, 1)``."""
         return self.sum(self.data.detach() * 0.0) == 0
 
     def rows(self, local: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class Rank(MatrixSet):
     thin: ClassVar[bool] = True
     k: int
     dims: tuple[int, int] | None = None
+    convex: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the rank and the dimensions."""
@@ -147,6 +148,7 @@ class AlmostOrthogonal(MatrixSet):
     complex_too: ClassVar[bool] = True
     tolerance: float
     dims: tuple[int, int] | None = None
+    convex: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the tolerance and the dimensions."""

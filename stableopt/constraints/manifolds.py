@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,7 @@ class Orthogonal(Constraint):
     """
 
     triv: str = "expm"
+    convex: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the name of the map."""

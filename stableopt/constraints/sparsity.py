@@ -54,6 +54,7 @@ class Sparsity(VectorSet):
     needs_whole: ClassVar[bool] = True
     k: int
     dims: int | tuple[int, ...] | None = None
+    convex: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""

@@ -32,6 +32,7 @@ from stableopt.constraints.isotonic import block_means, on_rows
 from stableopt.constraints.kinds import VectorPenalty
 from stableopt.constraints.layout import Vectors
 from stableopt.constraints.rounding import unit_scale
+from stableopt.constraints.tv_loop import compiled_passes
 
 __all__ = ["FusedLasso", "TV1D"]
 
@@ -57,9 +58,10 @@ class TV1D(VectorPenalty):
         ValueError: if it is negative or not finite, or ``dims`` names a dimension twice.
 
     Note:
-        :math:`O(n)` in every case, by a loop in Python on the CPU, which waits for other devices: about a microsecond for each
-        entry. A vector with NaN or infinity becomes NaN. The derivative averages over segments; where two of them are about
-        to join or part it is one element of the Clarke Jacobian. Errors are of the order of rounding relative to the largest
+        :math:`O(n)` in every case, by a loop on the CPU, which waits for other devices: compiled where there is a C compiler
+        (:mod:`stableopt.constraints.native`), else in Python, with the same bits, at about a microsecond
+        for each entry. A vector with NaN or infinity becomes NaN. The derivative averages over segments; where two of them are
+        about to join or part it is one element of the Clarke Jacobian. Errors are of the order of rounding relative to the largest
         :math:`P_i |x_i|` of the vector, and steps in a metric are raised to at least :math:`2^{-40}` of the largest of the vector.
 
     References:
@@ -172,16 +174,22 @@ def _flattened(x: Tensor, step: Tensor, weight: float) -> Tensor:
 
 def _segments(values: np.ndarray, metric: np.ndarray, tube: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return for each entry where in its row its segment starts, and the direction of the jump after it minus that before it."""
+    found = compiled_passes(values, metric, tube) or _looped(values, metric, tube)
+    start, sign = _joined(values, metric, tube, *found)
+    sizes = np.diff(start, append=values.size)
+    first, lift = np.repeat(start % values.shape[1], sizes), np.repeat(np.diff(sign, append=0.0), sizes)
+    return first.reshape(values.shape), lift.reshape(values.shape)
+
+
+def _looped(values: np.ndarray, metric: np.ndarray, tube: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return what :func:`compiled_passes` returns, to the bit, by loops in Python."""
     batch, n = values.shape
     starts: list[int] = []
     signs: list[float] = []
     for i in reversed(range(batch)):  # from the last entry of all to the first, as each row is read backward
         passed = _forward(values[i].tolist(), metric[i].tolist(), float(tube[i, 0]))
         _backward(i * n, *passed, starts, signs)
-    start, sign = _joined(values, metric, tube, np.array(starts[::-1]), np.array(signs[::-1]))
-    sizes = np.diff(start, append=values.size)
-    first, lift = np.repeat(start % n, sizes), np.repeat(np.diff(sign, append=0.0), sizes)
-    return first.reshape(values.shape), lift.reshape(values.shape)
+    return np.array(starts[::-1]), np.array(signs[::-1])
 
 
 def _joined(
