@@ -118,7 +118,8 @@ class Product(Constraint):
         """
         if is_sharded(x):
             return on_whole("Product", self.project, x)
-        return torch.cat([part.project(piece) for part, piece, _ in _slices(self, x)], dim=self.dim)
+        pieces = [piece for _, piece, _ in _slices(self, x)]
+        return torch.cat([c.project(piece) for c, piece in zip(self.parts, pieces, strict=True)], dim=self.dim)
 
     def violation(self, x: Tensor) -> float:
         """Return the largest violation of a slice.
@@ -129,7 +130,8 @@ class Product(Constraint):
         """
         if is_sharded(x):
             return self.violation(x.full_tensor())  # pyright: ignore[reportAttributeAccessIssue]
-        return max(part.violation(piece) for part, piece, _ in _slices(self, x))
+        pieces = [piece for _, piece, _ in _slices(self, x)]
+        return max(c.violation(piece) for c, piece in zip(self.parts, pieces, strict=True))
 
     def prox(self, x: Tensor, step: float | Tensor = 1.0, metric: Tensor | None = None) -> Tensor:
         """Return the projections of the slices, in the metric if every part has that; the errors are those of the parts."""
@@ -137,7 +139,8 @@ class Product(Constraint):
 
     def map(self, x: Tensor) -> Tensor:
         """Return the maps of the slices."""
-        return torch.cat([part.map(piece) for part, piece, _ in _slices(self, x)], dim=self.dim)
+        pieces = [piece for _, piece, _ in _slices(self, x)]
+        return torch.cat([c.map(piece) for c, piece in zip(self.parts, pieces, strict=True)], dim=self.dim)
 
 
 class _Derived(Regularizer):

@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from stableopt.constraints.arguments import check_number
+from stableopt.constraints.base import Regularizer
 from stableopt.constraints.kinds import Elementwise
-from stableopt.constraints.penalties import shrink
+from stableopt.constraints.penalties import L2Squared, shrink
+from stableopt.constraints.sets import LinfBall
 
 __all__ = ["ElasticNet", "Entropy", "Hinge", "Huber", "LogBarrier"]
 
 _NEWTON_STEPS = 6
+_LARGE = 1e15  # from it on the logarithm changes by less than a rounding
 _SMALL = -36.0  # below it omega(z) is exp(z) to double precision
 
 
@@ -58,6 +61,16 @@ class ElasticNet(Elementwise):
         """Check the weights."""
         for name in ("l1", "l2"):
             object.__setattr__(self, name, check_number("ElasticNet", name, getattr(self, name), low=0.0))
+
+    def conjugate(self) -> Regularizer:
+        """Return the conjugate where one of the weights is 0.
+
+        Raises:
+            ValueError: if both are positive.
+        """
+        if self.l2 == 0.0:
+            return LinfBall(self.l1)
+        return L2Squared(self.l2).conjugate() if self.l1 == 0.0 else super().conjugate()
 
     def _value(self, x: Tensor) -> Tensor:
         size = x.abs()
@@ -194,7 +207,8 @@ class LogBarrier(Elementwise):
         object.__setattr__(self, "weight", check_number("LogBarrier", "weight", self.weight, low=0.0, strict=True))
 
     def _value(self, x: Tensor) -> Tensor:
-        return torch.where(x > 0.0, -self.weight * x.log(), torch.inf)
+        inside = x > 0.0
+        return torch.where(inside, -self.weight * torch.where(inside, x, 1.0).log(), torch.inf)
 
     def prox(self, x: Tensor, step: float | Tensor = 1.0, metric: Tensor | None = None) -> Tensor:
         """Return the proximal point of each entry, which is positive; the arguments and errors of every elementwise prox.
@@ -209,7 +223,7 @@ class LogBarrier(Elementwise):
 
     def _prox(self, x: Tensor, step: float | Tensor) -> Tensor:
         t = step * self.weight
-        root = t**0.5 if isinstance(t, float) else t.sqrt()
+        root = t**0.5
         length = torch.hypot(x, torch.zeros_like(x) + 2.0 * root)
         below = length - x.clamp_max(0.0)
         product = 2.0 * root / torch.where(below > 0.0, below, 1.0) * root
@@ -254,14 +268,23 @@ class Entropy(Elementwise):
         object.__setattr__(self, "weight", check_number("Entropy", "weight", self.weight, low=0.0, strict=True))
 
     def _value(self, x: Tensor) -> Tensor:
-        return torch.where(x >= 0.0, self.weight * torch.xlogy(x, x), torch.inf)
+        inside = x > 0.0  # at 0 the slope is infinite: there the derivative 0 is taken
+        amount = self.weight * torch.where(inside, x, 1.0) * torch.where(inside, x, 1.0).log()
+        return torch.where(inside, amount, torch.where(x == 0.0, 0.0, torch.inf))
 
     def _prox(self, x: Tensor, step: float | Tensor) -> Tensor:
         wide = x.double()
         t = torch.as_tensor(step, dtype=torch.float64, device=x.device) * self.weight
         safe = torch.where(t > 0.0, t, 1.0)
         z = wide / safe - 1.0 - safe.log()
-        return torch.where(t > 0.0, safe * _wright_omega(z), wide).to(x.dtype)
+        large = z >= _LARGE
+        inner = safe * _wright_omega(torch.where(large, 0.0, z))
+        far = torch.where(large, wide, 1.0)
+        moved = far.detach()
+        for _ in range(2):  # u + t log u = x - t, and log u is as good as constant
+            moved = far - safe - safe * moved.log()
+        result = torch.where(large, torch.where(far < torch.inf, moved, far), inner)
+        return torch.where(t > 0.0, result, wide.clamp_min(0.0)).to(x.dtype)
 
 
 def _wright_omega(z: Tensor) -> Tensor:

@@ -188,7 +188,7 @@ def _sweep(
 
 def _common_point(start: Tensor, sets: tuple[Constraint, ...]) -> Tensor:
     """Return a point near ``start`` that lies in all sets as stored, by plain alternating projections."""
-    q = start
+    q, left = start, [math.inf]
     for _ in range(_ROUNDS):
         for c in sets:
             q = c.project(q)

@@ -2,8 +2,8 @@
 
 An operator hands its source to :func:`compiled`. The library is kept in the cache folder of the user (``XDG_CACHE_HOME``, else
 ``~/.cache``), under the digest of source, compiler and options, and written atomically. The environment variable
-``STABLEOPT_NATIVE=0`` turns this off; ``CC`` names the compiler. Sums are never reordered or fused (``-O2 -ffp-contract=off``, no fast-math), so that the
-compiled loop and the Python loop give the same bits: which one ran cannot be seen in a result.
+``STABLEOPT_NATIVE=0`` turns this off; ``CC`` names the compiler. Sums are never reordered or fused (``-O2 -ffp-contract=off``,
+no fast-math), so that the compiled loop and the Python loop give the same bits: which one ran cannot be seen in a result.
 """
 
 from __future__ import annotations

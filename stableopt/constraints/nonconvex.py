@@ -33,8 +33,8 @@ class L0(Elementwise):
         ValueError: if it is negative or not finite.
 
     Note:
-        At :math:`|x_i| = \sqrt{2sw}` both are minimizers, and the entry is dropped. The derivative is 1 where an entry is kept, else 0.
-        Complex tensors work.
+        At :math:`|x_i| = \sqrt{2sw}` both are minimizers, and the entry is dropped. The derivative is 1 where an entry is kept,
+        else 0. Complex tensors work.
 
     References:
         Blumensath and Davies, *Iterative thresholding for sparse approximations*, 2008.
@@ -49,6 +49,7 @@ class L0(Elementwise):
 
     weight: float
     complex_too: ClassVar[bool] = True
+    convex: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the weight."""
@@ -59,17 +60,18 @@ class L0(Elementwise):
 
     def _prox(self, x: Tensor, step: float | Tensor) -> Tensor:
         threshold = (step * (2.0 * self.weight)) ** 0.5
-        return torch.where(x.abs() <= threshold, 0.0, x)
+        dropped = (x.abs() <= threshold) & (threshold > torch.zeros_like(x.real))
+        return torch.where(dropped, 0.0, x)
 
 
 @dataclass(frozen=True)
 class MCP(Elementwise):
     r"""The minimax concave penalty :math:`g(x) = \sum_i p(|x_i|)`, flat beyond :math:`\gamma\lambda`.
 
-    .. math:: p(a) = \lambda a - \frac{a^2}{2\gamma} \ \text{ if } a \le \gamma\lambda, \qquad \tfrac12 \gamma\lambda^2 \ \text{ otherwise.}
+    .. math:: p(a) = \lambda a - \frac{a^2}{2\gamma} \text{ if } a \le \gamma\lambda, \quad \tfrac12 \gamma\lambda^2 \text{ beyond.}
 
-    For :math:`s < \gamma` the prox is 0 up to :math:`s\lambda`, :math:`(a - s\lambda) / (1 - s/\gamma)` up to :math:`\gamma\lambda`, and
-    a beyond; for :math:`s \ge \gamma` it is 0 up to :math:`\lambda\sqrt{s\gamma}` and a beyond.
+    For :math:`s < \gamma` the prox is 0 up to :math:`s\lambda`, :math:`(a - s\lambda) / (1 - s/\gamma)` up to
+    :math:`\gamma\lambda`, and a beyond; for :math:`s \ge \gamma` it is 0 up to :math:`\lambda\sqrt{s\gamma}` and a beyond.
 
     Args:
         weight: :math:`\lambda`, finite, :math:`\ge 0`.
@@ -95,6 +97,7 @@ class MCP(Elementwise):
 
     weight: float
     gamma: float = 3.0
+    convex: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -110,7 +113,7 @@ class MCP(Elementwise):
         short = s < self.gamma
         middle = (size - s * self.weight).clamp_min(0.0) / torch.where(short, 1.0 - s / self.gamma, 1.0)
         least = torch.where(short, self.gamma * self.weight, self.weight * (s * self.gamma).sqrt())
-        return torch.where(size <= least, torch.where(short, x.sgn() * middle, 0.0), x)
+        return torch.where((size <= least) & (least > 0.0), torch.where(short, x.sgn() * middle, 0.0), x)
 
 
 @dataclass(frozen=True)
@@ -118,12 +121,13 @@ class SCAD(Elementwise):
     r"""The smoothly clipped absolute deviation :math:`g(x) = \sum_i p(|x_i|)`, flat beyond :math:`a\lambda`.
 
     .. math::
-        p(u) = \lambda u \ (u \le \lambda), \qquad \frac{2a\lambda u - u^2 - \lambda^2}{2(a - 1)} \ (\lambda < u \le a\lambda), \qquad
+        p(u) = \lambda u \ (u \le \lambda), \qquad
+        \frac{2a\lambda u - u^2 - \lambda^2}{2(a - 1)} \ (\lambda < u \le a\lambda), \qquad
         \tfrac12 (a + 1) \lambda^2 \ (u > a\lambda).
 
     For :math:`s < a - 1` the prox is the soft threshold up to :math:`(1 + s)\lambda`,
-    :math:`((a - 1) u - s a \lambda) / (a - 1 - s)` up to :math:`a\lambda`, and u beyond. For longer steps it is the soft threshold up to
-    :math:`\tfrac12 (a + 1 + s) \lambda`, or 0 up to :math:`\lambda \sqrt{s (a + 1)}` if :math:`s \ge a + 1`, and u beyond.
+    :math:`((a - 1) u - s a \lambda) / (a - 1 - s)` up to :math:`a\lambda`, and u beyond. For longer steps it is the soft threshold
+    up to :math:`\tfrac12 (a + 1 + s) \lambda`, or 0 up to :math:`\lambda \sqrt{s (a + 1)}` if :math:`s \ge a + 1`, and u beyond.
 
     Args:
         weight: :math:`\lambda`, finite, :math:`\ge 0`.
@@ -149,6 +153,7 @@ class SCAD(Elementwise):
 
     weight: float
     a: float = 3.7
+    convex: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -167,7 +172,8 @@ class SCAD(Elementwise):
         middle = (edge * size - s * (self.a * self.weight)) / torch.where(short, edge - s, 1.0)
         jump = torch.where(s < self.a + 1.0, 0.5 * (self.a + 1.0 + s), (s * (self.a + 1.0)).sqrt()) * self.weight
         inner = torch.where(short & (size > (1.0 + s) * self.weight), middle, soft)
-        return torch.where(size <= torch.where(short, self.a * self.weight, jump), x.sgn() * inner, x)
+        least = torch.where(short, self.a * self.weight, jump)
+        return torch.where((size <= least) & (s * self.weight > 0.0), x.sgn() * inner, x)
 
 
 @dataclass(frozen=True)
@@ -189,8 +195,8 @@ class Lq(Elementwise):
         ValueError: if it is out of range.
 
     Note:
-        Not convex; the map jumps from 0 to :math:`\beta` at :math:`\tau`. The root is found by Newton's method from the right, where the
-        equation is convex and increasing, with a fixed number of steps.
+        Not convex; the map jumps from 0 to :math:`\beta` at :math:`\tau`. The root is found by Newton's method from the right,
+        where the equation is convex and increasing, with a fixed number of steps.
 
     References:
         Marjanovic and Solo, *On lq optimization and matrix completion*, IEEE TSP 60, 2012, theorem 1.
@@ -198,13 +204,14 @@ class Lq(Elementwise):
     Examples:
         >>> import torch
         >>> Lq(1.0, 0.5).prox(torch.tensor([1.4, 1.6]))
-        tensor([0.0000, 1.0942])
+        tensor([0.0000, 1.1295])
         >>> Lq(2.0, 0.5).value(torch.tensor([4.0, -9.0])).item()
         10.0
     """
 
     weight: float
     q: float = 0.5
+    convex: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the arguments."""
@@ -215,19 +222,20 @@ class Lq(Elementwise):
         object.__setattr__(self, "q", q)
 
     def _value(self, x: Tensor) -> Tensor:
-        return self.weight * x.abs() ** self.q
+        away = x != 0.0  # at 0 the slope is infinite: there the derivative 0 is taken
+        return torch.where(away, self.weight * torch.where(away, x, 1.0).abs() ** self.q, 0.0)
 
     def _prox(self, x: Tensor, step: float | Tensor) -> Tensor:
         t, size, q = torch.as_tensor(step, dtype=x.dtype, device=x.device) * self.weight, x.abs(), self.q
         threshold = (2.0 - q) / (2.0 * (1.0 - q)) * (2.0 * (1.0 - q) * t) ** (1.0 / (2.0 - q))
-        large = size > threshold
+        large = (size > threshold) & (size < torch.inf) & (t > 0.0)
         y = torch.where(large, size, 1.0)
         weight = torch.where(large, t, 0.0)
         u = y.detach()
         for _ in range(_NEWTON_STEPS):
             u = _step_to_root(u, y.detach(), weight, q)
         kept = x.sgn() * _step_to_root(u, y, weight, q)
-        return torch.where(large, kept, torch.where(size <= threshold, 0.0, x))
+        return torch.where(large, kept, torch.where((size <= threshold) & (t > 0.0), 0.0, x))
 
 
 def _step_to_root(u: Tensor, y: Tensor, weight: Tensor, q: float) -> Tensor:

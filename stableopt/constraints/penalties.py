@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -103,12 +102,14 @@ class L2Squared(Elementwise):
         object.__setattr__(self, "weight", check_number("L2Squared", "weight", self.weight, low=0.0))
 
     def conjugate(self) -> Regularizer:
-        """Return the same function with the inverse weight.
+        """Return the same function with the inverse weight; for weight 0 the set that holds 0 alone.
 
         Raises:
-            ValueError: if the weight is 0, or so small that its inverse is infinite.
+            ValueError: if the weight is so small that its inverse is infinite.
         """
-        if self.weight == 0.0 or 1.0 / self.weight == float("inf"):
+        if self.weight == 0.0:
+            return LinfBall(0.0)
+        if 1.0 / self.weight == float("inf"):
             return super().conjugate()
         return L2Squared(1.0 / self.weight)
 
@@ -172,12 +173,13 @@ def shrink(x: Tensor, threshold: float | Tensor) -> Tensor:
         >>> shrink(torch.tensor([3.0, 0.5]), 1.0), shrink(torch.tensor(-3.0), 1.0)
         (tensor([2., 0.]), tensor(-2.))
     """
-    if isinstance(threshold, float) and threshold == 0.0:
+    if not isinstance(threshold, Tensor) and threshold == 0.0:
         return x.clone()  # also at 0 the identity has the derivative 1
     if x.is_complex():
         size = x.abs()
         above = size > threshold
         return torch.where(above, x * (1.0 - threshold / torch.where(above, size, 1.0)), x * 0.0)
-    if isinstance(threshold, float) and math.isfinite(threshold):
-        return F.softshrink(x, threshold)
-    return x - x.clamp(-torch.as_tensor(threshold), torch.as_tensor(threshold))
+    if not isinstance(threshold, Tensor):
+        return F.softshrink(x, min(threshold, torch.finfo(x.dtype).max))
+    bound = threshold.clamp_max(torch.finfo(x.dtype).max)  # an infinite one would make NaN of an infinite entry
+    return x - x.clamp(-bound, bound)

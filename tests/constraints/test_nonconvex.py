@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from stableopt.constraints.base import Regularizer
 from stableopt.constraints.kinds import Elementwise
 from stableopt.constraints.nonconvex import L0, MCP, SCAD, Lq
 
@@ -113,3 +114,17 @@ def test_parameters_at_their_limit_are_refused() -> None:
     for make in (lambda: SCAD(1.0, 2.0), lambda: MCP(1.0, 0.0), lambda: L0(-1.0)):
         with pytest.raises(ValueError, match="needs a finite number"):
             make()
+
+
+@pytest.mark.parametrize("g", [L0(0.0), MCP(0.0), SCAD(0.0), Lq(0.0)], ids=repr)
+def test_without_weight_the_prox_is_the_identity_with_derivative_one(g: Regularizer) -> None:
+    x = torch.tensor([0.0, -0.0, 1.5, -1e-300], requires_grad=True)
+    p = g.prox(x, 0.7)
+    assert torch.equal(p, x)
+    assert torch.autograd.grad(p.sum(), x)[0].tolist() == [1.0] * 4
+
+
+def test_the_derivative_of_the_bridge_penalty_is_finite_at_zero_and_its_prox_at_infinity() -> None:
+    x = torch.tensor([0.0, 4.0], requires_grad=True)
+    assert torch.autograd.grad(Lq(2.0, 0.5).value(x), x)[0].tolist() == [0.0, 0.5]
+    assert Lq(1.0).prox(torch.tensor([torch.inf, -torch.inf])).tolist() == [torch.inf, -torch.inf]

@@ -10,7 +10,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stableopt.constraints import L1, L2Squared
+from stableopt.constraints import L1, ElasticNet, L2Squared, LinfBall, WeightedL1
 from tests.constraints.catalogue import DTYPES
 from tests.constraints.oracle import entries
 
@@ -96,3 +96,29 @@ def test_implicit_decay_contracts_where_explicit_decay_diverges() -> None:
         assert factor == pytest.approx(1 / (1 + product), rel=1e-15)
         assert factor < 1
     assert abs(1 - 50.0) > 1
+
+
+def test_a_threshold_beyond_the_dtype_sends_everything_to_zero() -> None:
+    x = torch.tensor([3.0, -1e30], dtype=torch.float32)
+    assert L1(1e200).prox(x).tolist() == [0.0, 0.0]
+    assert L1(1e200).prox(x, torch.full((2,), 1e30, dtype=torch.float32)).tolist() == [0.0, 0.0]
+
+
+def test_conjugates_at_the_ends_of_the_weights() -> None:
+    assert L2Squared(0.0).conjugate() == LinfBall(0.0)
+    assert L2Squared(4.0).conjugate() == L2Squared(0.25)
+    assert ElasticNet(0.5, 0.0).conjugate() == LinfBall(0.5)
+    assert ElasticNet(0.0, 2.0).conjugate() == L2Squared(0.5)
+    for g in (ElasticNet(0.5, 2.0), L2Squared(1e-320)):
+        with pytest.raises(ValueError, match="no conjugate"):
+            g.conjugate()
+
+
+def test_weights_of_single_entries_are_thresholds_of_their_own() -> None:
+    x = torch.randn(3, 4, dtype=torch.complex128)
+    weights = (0.0, 0.3, 1.0, 5.0)
+    p = WeightedL1(weights, dims=1).prox(x, 0.5)
+    for column, weight in enumerate(weights):
+        torch.testing.assert_close(p[:, column], L1(weight).prox(x[:, column], 0.5))
+    with pytest.raises(ValueError, match="as many weights"):
+        WeightedL1(weights).prox(x)
