@@ -14,6 +14,7 @@ from stableopt.constraints.isotonic import Monotone
 from stableopt.constraints.l1 import InfNormBall, L1Ball, LinfNorm, OneNormBall
 from stableopt.constraints.lowrank import AlmostOrthogonal, Rank
 from stableopt.constraints.manifolds import Orthogonal, Stiefel
+from stableopt.constraints.moved import AffineImage
 from stableopt.constraints.nonconvex import L0, MCP, SCAD, Lq
 from stableopt.constraints.ordered import SLOPE, KSupport
 from stableopt.constraints.penalties import L1, L2Squared, WeightedL1
@@ -87,6 +88,7 @@ __all__ = [
     "AlmostOrthogonal",
     "DoublyStochastic",
     # combinations
+    "AffineImage",
     "Product",
     "Intersection",
     "DykstraResult",

@@ -31,11 +31,11 @@ from torch import Tensor
 from stableopt.constraints.arguments import check_dims, check_number, check_numbers
 from stableopt.constraints.base import Regularizer
 from stableopt.constraints.kinds import VectorSet
-from stableopt.constraints.layout import Vectors
+from stableopt.constraints.layout import Vectors, weight_rows
 from stableopt.constraints.rounding import toward_zero, unit_scale
 from stableopt.errors import InfeasibleError
 
-__all__ = ["L2Ball", "Sphere", "weight_rows"]
+__all__ = ["L2Ball", "Sphere"]
 
 _SAFE_RADIUS = 2.0**-900  # below it the quotients of L2Ball may be subnormal, and its margins lost
 _LEAST_WEIGHT = 2.0**-100  # relative to the largest
@@ -240,36 +240,6 @@ class Sphere(VectorSet):
 
     def _inward(self, v: Vectors, nearest: Tensor) -> Tensor:
         return nearest.to(v.stored.dtype)
-
-
-def weight_rows(owner: str, name: str, v: Vectors, weights: tuple[float, ...]) -> Tensor:
-    """Return one number per entry of a vector, in the order of ``dims``, as rows: what of them lies on this process.
-
-    Args:
-        owner: the class that asks, for the message.
-        name: what the numbers are, for the message.
-        v: the vectors.
-        weights: the numbers.
-
-    Raises:
-        ValueError: if there are not as many as entries.
-
-    Examples:
-        >>> weight_rows("L2Ball", "weights", Vectors("L2Ball", torch.ones(3, 2), 1), (1.0, 2.0)).tolist()
-        [[1.0, 2.0]]
-    """
-    if len(weights) != v.size:
-        raise ValueError(
-            f"{owner} needs as many {name} as a vector has entries, got {len(weights)} for vectors of {v.size} entries "
-            f"in shape {tuple(v.whole.shape)}; give as many, or other dims."
-        )
-    row = torch.tensor([weights], dtype=torch.float64, device=v.stored.device)
-    if v.layout is None:
-        return row
-    dims = tuple(range(v.whole.ndim)) if v.dims is None else v.dims
-    lone = [1] * (v.whole.ndim - len(dims))
-    shaped = row.reshape(*lone, *(v.whole.shape[d] for d in dims))
-    return v.spread(shaped.movedim(tuple(range(-len(dims), 0)), dims))
 
 
 def _largest_parts(x: Tensor) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from stableopt.constraints.arguments import check_number, check_tensor, combined_step
 from stableopt.constraints.base import Constraint, Regularizer
-from stableopt.constraints.sharding import is_sharded, on_whole
+from stableopt.constraints.penalties import L2Squared
+from stableopt.constraints.sharding import Sharding, is_sharded, on_whole, part_like
 
 __all__ = ["Product", "Scaled", "SeparableSum", "Translated", "Weighted", "WithRidge"]
 
@@ -164,12 +165,17 @@ class _Derived(Regularizer):
             raise TypeError(f"{name} needs a regularizer as g, got {type(self.g).__name__}.")
         if isinstance(self.g, Constraint):
             raise TypeError(
-                f"{name} is for penalties, got the set {self.g!r}: rounding would lead out of it. Set its own parameters instead."
+                f"{name} is for penalties, got the set {self.g!r}: rounding would lead out of it. Use AffineImage."
             )
 
     def _step(self, x: Tensor, step: float | Tensor, metric: Tensor | None) -> float | Tensor:
-        check_tensor(type(self).__name__, x)
-        return combined_step(type(self).__name__, step, metric, x, diagonal=self.diagonal)
+        name = type(self).__name__
+        check_tensor(name, x)
+        s = combined_step(name, step, metric, x, diagonal=self.diagonal)
+        if isinstance(s, Tensor) and s.numel() > 1 and is_sharded(x):
+            layout = Sharding.of(name, x)  # pyright: ignore[reportArgumentType]
+            return layout.wrap(part_like(x, s, layout))
+        return s
 
 
 @dataclass(frozen=True)
@@ -318,7 +324,7 @@ class WithRidge(_Derived):
     def value(self, x: Tensor) -> Tensor:
         """Return the penalty plus the parabola."""
         check_tensor(type(self).__name__, x)
-        return self.g.value(x) + 0.5 * self.weight * x.abs().double().square().sum()
+        return self.g.value(x) + L2Squared(self.weight).value(x)
 
     def prox(self, x: Tensor, step: float | Tensor = 1.0, metric: Tensor | None = None) -> Tensor:
         """Return the proximal point; the errors are those of ``g``."""

@@ -31,9 +31,8 @@ import torch
 from torch import Tensor
 
 from stableopt.constraints.arguments import check_dims, check_number, check_numbers
-from stableopt.constraints.balls import weight_rows
 from stableopt.constraints.kinds import VectorSet
-from stableopt.constraints.layout import Vectors
+from stableopt.constraints.layout import Vectors, weight_rows
 from stableopt.constraints.rounding import toward_zero, unit_scale
 from stableopt.errors import InfeasibleError
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from stableopt.constraints.arguments import check_number
 from stableopt.constraints.base import Regularizer
 from stableopt.constraints.kinds import Elementwise
-from stableopt.constraints.penalties import L2Squared, shrink
+from stableopt.constraints.penalties import L2Squared, in_range, shrink
 from stableopt.constraints.sets import LinfBall
 
 __all__ = ["ElasticNet", "Entropy", "Hinge", "Huber", "LogBarrier"]
@@ -124,13 +124,14 @@ class Huber(Elementwise):
 
     def _value(self, x: Tensor) -> Tensor:
         size = x.abs()
-        inner = size.clamp_max(self.delta)
+        inner = size.clamp_max(in_range(self.delta, x.dtype))
         return self.weight * (inner * (inner / (2.0 * self.delta)) + (size - inner))
 
     def _prox(self, x: Tensor, step: float | Tensor) -> Tensor:
         t = step * self.weight
-        ratio = self.delta / (self.delta + t)
-        return torch.where(x.abs() <= self.delta + t, x * ratio, x - x.sgn() * t)
+        ratio = 1.0 / (1.0 + step * min(self.weight / self.delta, 1e300))  # 0 times infinity would be NaN
+        flat = x.abs() > in_range(self.delta + t, x.dtype)
+        return torch.where(flat, x - x.sgn() * in_range(t, x.dtype), x * ratio)
 
 
 @dataclass(frozen=True)
@@ -222,8 +223,7 @@ class LogBarrier(Elementwise):
         return torch.where(p <= 0.0, torch.finfo(x.dtype).smallest_normal, p)
 
     def _prox(self, x: Tensor, step: float | Tensor) -> Tensor:
-        t = step * self.weight
-        root = t**0.5
+        root = step**0.5 * self.weight**0.5  # the product itself may overflow
         length = torch.hypot(x, torch.zeros_like(x) + 2.0 * root)
         below = length - x.clamp_max(0.0)
         product = 2.0 * root / torch.where(below > 0.0, below, 1.0) * root
@@ -278,7 +278,9 @@ class Entropy(Elementwise):
         safe = torch.where(t > 0.0, t, 1.0)
         z = wide / safe - 1.0 - safe.log()
         large = z >= _LARGE
-        inner = safe * _wright_omega(torch.where(large, 0.0, z))
+        small = z < _SMALL  # there omega(z) is exp(z); the product with t is taken inside
+        inner = safe * _wright_omega(torch.where(large | small, 0.0, z))
+        inner = torch.where(small, (torch.where(small, wide, safe) / safe - 1.0).exp(), inner)
         far = torch.where(large, wide, 1.0)
         moved = far.detach()
         for _ in range(2):  # u + t log u = x - t, and log u is as good as constant
@@ -294,8 +296,7 @@ def _wright_omega(z: Tensor) -> Tensor:
     guess = torch.where(large, point - torch.where(large, point, 1.0).log(), point.clamp_max(1.0).exp())
     for _ in range(_NEWTON_STEPS):
         guess = _newton(guess, point)
-    small = z < _SMALL
-    return torch.where(small, torch.where(small, z, 0.0).exp(), _newton(guess, torch.where(small, 0.0, z)))
+    return _newton(guess, z)
 
 
 def _newton(w: Tensor, z: Tensor) -> Tensor:

@@ -28,11 +28,11 @@ import torch
 from torch import Tensor
 
 from stableopt.constraints.arguments import check_dims, check_number
+from stableopt.constraints.balls import L2Ball
 from stableopt.constraints.base import Regularizer
 from stableopt.constraints.kinds import VectorPenalty
 from stableopt.constraints.layout import Vectors, substitute
 from stableopt.constraints.rounding import unit_scale
-from stableopt.constraints.sets import L2Ball
 
 __all__ = ["L2", "Partition", "Segments", "group_norms", "shrink_groups"]
 

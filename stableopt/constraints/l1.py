@@ -27,7 +27,7 @@ from torch import Tensor
 from stableopt.constraints.arguments import check_dims, check_number, check_numbers, check_tensor
 from stableopt.constraints.base import Constraint, Regularizer
 from stableopt.constraints.kinds import VectorPenalty, VectorSet
-from stableopt.constraints.layout import Vectors
+from stableopt.constraints.layout import Vectors, weight_rows
 from stableopt.constraints.rounding import toward_zero, unit_scale
 from stableopt.constraints.threshold import soft_level
 
@@ -129,7 +129,11 @@ class L1Ball(VectorSet):
             return _with_phase(v.data, soft_level(v, size, None, self.radius).above)
         # The weights and the metric are brought to at most 1, and the data to size about 1, so that nothing overflows.
         heaviest = 1.0 if self.weights is None else max(self.weights)
-        w = torch.ones_like(size[:1]) if self.weights is None else _weight_rows(v, self.weights) / heaviest
+        w = (
+            torch.ones_like(size[:1])
+            if self.weights is None
+            else weight_rows("L1Ball", "weights", v, self.weights) / heaviest
+        )
         P = torch.ones_like(w) if metric is None else metric / v.max(metric)
         radius = self.radius / heaviest
         scale = unit_scale(v.max(size.detach()).clamp_min(radius))
@@ -150,7 +154,7 @@ class L1Ball(VectorSet):
         terms = rows.abs()
         if self.weights is None:
             return _sum_in_blocks(v, terms) * (1.0 + _delta(v))
-        products = terms * _weight_rows(v, self.weights)
+        products = terms * weight_rows("L1Ball", "weights", v, self.weights)
         below = (products < _SMALLEST_NORMAL) & (terms > 0)
         # Each product below the normal range may have lost half of the smallest number.
         return _sum_in_blocks(v, products) * (1.0 + _delta(v)) + v.sum(below.double()) * _SMALLEST
@@ -365,22 +369,6 @@ def _with_phase(x: Tensor, size: Tensor) -> Tensor:
         return torch.copysign(size, x)
     modulus = x.abs()
     return x * (size / torch.where(modulus > 0, modulus, 1.0))
-
-
-def _weight_rows(v: Vectors, weights: tuple[float, ...]) -> Tensor:
-    """Return weights in the order of ``dims`` as rows: what of them lies on this process."""
-    if len(weights) != v.size:
-        raise ValueError(
-            f"L1Ball needs one weight per entry of a vector, got {len(weights)} weights and vectors of {v.size} entries "
-            f"in shape {tuple(v.whole.shape)}; give as many, or other dims."
-        )
-    row = torch.tensor([weights], dtype=torch.float64, device=v.stored.device)
-    if v.layout is None:
-        return row
-    dims = tuple(range(v.whole.ndim)) if v.dims is None else v.dims
-    lone = [1] * (v.whole.ndim - len(dims))
-    shaped = row.reshape(*lone, *(v.whole.shape[d] for d in dims))
-    return v.spread(shaped.movedim(tuple(range(-len(dims), 0)), dims))
 
 
 def _sum_in_blocks(v: Vectors, terms: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from stableopt.constraints.arguments import check_tensor
 from stableopt.constraints.rounding import COMPLEX_DTYPES
 from stableopt.constraints.sharding import Sharding, is_sharded, part_like
 
-__all__ = ["Matrices", "Vectors", "substitute"]
+__all__ = ["Matrices", "Vectors", "substitute", "weight_rows"]
 
 Dims = int | tuple[int, ...] | None
 
@@ -201,3 +201,33 @@ def _reduced(t: Tensor, operation: str, groups: list[object]) -> Tensor:
     for group in groups:
         all_reduce(result, ReduceOp.SUM if operation == "sum" else ReduceOp.MAX, group=group)  # pyright: ignore[reportArgumentType]
     return result
+
+
+def weight_rows(owner: str, name: str, v: Vectors, weights: tuple[float, ...]) -> Tensor:
+    """Return one number per entry of a vector, in the order of ``dims``, as rows: what of them lies on this process.
+
+    Args:
+        owner: the class that asks, for the message.
+        name: what the numbers are, for the message.
+        v: the vectors.
+        weights: the numbers.
+
+    Raises:
+        ValueError: if there are not as many as entries.
+
+    Examples:
+        >>> weight_rows("L2Ball", "weights", Vectors("L2Ball", torch.ones(3, 2), 1), (1.0, 2.0)).tolist()
+        [[1.0, 2.0]]
+    """
+    if len(weights) != v.size:
+        raise ValueError(
+            f"{owner} needs as many {name} as a vector has entries, got {len(weights)} for vectors of {v.size} entries "
+            f"in shape {tuple(v.whole.shape)}; give as many, or other dims."
+        )
+    row = torch.tensor([weights], dtype=torch.float64, device=v.stored.device)
+    if v.layout is None:
+        return row
+    dims = tuple(range(v.whole.ndim)) if v.dims is None else v.dims
+    lone = [1] * (v.whole.ndim - len(dims))
+    shaped = row.reshape(*lone, *(v.whole.shape[d] for d in dims))
+    return v.spread(shaped.movedim(tuple(range(-len(dims), 0)), dims))

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from stableopt.constraints.arguments import check_matrix
 from stableopt.constraints.base import Constraint
 from stableopt.constraints.layout import substitute
+from stableopt.constraints.sharding import is_sharded, on_whole
 from stableopt.constraints.spectral import apply_to_singular_values, proved_norm, shrink_until_proved
 from stableopt.linalg.below import relative_slack
 
@@ -114,6 +115,8 @@ class Orthogonal(Constraint):
             (0.0, True)
         """
         check_matrix(type(self).__name__, x, _ADVICE)
+        if is_sharded(x):
+            return on_whole(type(self).__name__, self.project, x)
         if x.numel() == 0:
             return x
         if not bool(x.isfinite().all()):
@@ -135,6 +138,8 @@ class Orthogonal(Constraint):
             1.0
         """
         check_matrix(type(self).__name__, x, _ADVICE)
+        if is_sharded(x):
+            return self.violation(x.full_tensor())  # pyright: ignore[reportAttributeAccessIssue]
         if x.numel() == 0:
             return 0.0
         if not bool(x.isfinite().all()):

@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stableopt.constraints.arguments import check_dims, check_number, check_numbers
-from stableopt.constraints.balls import weight_rows
 from stableopt.constraints.base import Regularizer
 from stableopt.constraints.kinds import Elementwise, VectorPenalty
-from stableopt.constraints.layout import Vectors
+from stableopt.constraints.layout import Vectors, weight_rows
 from stableopt.constraints.sets import LinfBall
 
 __all__ = ["L1", "L2Squared", "WeightedL1", "shrink"]
@@ -155,6 +154,10 @@ class WeightedL1(VectorPenalty):
         object.__setattr__(self, "weights", check_numbers("WeightedL1", "weights", self.weights, low=0.0))
         object.__setattr__(self, "dims", check_dims("WeightedL1", self.dims))
 
+    def conjugate(self) -> LinfBall:
+        """Return the box with the weights as bounds of the moduli."""
+        return LinfBall(1.0, weights=self.weights, dims=self.dims)
+
     def _value(self, v: Vectors) -> Tensor:
         return v.sum(weight_rows("WeightedL1", "weights", v, self.weights) * v.data.abs())
 
@@ -179,7 +182,17 @@ def shrink(x: Tensor, threshold: float | Tensor) -> Tensor:
         size = x.abs()
         above = size > threshold
         return torch.where(above, x * (1.0 - threshold / torch.where(above, size, 1.0)), x * 0.0)
-    if not isinstance(threshold, Tensor):
-        return F.softshrink(x, min(threshold, torch.finfo(x.dtype).max))
-    bound = threshold.clamp_max(torch.finfo(x.dtype).max)  # an infinite one would make NaN of an infinite entry
-    return x - x.clamp(-bound, bound)
+    bound = in_range(threshold, x.dtype)  # an infinite one would make NaN of an infinite entry
+    return x - x.clamp(-bound, bound) if isinstance(bound, Tensor) else F.softshrink(x, bound)
+
+
+def in_range(number: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """Return the number, but no more than the largest finite one of the dtype.
+
+    Examples:
+        >>> import torch
+        >>> in_range(1e10, torch.float16), in_range(2.0, torch.float16)
+        (65504.0, 2.0)
+    """
+    most = torch.finfo(dtype).max
+    return number.clamp_max(most) if isinstance(number, Tensor) else min(number, most)

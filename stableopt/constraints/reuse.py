@@ -33,7 +33,6 @@ In an optimizer the line ``p.copy_(regularizer.prox(reached, step))`` becomes, f
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -46,7 +45,7 @@ from stableopt.constraints.sharding import is_sharded
 from stableopt.constraints.spectral import SpectralBall, proved_norm
 from stableopt.linalg.below import norm_is_below, relative_slack
 
-__all__ = ["ProvedReference", "forget", "project_all_tracked", "project_tracked"]
+__all__ = ["ProvedReference", "forget", "project_tracked"]
 
 _MARGIN = 1e-6
 _COLUMNS = 16  # of V
@@ -259,20 +258,6 @@ def project_tracked(constraint: Constraint, key: Tensor, x: Tensor) -> Tensor:
     if projected is x:
         reference.seen_inside()
     return projected
-
-
-def project_all_tracked(points: Iterable[tuple[Constraint, Tensor, Tensor]]) -> list[Tensor]:
-    """Return the projections of many points, each as :func:`project_tracked`.
-
-    Args:
-        points: triples of a constraint, a key and a point.
-
-    Examples:
-        >>> W = torch.nn.Parameter(torch.eye(2))
-        >>> [p.sum().round().item() for p in project_all_tracked([(SpectralBall(2.0), W, 3 * torch.eye(2))])]
-        [4.0]
-    """
-    return [project_tracked(constraint, key, x) for constraint, key, x in points]
 
 
 def forget(key: Tensor) -> None:

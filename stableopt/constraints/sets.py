@@ -27,14 +27,13 @@ from stableopt.constraints.arguments import (
     check_tensor,
     combined_step,
 )
-from stableopt.constraints.balls import L2Ball, weight_rows
 from stableopt.constraints.base import Constraint, Regularizer
-from stableopt.constraints.layout import Vectors, substitute
+from stableopt.constraints.layout import Vectors, substitute, weight_rows
 from stableopt.constraints.rounding import round_down_to, round_up_to, toward_zero, unit_scale
 from stableopt.constraints.sharding import Sharding, is_sharded
 from stableopt.errors import InfeasibleError
 
-__all__ = ["Box", "L2Ball", "LinfBall", "NonNegative"]
+__all__ = ["Box", "LinfBall", "NonNegative"]
 
 _DELTA = 10 * 2.0**-53  # of the norm of two numbers
 

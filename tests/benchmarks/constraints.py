@@ -172,6 +172,7 @@ def audit() -> None:
     ]
     for name, prox, shape in rows:
         print(f"  {name:<30s} {max(firmness(prox, shape), 0.0):.1e}")
+    audit_sets()
     if peer("jaxopt") is not None:
         import jax
         import jaxopt
@@ -180,6 +181,50 @@ def audit() -> None:
         leaf = torch.zeros(3, requires_grad=True)
         (ours,) = torch.autograd.grad(C.L2(1.0).prox(leaf).sum(), leaf)
         print(f"  gradient of the group lasso at 0: jaxopt {np.asarray(gradient)}, ours {ours.numpy()}")
+
+
+def not_nearest(
+    project: Callable[[np.ndarray], np.ndarray], member: Callable[[], np.ndarray], shape: tuple[int, ...]
+) -> float:
+    """Return the largest <x - p, u - p> over random points x with projection p and members u; at most 0 for a projection."""
+    generator = np.random.default_rng(5)
+    worst = -math.inf
+    for _ in range(2000):
+        x = 2.0 * generator.standard_normal(shape)
+        p = project(x)
+        worst = max(worst, float(((x - p) * (member() - p)).sum()))
+    return worst
+
+
+def audit_sets() -> None:
+    """Print whether the peers' projections are the nearest points, and where they fail at all."""
+    print("\nViolation of <x - p, u - p> <= 0 over 2000 random points x and members u (0 up to rounding is right)")
+    generator = np.random.default_rng(6)
+
+    def nuclear_member() -> np.ndarray:
+        u = generator.standard_normal((3, 4))
+        return u / np.linalg.svd(u, compute_uv=False).sum()
+
+    def l1_member() -> np.ndarray:
+        u = generator.standard_normal(6)
+        return u / np.abs(u).sum()
+
+    rows = [
+        ("ours NuclearBall", through_torch(C.NuclearBall(1.0).project), nuclear_member, (3, 4)),
+        ("ours L1Ball", through_torch(C.L1Ball(1.0).project), l1_member, (6,)),
+    ]
+    if peer("proxtorch") is not None:
+        sets = importlib.import_module("proxtorch.constraints")
+        rows.append(("proxtorch TraceNorm ball", through_torch(sets.TraceNorm(1.0).prox), nuclear_member, (3, 4)))
+        try:
+            sets.L1Ball(1.0).prox(torch.ones(2, 3))
+        except RuntimeError as error:
+            print(f"  proxtorch L1Ball on a 2 x 3 tensor: RuntimeError {str(error)[:60]}")
+    if (pyproximal := peer("pyproximal")) is not None:
+        ball = pyproximal.L1Ball(6, 1.0)
+        rows.append(("pyproximal L1Ball", lambda x: ball.prox(x, 1.0), l1_member, (6,)))
+    for name, project, member, shape in rows:
+        print(f"  {name:<30s} {max(not_nearest(project, member, shape), 0.0):.1e}")
 
 
 # Feasibility ------------------------------------------------------------------------------------------------------------------

@@ -66,3 +66,32 @@ def test_the_derivative_is_the_inverse_of_one_plus_the_curvature(g: Entropy | Lo
     (found,) = torch.autograd.grad(p.sum(), x)
     bend = 0.7 / p.detach() if isinstance(g, Entropy) else 0.7 / p.detach().square()
     torch.testing.assert_close(found, 1 / (1 + 0.6 * bend), rtol=1e-12, atol=0)
+
+
+def test_numbers_beyond_the_dtype_give_the_limits_and_no_nan() -> None:
+    x = torch.tensor([3.0, -2.0, 0.0], dtype=torch.float32)
+    wide = Huber(1e200, 1e200)  # prox x / (1 + 1) on the parabola
+    torch.testing.assert_close(wide.prox(x), x / 2)
+    torch.testing.assert_close(wide.prox(x, torch.ones(3)), x / 2)
+    assert wide.value(x).item() == pytest.approx(float(x.square().sum()) / 2)
+    huge = LogBarrier(1e200).prox(torch.tensor([1.0, -1.0]), 1e200)  # (x + sqrt(x^2 + 4 t)) / 2
+    torch.testing.assert_close(huge, torch.full((2,), 1e200))
+    tiny = Entropy(1e300).prox(torch.tensor([-1e302, -1e303]))  # u = exp(x / t - 1) up to a relative u / t
+    torch.testing.assert_close(tiny, torch.tensor([-101.0, -1001.0]).exp(), rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("x", [-30.0, -36.5, -50.0, -500.0])
+def test_far_below_zero_the_entropy_prox_solves_its_equation(x: float) -> None:
+    for t in (1e-3, 1.0, 30.0):
+        u = Entropy(t).prox(torch.tensor(x)).item()
+        if u > 0.0:
+            assert u + t * math.log(u) == pytest.approx(x - t, rel=1e-13)
+        else:
+            assert x / t - 1 < math.log(5e-324)
+
+
+def test_the_derivative_of_the_entropy_prox_far_below_zero_is_that_of_its_equation() -> None:
+    x = torch.tensor([-40.0, -35.0, -20.0, 1.0], requires_grad=True)
+    u = Entropy(0.9).prox(x)
+    (slope,) = torch.autograd.grad(u.sum(), x)
+    torch.testing.assert_close(slope, (u / (u + 0.9)).detach(), rtol=1e-12, atol=0.0)

@@ -205,7 +205,7 @@ def test_the_operator_norm_balls_work_on_batches() -> None:
         (lambda: L1Ball(1.0, (1.0, 0.0)), "> 0 as weights"),
         (lambda: L1Ball(1.0, (1e-80, 1.0)), "none is below"),
         (lambda: L1Ball(1.0, ()), "at least one number"),
-        (lambda: L1Ball(1.0, (1.0, 2.0)).project(torch.ones(3)), "one weight per entry"),
+        (lambda: L1Ball(1.0, (1.0, 2.0)).project(torch.ones(3)), "as many weights"),
         (lambda: L1Ball(1.0, dims=2).project(torch.ones(3)), "dims=2"),
         (lambda: LinfNorm(math.nan), "LinfNorm needs"),
         (lambda: InfNormBall(-1.0), "radius"),

@@ -122,3 +122,9 @@ def test_weights_of_single_entries_are_thresholds_of_their_own() -> None:
         torch.testing.assert_close(p[:, column], L1(weight).prox(x[:, column], 0.5))
     with pytest.raises(ValueError, match="as many weights"):
         WeightedL1(weights).prox(x)
+
+
+def test_the_conjugate_of_weighted_l1_is_a_box() -> None:
+    box = WeightedL1((0.5, 0.0, 2.0), dims=1).conjugate()
+    assert box == LinfBall(1.0, weights=(0.5, 0.0, 2.0), dims=1)
+    assert box.project(torch.full((1, 3), -9.0)).tolist() == [[-0.5, 0.0, -2.0]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from functools import partial
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from stableopt.constraints import (
     L1,
     L2,
+    AffineImage,
     Box,
     Constraint,
     Huber,
@@ -46,9 +48,21 @@ def in_both(c: Constraint, x: Tensor) -> bool:
     return min(values) >= 0 and sum(v * v for v in values) <= 1
 
 
+def in_moved_ball(x: Tensor) -> bool:
+    return sum((v - Fraction(3, 4)) ** 2 for v in entries(x)) <= Fraction(1, 4)
+
+
+def in_moved_diamonds(x: Tensor) -> bool:
+    a, b, c, d = entries(x)
+    return abs(a - Fraction(1, 2)) + abs(b - 1) <= 2 and abs(c + Fraction(1, 4)) + abs(d) <= 2
+
+
 BOTH = Intersection((NonNegative(), L2Ball(1.0)))
 
 ROWS = [
+    Row(AffineImage(L2Ball(1.0), 0.5, 0.75), exact=in_moved_ball),
+    Row(AffineImage(L1Ball(1.0, dims=-1), -2.0, (0.5, 1.0, -0.25, 0.0)), shapes=((2, 2),), exact=in_moved_diamonds),
+    Row(AffineImage(L2Ball(1.0), -1.0, 0.25), exact=lambda x: sum((v - Fraction(1, 4)) ** 2 for v in entries(x)) <= 1),
     Row(SeparableSum((L1(0.3), L2(0.5)), (2, 3)), shapes=((5,),)),
     Row(SeparableSum((L1(0.3), L2(0.4)), (1, 2), 1), shapes=((2, 3),)),
     Row(PAIR, shapes=((3,),), exact=in_product),
