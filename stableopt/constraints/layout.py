@@ -6,12 +6,13 @@ import math
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from stableopt.constraints.arguments import check_tensor
 from stableopt.constraints.rounding import COMPLEX_DTYPES
 from stableopt.constraints.sharding import Sharding, is_sharded, part_like
 
-__all__ = ["Matrices", "Vectors", "substitute", "weight_rows"]
+__all__ = ["Matrices", "Vectors", "carries_derivative", "substitute", "weight_rows"]
 
 Dims = int | tuple[int, ...] | None
 
@@ -178,6 +179,22 @@ def substitute(smooth: Tensor, value: Tensor) -> Tensor:
         (2.0, 5.0)
     """
     return torch.where(smooth.isfinite(), value.detach() + (smooth - smooth.detach()), value.detach())
+
+
+def carries_derivative(*tensors: Tensor) -> bool:
+    """Return whether something differentiates through one of the tensors: autograd in either mode, or a transform of torch.func.
+
+    Examples:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> carries_derivative(x), carries_derivative(x.detach())
+        (True, False)
+    """
+    return any(
+        (x.requires_grad and torch.is_grad_enabled())
+        or torch.func.debug_unwrap(x) is not x
+        or forward_ad.unpack_dual(x).tangent is not None
+        for x in tensors
+    )
 
 
 def _positive(owner: str, dims: Dims, x: Tensor) -> tuple[int, ...] | None:

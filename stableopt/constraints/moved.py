@@ -53,7 +53,7 @@ class AffineImage(Constraint):
         >>> near_one = AffineImage(L2Ball(1.0), offset=1.0)
         >>> near_one.project(torch.tensor([1.0, 3.0], dtype=torch.float64)).round(decimals=6)
         tensor([1., 2.], dtype=torch.float64)
-        >>> AffineImage(L2Ball(1.0), scale=0.5, offset=(0.0, 4.0)).violation(torch.tensor([0.0, 4.5]))
+        >>> AffineImage(L2Ball(1.0), scale=0.5, offset=(0.0, 4.0)).violation(torch.tensor([0.0, 4.25]))
         0.0
     """
 

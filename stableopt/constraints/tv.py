@@ -30,7 +30,7 @@ from torch import Tensor
 from stableopt.constraints.arguments import check_dims, check_number
 from stableopt.constraints.isotonic import block_means, on_rows
 from stableopt.constraints.kinds import VectorPenalty
-from stableopt.constraints.layout import Vectors
+from stableopt.constraints.layout import Vectors, carries_derivative, substitute
 from stableopt.constraints.rounding import unit_scale
 from stableopt.constraints.tv_loop import compiled_passes
 
@@ -167,18 +167,35 @@ def _flattened(x: Tensor, step: Tensor, weight: float) -> Tensor:
     # No multiplier is larger than 16 times the total metric, as the scaled entries are below 4: more weight changes nothing.
     enough = 16.0 * metric.detach().sum(dim=1, keepdim=True)
     tube = (weight * top * scale).clamp_max(sys.float_info.max).minimum(enough).expand(x.shape[0], 1)
-    first, lift = on_rows(_segments, safe * scale, metric, tube)
-    u = block_means(safe * scale, first, metric, lift * tube) / scale
+    (u,) = on_rows(_levels, safe * scale, metric, tube)
+    if carries_derivative(x, step):
+        first, lift = on_rows(_places, safe * scale, metric, tube)
+        u = substitute(block_means(safe * scale, first, metric, lift * tube), u)
+    u = u / scale
     return torch.where(finite, torch.where(tube > 0, u, safe), torch.nan)
 
 
-def _segments(values: np.ndarray, metric: np.ndarray, tube: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return for each entry where in its row its segment starts, and the direction of the jump after it minus that before it."""
+def _segments(values: np.ndarray, metric: np.ndarray, tube: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return of each segment start, length, the direction of the jump after it minus that before it, weighted sum and mass."""
     found = compiled_passes(values, metric, tube) or _looped(values, metric, tube)
-    start, sign = _joined(values, metric, tube, *found)
-    sizes = np.diff(start, append=values.size)
-    first, lift = np.repeat(start % values.shape[1], sizes), np.repeat(np.diff(sign, append=0.0), sizes)
-    return first.reshape(values.shape), lift.reshape(values.shape)
+    start, sign, total, mass = _joined(values, metric, tube, *found)
+    return start, np.diff(start, append=values.size), np.diff(sign, append=0.0), total, mass
+
+
+def _levels(values: np.ndarray, metric: np.ndarray, tube: np.ndarray) -> tuple[np.ndarray]:
+    """Return the proximal points: the means of the segments, corrected by the mean deviation, plus what the jumps add."""
+    start, sizes, lift, total, mass = _segments(values, metric, tube)
+    mean = total / mass
+    mean += np.add.reduceat(metric.ravel() * (values.ravel() - np.repeat(mean, sizes)), start) / mass
+    mean += tube.ravel()[start // values.shape[1]] * lift / mass
+    return (np.repeat(mean, sizes).reshape(values.shape),)
+
+
+def _places(values: np.ndarray, metric: np.ndarray, tube: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return for each entry where in its row its segment starts, and the direction of the jump after it minus that before it."""
+    start, sizes, lift, *_ = _segments(values, metric, tube)
+    first = np.repeat(start % values.shape[1], sizes)
+    return first.reshape(values.shape), np.repeat(lift, sizes).reshape(values.shape)
 
 
 def _looped(values: np.ndarray, metric: np.ndarray, tube: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -194,8 +211,8 @@ def _looped(values: np.ndarray, metric: np.ndarray, tube: np.ndarray) -> tuple[n
 
 def _joined(
     values: np.ndarray, metric: np.ndarray, tube: np.ndarray, start: np.ndarray, sign: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return starts and signs of the segments without the jumps whose direction contradicts the values of the segments."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return starts, signs, weighted sums and masses without the jumps whose direction contradicts the values of the segments."""
     width = tube.ravel()[start // values.shape[1]]
     total, mass = np.add.reduceat((metric * values).ravel(), start), np.add.reduceat(metric.ravel(), start)
     for _ in range(_ROUNDS):
@@ -205,7 +222,7 @@ def _joined(
             break
         start, sign, width = start[heads], sign[heads], width[heads]
         total, mass = np.add.reduceat(total, heads), np.add.reduceat(mass, heads)
-    return start, sign
+    return start, sign, total, mass
 
 
 def _forward(values: list[float], metric: list[float], tube: float) -> tuple[float, list[float], list[float]]:

@@ -312,3 +312,19 @@ def test_fields_are_checked() -> None:
     assert TV1D(1.0).dims == FusedLasso(1.0, 1.0).dims == -1
     with pytest.raises(TypeError, match="as dims"):
         TV1D(1.0, dims="last")  # type: ignore[arg-type]
+
+
+def test_with_and_without_a_derivative_the_numbers_are_the_same_bits() -> None:
+    x = torch.randn(3, 200).cumsum(dim=1) + 1e3
+    plain = TV1D(0.7, dims=1).prox(x)
+    assert same_bits(TV1D(0.7, dims=1).prox(x.clone().requires_grad_()).detach(), plain)
+    assert same_bits(torch.vmap(TV1D(0.7).prox)(x), plain)
+
+
+def test_forward_derivatives_survive_no_grad() -> None:
+    x, direction = torch.randn(30), torch.randn(30)
+    with torch.no_grad():
+        p, moved = torch.func.jvp(TV1D(0.4).prox, (x,), (direction,))
+    near = (TV1D(0.4).prox(x + 1e-7 * direction) - p) / 1e-7
+    torch.testing.assert_close(moved, near, rtol=1e-6, atol=1e-6)
+    assert moved.abs().max() > 0.0
