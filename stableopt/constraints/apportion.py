@@ -29,6 +29,12 @@ stays 0.
 
 *They are near.* A result differs from :math:`k_i` by less than two units of its class plus its share of :math:`D_c`, which is
 less than one unit of the next coarser class present. A class whose sum is below that unit may be rounded to 0 altogether.
+
+**Before that**, without a cap, something simpler is tried, which suffices for nearly all rows: the entries are rounded to nearest,
+and what is missing to :math:`R`, or is too much, is made up by moving entries by one unit of their class each, from coarse classes
+to fine ones, in each the first ones. The few entries below an empty class are rounded to the unit above it first, and stay. A
+number of p bits plus or minus its unit is one of p bits again, so nothing can go wrong but that entries run out before the gap
+is closed; then the steps above are taken.
 """
 
 from __future__ import annotations
@@ -87,13 +93,59 @@ def apportion(t: Tensor, total: float, dtype: torch.dtype, cap: float | None = N
             rounded = apportion(t[:, positive], total, dtype)
             return torch.zeros_like(t, dtype=dtype).index_copy(1, positive, rounded)
     exponent, R = grid_of(total, dtype)
-    highest = R if cap is None else min(int(math.ldexp(min(cap, total), -exponent)), R)
-    scaled = _scaled(t.detach().nan_to_num(nan=0.0), -exponent)
-    k = _balanced(scaled.clamp(0.0, float(highest)).to(torch.int64), t > 0, R, None if cap is None else highest)
     bits = 1 - math.frexp(torch.finfo(dtype).eps)[1] + 1
-    if R.bit_length() > bits:
-        k = _representable(k, R, bits)
+    if cap is not None or R.bit_length() <= bits:
+        highest = None if cap is None else min(int(math.ldexp(min(cap, total), -exponent)), R)
+        return _scaled(_in_two_steps(t, exponent, R, bits, highest).double(), exponent).to(dtype)
+    k, exact = _corrected(t, exponent, R, bits, dtype)
+    if not (at_hand(t) and bool(exact.all())):
+        k = torch.where(exact, k, _in_two_steps(t, exponent, R, bits, None))
     return _scaled(k.double(), exponent).to(dtype)
+
+
+def _in_two_steps(t: Tensor, exponent: int, R: int, bits: int, highest: int | None) -> Tensor:
+    """Return integers that sum to ``R`` by the two steps of the module."""
+    scaled = _scaled(t.detach().nan_to_num(nan=0.0), -exponent)
+    k = scaled.clamp(0.0, float(R if highest is None else highest)).to(torch.int64)
+    k = _balanced(k, t > 0, R, highest)
+    return _representable(k, R, bits) if R.bit_length() > bits else k
+
+
+def _corrected(t: Tensor, exponent: int, R: int, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return integers rounded to nearest, some of them moved by one unit, and for each row whether they sum to ``R``."""
+    nearest = t.detach().nan_to_num(nan=0.0).clamp_min(0.0).to(dtype).double()
+    k = (
+        _scaled(nearest, -exponent).clamp_max(float(2 * R)).to(torch.int64)
+    )  # truncated: still no more than so many bits
+    c = ((k.double().view(torch.int64) >> 52) - (1022 + bits)).clamp(-1, R.bit_length() - bits)
+    c = torch.where(k > 0, c.clamp_min(0), -1) + 1  # class 0 holds the zeros, which stay
+    classes = R.bit_length() - bits + 2
+    count = torch.zeros(k.shape[0], classes, dtype=torch.int64, device=k.device).scatter_add(1, c, torch.ones_like(k))
+    floor = _finest_unit(count)
+    k = torch.where(k.sum(dim=1, keepdim=True) == R, k, (k + (1 << floor >> 1)) >> floor << floor)
+    gap = R - k.sum(dim=1)
+    left, moved = gap.abs(), torch.zeros_like(count)
+    for j in range(classes - 1, 0, -1):  # the coarsest first: they need the fewest entries
+        able = torch.where(floor.squeeze(1) < j, count[:, j], 0)
+        moved[:, j] = torch.minimum(able, left >> (j - 1))
+        left = left - (moved[:, j] << (j - 1))
+    order = _stable_order(c.to(torch.uint8))
+    rank = torch.empty_like(order).scatter(1, order, torch.arange(k.shape[1], device=k.device).expand_as(order))
+    rank = rank - (count.cumsum(1) - count).gather(1, c)
+    unit = torch.where(rank < moved.gather(1, c), 1 << (c - 1).clamp_min(0), 0)
+    return k + unit * gap.sign().unsqueeze(1), left.unsqueeze(1) == 0
+
+
+def _finest_unit(count: Tensor) -> Tensor:
+    """Return for each row the logarithm of the unit of the class below which one is empty, counted down from the fullest one.
+
+    Entries below that are few. They are rounded to that unit, so that the gap is one of its multiples, and each class between can
+    make up for what the one above leaves.
+    """
+    places = torch.arange(count.shape[1], device=count.device)
+    fullest = torch.where(places > 0, count, 0).argmax(dim=1, keepdim=True)
+    empty = (count == 0) & (places < fullest)
+    return torch.where(empty, places, 0).amax(dim=1, keepdim=True)
 
 
 def exactly_sums_to(stored: Tensor, total: float) -> Tensor:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+import stableopt.constraints.apportion as module
 from stableopt.constraints.apportion import apportion, exactly_sums_to, grid_of
 from stableopt.constraints.rounding import round_down_to
 from tests.constraints.oracle import same_bits
@@ -173,3 +174,26 @@ def test_a_million_entries_are_exact() -> None:
     for dtype in DTYPES:
         p = apportion(t, 1.0, dtype)
         assert sum(exact(p[0]), Fraction(0)) == 1
+
+
+def test_where_units_run_out_the_general_steps_take_over() -> None:
+    """One large entry of bfloat16 cannot make up for what small ones miss."""
+    t = torch.tensor([[0.9, 0.1 - 2.0**-12, 2.0**-12], [1 / 3, 1 / 3, 1 / 3]])
+    _, exact = module._corrected(t, *grid_of(1.0, torch.bfloat16), 8, torch.bfloat16)
+    assert not exact.all()
+    p = apportion(t, 1.0, torch.bfloat16)
+    assert exactly_sums_to(p, 1.0).all()
+    assert (p.double() - t).abs().max() < 2.0**-7
+
+
+def test_the_simple_correction_moves_an_entry_by_one_unit_at_most() -> None:
+    t = torch.rand(5, 4000)
+    t = t / t.sum(dim=1, keepdim=True)
+    for dtype, digits in ((torch.float32, 24), (torch.float16, 11), (torch.float64, 53)):
+        _, exact = module._corrected(t, *grid_of(1.0, dtype), digits, dtype)
+        assert exact.all()
+        p = apportion(t, 1.0, dtype).double()
+        unit = 2.0 ** (t.log2().floor() + 1 - digits).clamp_min(grid_of(1.0, dtype)[0])
+        off = (p - t).abs() > 2.0 * unit
+        assert off.sum() <= 10  # the few below an empty class
+        assert ((p - t).abs() <= torch.maximum(2.0 * unit, unit.median())).all()
