@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from fractions import Fraction
 from types import ModuleType
 
+import mpmath
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -385,6 +386,22 @@ def contractive(A: list[list[Fraction]], rate: Fraction) -> bool:
     return above([[-(A[i][j] + A[j][i]) / 2 for j in range(n)] for i in range(n)], rate)
 
 
+def not_below(W: list[list[Fraction]], low: Fraction) -> bool:
+    """Decide exactly whether the smallest singular value of a tall matrix is at least ``low``."""
+    n = len(W[0])
+    return above([[sum((row[i] * row[j] for row in W), Fraction(0)) for j in range(n)] for i in range(n)], low**2)
+
+
+def nuclear(W: list[list[Fraction]]) -> mpmath.mpf:
+    """The sum of the singular values, to 50 digits."""
+    with mpmath.workdps(50):
+        return mpmath.fsum(
+            mpmath.svd_r(
+                mpmath.matrix([[mpmath.mpf(v.numerator) / v.denominator for v in row] for row in W]), compute_uv=False
+            )
+        )
+
+
 def stochastic(A: list[list[Fraction]]) -> bool:
     """Decide exactly whether the entries are nonnegative and all rows and columns sum to 1."""
     columns = [list(c) for c in zip(*A, strict=True)]
@@ -401,6 +418,19 @@ def feasible_matrices(count: int = 10_000) -> None:
         ("Hurwitz(0.2)", C.Hurwitz(0.2), (3, 3), lambda W: contractive(W, Fraction(0.2))),
         ("DoublyStochastic", C.DoublyStochastic(), (4, 4), stochastic),
         ("InfNormBall(0.9)", C.InfNormBall(0.9), (4, 3), lambda W: all(sum(map(abs, r)) <= Fraction(0.9) for r in W)),
+        (
+            "OneNormBall(0.9)",
+            C.OneNormBall(0.9),
+            (4, 3),
+            lambda W: all(sum(map(abs, c)) <= Fraction(0.9) for c in zip(*W, strict=True)),
+        ),
+        (
+            "AlmostOrthogonal(0.1)",
+            C.AlmostOrthogonal(0.1),
+            (4, 3),
+            lambda W: below(W, 1 + Fraction(0.1)) and not_below(W, 1 - Fraction(0.1)),
+        ),
+        ("NuclearBall(0.9), 50 digits", C.NuclearBall(0.9), (4, 3), lambda W: nuclear(W) <= 0.9),
     ]
     generator = torch.Generator().manual_seed(0)
     for name, constraint, shape, inside in cases:
