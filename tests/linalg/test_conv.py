@@ -115,7 +115,7 @@ def test_scales_zero_and_empty_kernels() -> None:
 def test_the_training_bound_is_differentiable_and_close_to_the_proved_one() -> None:
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: gram_conv_norm(w, steps=3), weight, fast_mode=True)
-    ratio = float(gram_conv_norm(weight.detach(), steps=8)) / conv_norm(weight, oversampling=4).upper
+    ratio = float(gram_conv_norm(weight.detach(), steps=8, oversampling=4)) / conv_norm(weight, oversampling=4).upper
     assert 1 - 1e-9 <= ratio <= 1.02
     assert gram_conv_norm(weight.detach().to(torch.bfloat16)).dtype == torch.bfloat16
 

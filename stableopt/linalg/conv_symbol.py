@@ -1,0 +1,224 @@
+r"""The symbol of a convolution on a grid of frequencies, and the proof that its norm stays below a number.
+
+A kernel that :mod:`stableopt.linalg.conv_geometry` has reduced to stride 1 acts on images over the whole grid :math:`\mathbb Z^d`
+as the multiplication by its symbol :math:`\hat W(\omega) = \sum_j W_j e^{i\omega\cdot j}`, and on a torus by the values at the
+frequencies of the torus. The kernel is real, so the symbol at :math:`-\omega` is the conjugate and has the same norm.
+
+The proof for one frequency is that of :mod:`stableopt.linalg.below` for complex matrices. With :math:`A` of shape
+:math:`m \times n`, :math:`n \le m`, :math:`u = 2^{-53}`:
+
+* real and imaginary part of the Gram matrix :math:`G = A^* A` are computed by real products of :math:`2m` terms, so each entry is
+  off by at most :math:`\sqrt2 \gamma_{2m} (|A|^\top |A|)_{ij}` and :math:`\|E\|_2 \le \sqrt2 \gamma_{2m} \|A\|_F^2`;
+* the Cholesky factorization of :math:`M = tI - \hat G` uses, per real and imaginary part of an entry, a sum of at most :math:`2n`
+  products and a few operations more: if it runs to its end, :math:`\hat R^* \hat R = M + \Delta`,
+  :math:`|\Delta| \le \sqrt2 \gamma_{2n+32} |\hat R|^\top |\hat R|`. Then with :math:`c = \sqrt2 \gamma_{2n+32}`,
+  :math:`\|\hat R\|_F^2 \le \operatorname{tr} M / (1 - c)` and :math:`M \succeq -c/(1-c) \operatorname{tr}(M) I`;
+* the diagonal of :math:`M` is rounded once.
+
+The factorization reads one triangle, so the matrix of the proof is the Hermitian one with that triangle; the bounds are entrywise
+and hold for it too. The number :math:`t` is the largest eigenvalue met so far: most batches of frequencies are proved by
+factorizations alone, and eigenvalues are computed only in a batch that exceeds all earlier ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from stableopt.linalg.bound import Bound
+from stableopt.linalg.conv_geometry import Reduced
+from stableopt.linalg.proved import Array, gamma
+
+__all__ = ["fold", "half_grid", "riesz_factor", "symbol_reach", "symbol_upper"]
+
+_U = 2.0**-53
+_TINY = 2.0**-1074
+_TWIDDLE_ERROR = 2.0**-46
+"""How far a computed cosine or sine may be off, with u = 2**-53 and up to three axes: the turns, below 3, are off by at most
+6 u, so the angle by 2 pi (6 u) + 2 u (6 pi) < 76 u; the library adds a few units in the last place. 128 u covers all."""
+_BATCH_ENTRIES = 2**17
+"""Complex entries of the symbol that are treated together: a few MB, so that a batch stays in the cache."""
+_FLOOR = 2.0**-300
+"""A Gram matrix of a kernel of size 1 that is smaller counts as that large: its factorization must not underflow."""
+
+
+def fold(kernel: Array, groups: int, axes: Sequence[Reduced]) -> Array:
+    r"""Rearrange a kernel for stride 1: tap :math:`t = s'j + b` becomes tap :math:`j` of the input channel :math:`(i, b)`.
+
+    Args:
+        kernel: shape ``(out, in / groups, *kernel)``.
+        groups: number of groups.
+        axes: the reduction of each axis.
+
+    Returns:
+        Shape ``(groups, out / groups, channels, *taps)``; phases that no tap has are left out.
+
+    Examples:
+        >>> fold(np.arange(3.0).reshape(1, 1, 3), 1, [Reduced(2, None, 1)])[0, 0]
+        array([[0., 2.],
+               [1., 0.]])
+    """
+    sizes = kernel.shape[2:]
+    taps = [axis.taps(k) for axis, k in zip(axes, sizes, strict=True)]
+    phases = [min(axis.stride, k) for axis, k in zip(axes, sizes, strict=True)]
+    padded = np.zeros((*kernel.shape[:2], *(t * p for t, p in zip(taps, phases, strict=True))))
+    padded[(slice(None), slice(None), *(slice(k) for k in sizes))] = kernel
+    split = padded.reshape(*kernel.shape[:2], *(n for pair in zip(taps, phases, strict=True) for n in pair))
+    dims = len(taps)
+    order = (0, 1, *(3 + 2 * a for a in range(dims)), *(2 + 2 * a for a in range(dims)))
+    return split.transpose(order).reshape(groups, kernel.shape[0] // groups, -1, *taps)
+
+
+def half_grid(points: Sequence[int]) -> npt.NDArray[np.int64]:
+    r"""Return one of each pair :math:`\pm\omega` of the grid of frequencies :math:`2\pi q/N`, as integers :math:`q`.
+
+    Args:
+        points: number :math:`N` of points per axis.
+
+    Returns:
+        Shape ``(frequencies, axes)``.
+
+    Examples:
+        >>> half_grid((4,)).tolist()
+        [[0], [1], [2]]
+    """
+    q = np.stack([a.ravel() for a in np.meshgrid(*(np.arange(n) for n in points), indexing="ij")], axis=1)
+    mirrored = np.ravel_multi_index(tuple(((-q) % np.array(points)).T), tuple(points))
+    return q[np.arange(len(q)) <= mirrored]
+
+
+def riesz_factor(taps: Sequence[int], points: Sequence[int | None]) -> Bound:
+    r"""Enclose :math:`\prod_d \sec(\pi (K_d - 1) / (2 N_d))` over the axes with a grid; None marks an exact torus.
+
+    Args:
+        taps: taps :math:`K_d` of the reduced kernel per axis.
+        points: number :math:`N_d \ge 2 K_d` of points per axis, or None. Then the cosine lies in [0.7, 1], its value is off by a
+            few units in the last place.
+
+    Examples:
+        >>> riesz_factor((3,), (None,))
+        Bound(lower=1.0, upper=1.0, proved=True)
+    """
+    factor = Bound.point(1.0)
+    for k, n in zip(taps, points, strict=True):
+        if k > 1 and n is not None:
+            cosine = math.cos(math.pi * (k - 1) / (2 * n))
+            factor = factor / Bound(cosine - 2.0**-50, min(1.0, cosine + 2.0**-50))
+    return factor
+
+
+def symbol_upper(kernel: Array, points: Sequence[int]) -> float:
+    r"""Bound :math:`\max_\omega \|\hat W(\omega)\|_2` over a grid and over the groups from above, proved.
+
+    Args:
+        kernel: shape ``(groups, out, channels, *taps)``, entries of size at most 1 and one of them about 1.
+        points: points per axis.
+
+    Examples:
+        >>> 1.0 <= symbol_upper(np.full((1, 1, 1, 2), 0.5), (4,)) < 1.0 + 1e-12
+        True
+    """
+    groups, *_ = kernel.shape
+    taps = kernel.shape[3:]
+    weights = kernel.reshape(groups, *kernel.shape[1:3], math.prod(taps))
+    # entrywise, the symbol is off by (gamma_taps + twiddle error) times the sum of |taps|, in both real and imaginary part
+    sums = np.sqrt((np.abs(weights).sum(axis=-1) ** 2).sum(axis=(1, 2)).max())
+    rounding = 2.0 * (gamma(weights.shape[-1]) + _TWIDDLE_ERROR) * float(sums) * (1 + gamma(weights.size + 8))
+    if weights.shape[1] < weights.shape[2]:
+        weights = weights.transpose(0, 2, 1, 3)  # a matrix has the norm of its transpose
+    long, short, count = weights.shape[1:]
+    square, size = 0.0, 0.0
+    rows = np.ascontiguousarray(weights.reshape(-1, count).T)  # (taps, groups * long * short)
+    for cosine, sine in _twiddles(taps, points, groups * long * short):
+        symbols = np.stack([(part @ rows).reshape(-1, long, short) for part in (cosine, sine)], axis=1)
+        square, fresh = _prove(symbols, square)
+        size = max(size, fresh)
+    high = square + _allowance(long, short, square, size)
+    largest = math.nextafter(math.sqrt(math.nextafter(high, math.inf)), math.inf)
+    return (Bound.point(largest) + rounding).upper
+
+
+def symbol_reach(kernel: Array) -> float:
+    r"""Estimate :math:`\sup_\omega \|\hat W(\omega)\|_2` from below by its values at eight frequencies. Nothing is proved.
+
+    Args:
+        kernel: as for :func:`symbol_upper`.
+
+    Examples:
+        >>> 0.0 < symbol_reach(np.full((1, 1, 1, 2), 0.5)) <= 1.0
+        True
+    """
+    taps = kernel.shape[3:]
+    weights = kernel.reshape(*kernel.shape[:3], -1)
+    cosine, sine = next(_twiddles(taps, [2 * k for k in taps], weights[..., 0].size))
+    symbols = np.tensordot(cosine[:8] + 1j * sine[:8], weights, axes=(1, 3))
+    short = symbols if symbols.shape[-2] >= symbols.shape[-1] else symbols.swapaxes(-1, -2)
+    top = float(np.linalg.eigvalsh(short.conj().swapaxes(-1, -2) @ short)[..., -1].max())
+    return math.sqrt(max(top, 0.0)) * (1.0 - 2.0**-30)
+
+
+def _twiddles(taps: Sequence[int], points: Sequence[int], entries: int) -> Iterator[tuple[Array, Array]]:
+    r"""Yield :math:`\cos(\omega\cdot j)` and :math:`\sin(\omega\cdot j)`, shape ``(frequencies, taps)``, in batches.
+
+    The frequencies come in a fixed random order: along a smooth symbol one record would follow the other.
+    """
+    q = half_grid(points)
+    q = q[np.random.default_rng(0).permutation(len(q))]
+    j = np.stack([a.ravel() for a in np.meshgrid(*(np.arange(k) for k in taps), indexing="ij")], axis=1)
+    for batch in np.array_split(q, math.ceil(len(q) / max(1, _BATCH_ENTRIES // entries))):
+        turns = sum((np.outer(batch[:, a], j[:, a]) % n) / n for a, n in enumerate(points))
+        angle = 2.0 * math.pi * np.asarray(turns)
+        yield np.cos(angle), np.sin(angle)
+
+
+def _prove(symbols: Array, square: float) -> tuple[float, float]:
+    r"""Return a number :math:`\ge` ``square`` for which every :math:`tI - \hat G` factorizes, and the largest :math:`\|A\|_F^2`.
+
+    Args:
+        symbols: real and imaginary parts, shape ``(batch, 2, m, n)``.
+        square: the number that was enough so far.
+    """
+    batch, _, m, n = symbols.shape
+    stacked = symbols.reshape(batch, 2 * m, n)
+    turned = np.concatenate([symbols[:, 1], -symbols[:, 0]], axis=1)
+    gram = np.empty((batch, n, n), dtype=np.complex128)
+    gram.real = stacked.transpose(0, 2, 1) @ stacked
+    gram.imag = stacked.transpose(0, 2, 1) @ turned  # Re^T Im - Im^T Re
+    index = np.arange(n)
+    diagonal = gram.real[:, index, index].copy()
+    size = float(diagonal.sum(axis=1).max()) * (1 + gamma(2 * m + n + 4))
+    if _factorizes(gram, diagonal, square):
+        return square, size
+    gram[:, index, index] = diagonal
+    top = float(np.linalg.eigvalsh(gram)[:, -1].max())
+    slack = 8 * n * (2 * n + 2 * m + 48) * _U
+    while True:  # it ends: a matrix with a dominant diagonal factorizes
+        square = max(square, top + slack * max(top, _FLOOR))
+        if _factorizes(gram, diagonal, square):
+            return square, size
+        slack *= 8.0
+
+
+def _factorizes(gram: npt.NDArray[np.complex128], diagonal: Array, square: float) -> bool:
+    """Return True if ``square * I - gram`` has a Cholesky factorization for the whole batch."""
+    if square <= 0.0:
+        return False
+    index = np.arange(gram.shape[-1])
+    shifted = -gram
+    shifted[:, index, index] = square - diagonal
+    try:
+        np.linalg.cholesky(shifted)
+    except np.linalg.LinAlgError:
+        return False
+    return True
+
+
+def _allowance(m: int, n: int, square: float, size: float) -> float:
+    """Bound the errors of the proof from above: factorization, Gram matrix, diagonal, underflow."""
+    c = math.sqrt(2.0) * gamma(2 * n + 32) * (1 + 4 * _U)
+    trace = n * square  # the diagonal of a Gram matrix is not negative
+    total = c / (1 - c) * trace + math.sqrt(2.0) * gamma(2 * m) * size + 4 * _U * square
+    return total * (1 + 64 * _U) + 8.0 * n * (n + 2 * m) * _TINY
