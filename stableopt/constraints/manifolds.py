@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 from stableopt.constraints.arguments import check_matrix
 from stableopt.constraints.base import Constraint
-from stableopt.constraints.layout import substitute
+from stableopt.constraints.layout import carries_derivative, substitute
+from stableopt.constraints.retraction import orthogonality_residual, polar_retraction, stated_tolerance
 from stableopt.constraints.sharding import is_sharded, on_whole
-from stableopt.constraints.spectral import apply_to_singular_values, proved_norm, shrink_until_proved
-from stableopt.linalg.below import relative_slack
+from stableopt.constraints.spectral import apply_to_singular_values, shrink_until_proved
 
 __all__ = ["Orthogonal", "OrthogonalParametrization", "Stiefel"]
 
@@ -110,8 +110,9 @@ class Orthogonal(Constraint):
             ValueError: if it does not have two dimensions.
 
         Examples:
+            >>> from stableopt.linalg import spectral_norm
             >>> W = Orthogonal().project(torch.zeros(3, 2))
-            >>> Orthogonal().violation(W), proved_norm(W) <= 1.0
+            >>> Orthogonal().violation(W), spectral_norm(W).upper <= 1.0
             (0.0, True)
         """
         check_matrix(type(self).__name__, x, _ADVICE)
@@ -119,12 +120,18 @@ class Orthogonal(Constraint):
             return on_whole(type(self).__name__, self.project, x)
         if x.numel() == 0:
             return x
+        plain = torch.func.debug_unwrap(x.detach())
+        near = polar_retraction(plain)
+        if near is plain:
+            return x
+        if near is not None and not carries_derivative(x):
+            return near
         if not bool(x.isfinite().all()):
             return x * math.nan
-        if self.violation(x) == 0.0 and proved_norm(x) <= 1.0:
-            return x
         polar = apply_to_singular_values(x.double(), lambda s: (torch.ones_like(s), torch.zeros_like(s)))
-        return substitute(polar.to(x.dtype), shrink_until_proved(polar.detach(), 1.0, x.dtype))
+        return substitute(
+            polar.to(x.dtype), near if near is not None else shrink_until_proved(polar.detach(), 1.0, x.dtype)
+        )
 
     def violation(self, x: Tensor) -> float:
         r"""Return :math:`\max_i |\sigma_i^2 - 1|`, computed in float64; 0 within the tolerance, infinite for NaN.
@@ -144,8 +151,10 @@ class Orthogonal(Constraint):
             return 0.0
         if not bool(x.isfinite().all()):
             return math.inf
+        if orthogonality_residual(x) <= (tolerance := stated_tolerance(x)):
+            return 0.0
         distance = float((torch.linalg.svdvals(x.detach().double()).square() - 1.0).abs().max())
-        return 0.0 if distance <= _tolerance(x) else distance
+        return 0.0 if distance <= tolerance else distance
 
     def map(self, x: Tensor) -> Tensor:
         r"""Return the first columns of :math:`\operatorname{triv}(L - L^\top)`, L the entries of ``x`` below the diagonal.
@@ -283,11 +292,3 @@ class OrthogonalParametrization(nn.Module):
     def extra_repr(self) -> str:
         """Show the set."""
         return repr(self.constraint)
-
-
-def _tolerance(x: Tensor) -> float:
-    stored = torch.finfo(x.dtype).eps
-    computed = min(stored, torch.finfo(torch.float32).eps)
-    m, n = x.shape
-    worst = min(4.0 * stored * math.sqrt(max(m, n)), 0.25)
-    return worst + 8.0 * computed * max(m, n) + 8.0 * relative_slack(m, n)
