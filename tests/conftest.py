@@ -15,6 +15,8 @@ settings.register_profile(
 settings.register_profile("fuzz", deadline=None, max_examples=2000)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
+torch.set_warn_always(True)  # else some warnings come once a process, and which test fails depends on the order
+
 
 @pytest.fixture(autouse=True)
 def _deterministic_float64() -> Iterator[None]:

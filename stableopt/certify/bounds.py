@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stableopt.certify.verify import RejectedError, constant_bound
 from stableopt.errors import UncertifiableError
-from stableopt.linalg import conv_norm, round_down, round_up, spectral_norm
+from stableopt.linalg import conv_symbol_norm, round_down, round_up, spectral_norm
 
 __all__ = ["WEIGHTED", "layer_limits", "publish", "shrink", "weight_bound"]
 
@@ -40,7 +40,7 @@ def weight_bound(node: Node, weight: Tensor) -> float:
         True
     """
     if node["op"] == "conv":
-        proved = conv_norm(weight, groups=node["groups"], oversampling=8).upper
+        proved = conv_symbol_norm(weight, groups=node["groups"]).upper
         long, short = 2 * max(weight.shape[:2]), 2 * min(weight.shape[:2])
     else:
         proved = spectral_norm(weight).upper

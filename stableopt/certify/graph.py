@@ -7,6 +7,7 @@ produce now. :func:`fold` is a registry, one rule per class; what has no rule is
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -14,12 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.certify.bounds import WEIGHTED, publish
+from stableopt.certify.coverage import KNOWN, uncovered
 from stableopt.certify.modules import build
 from stableopt.errors import UncertifiableError
-from stableopt.nn.activations import GroupSort, Scale
+from stableopt.lyapunov.undisturbed import undisturbed
+from stableopt.nn.activations import Abs, GroupSort, Scale
 from stableopt.nn.blocks import GradientBlock
+from stableopt.nn.centering import BatchCentering, InputNormalization
 from stableopt.nn.dispatch import check_forward
+from stableopt.nn.heads import UnitRowLinear
 from stableopt.nn.layers import layers
+from stableopt.nn.pooling import ScaledAvgPool, root_down
+from stableopt.nn.sharded import refuse_spread
 
 __all__ = ["Node", "extract", "fold"]
 
@@ -63,8 +70,8 @@ def fold(module: nn.Module, shape: tuple[int, ...]) -> list[Node]:  # noqa: ARG0
     """
     name = type(module).__name__
     raise UncertifiableError(
-        f"{name} has no rule for certificates. Replace it, or register one that returns the operations it computes: "
-        f"@stableopt.certify.fold.register({name})."
+        f"{name} has no rule for certificates. Those with one are {KNOWN}. Replace it, or register one that returns the operations "
+        f"it computes: @stableopt.certify.fold.register({name})."
     )
 
 
@@ -87,11 +94,21 @@ def extract(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[Node], dict[
         >>> [node["op"] for node in nodes], sorted(tensors)
         (['flatten', 'linear'], ['1.bias', '1.weight'])
     """
+    refuse_spread(model, UncertifiableError)
+    with undisturbed(model), torch.no_grad():
+        model.eval()  # where the weights are those of a method that trains with an estimate, too
+        return _extracted(model, shape)
+
+
+def _extracted(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[Node], dict[str, Tensor]]:
     nodes: list[Node] = []
     tensors: dict[str, Tensor] = {}
     for path, module in layers(model):
         where = f"'{path}' ({type(module).__name__})" if path else f"the module ({type(module).__name__})"
-        check_forward(module, _rule_class(module), path)
+        rule_class = _rule_class(module)
+        if rule_class is object:
+            raise UncertifiableError(uncovered(module, path))
+        check_forward(module, rule_class, path)
         try:
             folded = fold(module, shape)
             for operation in folded:
@@ -207,6 +224,7 @@ fold.register(nn.ELU)(_activation("elu", alpha="alpha"))
 fold.register(nn.Softplus)(_activation("softplus", beta="beta"))
 fold.register(nn.SiLU)(_activation("silu"))
 fold.register(GroupSort)(_activation("groupsort", group_size="group_size"))
+fold.register(Abs)(_activation("abs"))
 
 
 @fold.register(nn.GELU)
@@ -219,6 +237,65 @@ def _(module: nn.GELU, _shape: tuple[int, ...]) -> list[Node]:
 @fold.register(Scale)
 def _(module: Scale, _shape: tuple[int, ...]) -> list[Node]:
     return [{"op": "scale", "factor": module.factor}]
+
+
+@fold.register(UnitRowLinear)
+def _(module: UnitRowLinear, _shape: tuple[int, ...]) -> list[Node]:
+    return [{"op": "linear", "weight": module.unit_weight(), "bias": module.bias}]
+
+
+def _channelwise(scale: Tensor, shift: Tensor, shape: tuple[int, ...]) -> list[Node]:
+    """Multiply each channel by a number and add one: a diagonal matrix, or kernels of one pixel."""
+    channels, dims = shape[0], len(shape) - 1
+    scale, shift = scale.expand(channels).contiguous(), shift.expand(channels).contiguous()
+    if dims == 0:
+        return [{"op": "linear", "weight": torch.diag(scale), "bias": shift}]
+    if dims > 2:
+        raise UncertifiableError(
+            f"channels of shape {tuple(shape[1:])} are neither signals nor images, which have a rule."
+        )
+    return [
+        {
+            "op": "conv", "dims": dims, "weight": scale.view(channels, 1, *[1] * dims), "bias": shift, "padding": [0] * dims,
+            "stride": [1] * dims, "dilation": [1] * dims, "groups": channels, "padding_mode": "zeros",
+        }
+    ]  # fmt: skip
+
+
+@fold.register(InputNormalization)
+def _(module: InputNormalization, shape: tuple[int, ...]) -> list[Node]:
+    std = module.std.double()
+    scale, shift = torch.ones_like(std) / std, -module.mean.double() / std
+    return _channelwise(scale.to(module.std.dtype), shift.to(module.std.dtype), shape)
+
+
+@fold.register(BatchCentering)
+def _(module: BatchCentering, shape: tuple[int, ...]) -> list[Node]:
+    shift = -module.running_mean if module.bias is None else module.bias - module.running_mean
+    return _channelwise(torch.ones_like(shift), shift, shape)
+
+
+@fold.register(nn.BatchNorm1d)
+@fold.register(nn.BatchNorm2d)
+def _(module: nn.BatchNorm1d, shape: tuple[int, ...]) -> list[Node]:
+    if module.running_mean is None or module.running_var is None:
+        raise UncertifiableError("without running statistics its map of one sample depends on the others of the batch.")
+    scale = (module.running_var.double() + module.eps).rsqrt()
+    if module.weight is not None:
+        scale = scale * module.weight
+    shift = -module.running_mean * scale
+    if module.bias is not None:
+        shift = shift + module.bias
+    return _channelwise(scale.to(module.running_var.dtype), shift.to(module.running_var.dtype), shape)
+
+
+@fold.register(ScaledAvgPool)
+def _(module: ScaledAvgPool, _shape: tuple[int, ...]) -> list[Node]:
+    if module.kernel_size is None or len(module.kernel_size) > 2:
+        raise UncertifiableError("a ScaledAvgPool has a rule with a kernel_size, for one or two axes.")
+    kernel, dims = list(module.kernel_size), len(module.kernel_size)
+    pool: Node = {"op": "pool", "name": "avg", "dims": dims, "kernel": kernel, "stride": kernel, "padding": [0] * dims}
+    return [pool, {"op": "scale", "factor": root_down(math.prod(kernel))}]
 
 
 def _nothing(_module: nn.Module, _shape: tuple[int, ...]) -> list[Node]:

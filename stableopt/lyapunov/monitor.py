@@ -46,6 +46,8 @@ class Monitor:
         every: record the steps 1, 1 + every, 1 + 2 every, …
         sinks: further receivers of the records; closed with the monitor.
         norms_every: estimate the layer norms at the first recorded step of each stretch of this many steps; None for never.
+        gaps_every: prove how far the weights of methods that train with an estimate are from their limits, in the same way; None
+            for never. It costs nothing for all other models.
         keep: number of last records in :attr:`records`.
 
     Raises:
@@ -84,6 +86,7 @@ class Monitor:
         every: int = 1,
         sinks: Sequence[Sink] = (),
         norms_every: int | None = 10,
+        gaps_every: int | None = 100,
         keep: int = 1000,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -93,6 +96,7 @@ class Monitor:
         for name, value in (
             ("every", every),
             ("norms_every", 1 if norms_every is None else norms_every),
+            ("gaps_every", 1 if gaps_every is None else gaps_every),
             ("keep", keep),
         ):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -100,7 +104,7 @@ class Monitor:
         self.records: deque[StepRecord] = deque(maxlen=keep)
         self.seconds = 0.0
         self._model, self._optimizer = model, optimizer
-        self._every, self._norms_every = every, norms_every
+        self._every, self._norms_every, self._gaps_every = every, norms_every, gaps_every
         self._path = None if run_dir is None else Path(run_dir) / "energy.jsonl"
         self._sinks: list[Sink] = [*([] if self._path is None else [JSONLSink(self._path)]), *sinks]
         self._estimator = NormEstimator(model)
@@ -288,17 +292,22 @@ class Monitor:
         else:
             facts = observation.finish(told)
             self._distrust = observation.distrust
-        layers = LayerNorms()
-        if self._norms_every is not None and (self._step - 1) % self._norms_every < self._every:
-            layers = self._estimator.measure()
+        layers = self._estimator.measure() if self._is_time(self._norms_every) else LayerNorms()
+        gaps = self._estimator.gaps() if self._is_time(self._gaps_every) else {}
         facts.setdefault("lr", tuple(float(group["lr"]) for group in optimizer.param_groups))
-        record = StepRecord(step=self._step, norms=layers.norms, limits=layers.limits, cfl=layers.cfl, **facts)
+        record = StepRecord(
+            step=self._step, norms=layers.norms, limits=layers.limits, cfl=layers.cfl, norm_gap=gaps, **facts
+        )
         self.records.append(record)
         self._recorded += 1
         self._verdicts[record.verdict] += 1
         self._actions[record.action] += 1
         for sink in self._sinks:
             sink.write(record)
+
+    def _is_time(self, interval: int | None) -> bool:
+        """Whether this is the first recorded step of a stretch of so many steps."""
+        return interval is not None and (self._step - 1) % interval < self._every
 
     def _forget(self) -> None:
         self._frame, self._report, self._observation = None, None, None

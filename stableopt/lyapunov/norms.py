@@ -13,6 +13,9 @@ from torch.nn.parameter import UninitializedParameter
 from stableopt.linalg import gram_conv_norm, power_step
 from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.nn import GradientBlock, layer_limit
+from stableopt.nn.gap import norm_gap
+from stableopt.nn.limits import limited_slots
+from stableopt.nn.parametrized import compute
 
 __all__ = ["LayerNorms", "NormEstimator"]
 
@@ -82,6 +85,30 @@ class NormEstimator:
                     result.cfl[path] = _cfl_use(module, result.norms[key])
         return result
 
+    def gaps(self) -> dict[str, float]:
+        """Prove how far the weights of methods that train with an estimate are from their limits now, in training.
+
+        Returns:
+            Weight name -> :func:`stableopt.nn.norm_gap`; empty if there are none. A weight with NaN or infinity has the gap NaN.
+
+        Examples:
+            >>> from stableopt.nn import stabilize
+            >>> found = NormEstimator(stabilize(nn.Sequential(nn.Linear(4, 4)), method="power")).gaps()
+            >>> list(found), bool(0.9 < found["0.weight"] < 1.1)
+            (['0.weight'], True)
+        """
+        gaps: dict[str, float] = {}
+        for slot, limit in limited_slots(self._model):
+            if limit.exact:
+                continue
+            try:
+                gap = norm_gap(slot.module, slot.name)
+            except ValueError:
+                gap = math.nan
+            if gap is not None:
+                gaps[slot.key] = gap
+        return gaps
+
     def state_dict(self) -> dict[str, Any]:
         """Return the vectors and the state of the generator.
 
@@ -146,7 +173,7 @@ def _read(module: nn.Module) -> Tensor | None:
         chain = module.get_submodule("parametrizations.weight")
         with undisturbed(chain):
             chain.eval()
-            weight = chain()
+            weight = compute(chain)
     else:
         weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or isinstance(weight, UninitializedParameter) or weight.numel() == 0:

@@ -43,6 +43,8 @@ class StepRecord:
         norms: weight name -> *estimate* (from below) of its operator norm; empty if not measured at this step.
         limits: weight name -> the limit that its constraint puts on this norm.
         cfl: block name -> share of the block's step limit in use, an estimate; above 1 the limit is exceeded.
+        norm_gap: weight name -> *proved* norm of the weight of training over its limit, for methods that train with an estimate;
+            empty if not measured at this step.
 
     Raises:
         ValueError: if ``step`` or ``trials`` is no integer >= 0, or a verdict or an action is not known.
@@ -76,6 +78,7 @@ class StepRecord:
     norms: Mapping[str, float] = field(default_factory=dict)
     limits: Mapping[str, float] = field(default_factory=dict)
     cfl: Mapping[str, float] = field(default_factory=dict)
+    norm_gap: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check every field, so that a record from a file is as good as one from a run."""
@@ -93,7 +96,7 @@ class StepRecord:
         if not isinstance(self.lr, (tuple, list)):
             raise TypeError(f"a StepRecord needs one lr per parameter group, got {self.lr!r}.")
         object.__setattr__(self, "lr", tuple(_number("lr", lr) for lr in self.lr))
-        for name in ("norms", "limits", "cfl"):
+        for name in ("norms", "limits", "cfl", "norm_gap"):
             table = getattr(self, name)
             if not isinstance(table, Mapping) or not all(isinstance(key, str) for key in table):
                 raise TypeError(f"a StepRecord needs {name} as a mapping from names to numbers, got {table!r}.")
@@ -116,7 +119,7 @@ class StepRecord:
         """Read the record that :meth:`to_json` wrote.
 
         Args:
-            line: one JSON object; every key must be there, and no other.
+            line: one JSON object; every key must be there, and no other. Records from before ``norm_gap`` was measured lack it.
 
         Raises:
             ValueError: if the line is not such an object, or is of another schema.
@@ -138,7 +141,7 @@ class StepRecord:
         if isinstance(schema, bool) or schema != SCHEMA:
             raise ValueError(f"this version reads step records of schema {SCHEMA}, got schema {schema!r}.")
         names = {item.name for item in fields(cls)}
-        if missing := sorted(names - data.keys()):
+        if missing := sorted(names - _LATER - data.keys()):
             raise ValueError(f"a step record of schema {SCHEMA} lacks {', '.join(missing)}.")
         if unknown := sorted(data.keys() - names):
             raise ValueError(f"a step record of schema {SCHEMA} has no key {', '.join(map(repr, unknown))}.")
@@ -148,6 +151,7 @@ class StepRecord:
             raise ValueError(str(error)) from error
 
 
+_LATER = frozenset({"norm_gap"})
 _FLOATS = tuple(item.name for item in fields(StepRecord) if item.type == "float")
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from stableopt.nn.sharded import reshard
 from stableopt.optim import RandomState
 
 __all__ = ["Snapshot", "undisturbed"]
@@ -77,6 +78,7 @@ def undisturbed(model: nn.Module, start: Snapshot | None = None) -> Iterator[Non
         yield
     finally:
         end.restore()
+        reshard(model)
 
 
 def _version(tensor: torch.Tensor) -> int | None:

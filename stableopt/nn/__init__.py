@@ -5,27 +5,74 @@ r"""Models whose amplification of perturbations is limited by construction, and 
 it, :class:`MarginCrossEntropy` is the loss that goes with it.
 """
 
-from stableopt.nn.activations import GroupSort, Scale
+from stableopt.nn.activation_constants import activation_constant
+from stableopt.nn.activations import Abs, GroupSort, MaxMin, NActivation, Scale, SoftAbs
 from stableopt.nn.blocks import FoldedBlock, GradientBlock
+from stableopt.nn.budget import LearnedBudget
+from stableopt.nn.centering import BallProjection, BatchCentering, InputNormalization, LayerCentering
 from stableopt.nn.constrain import constrain, parameter_groups
 from stableopt.nn.dispatch import lipschitz_rule
+from stableopt.nn.export import export, plain_state_dict, release
+from stableopt.nn.gap import norm_gap
+from stableopt.nn.heads import UnitRowLinear, margin_constants, margin_radii
+from stableopt.nn.householder import Householder
 from stableopt.nn.layers import layers
 from stableopt.nn.losses import MarginCrossEntropy
+from stableopt.nn.pooling import InvertibleDownsampling, L2NormPool, ScaledAvgPool
 from stableopt.nn.rules import lipschitz
-from stableopt.nn.stabilize import NormLimit, layer_limit, stabilize
+from stableopt.nn.sandwich import Sandwich
+from stableopt.nn.slope import SLL
+from stableopt.nn.splines import LinearSpline
+from stableopt.nn.stabilize import layer_limit, stabilize
+from stableopt.nn.structure import Concat, Merge, Parallel, Residual
+from stableopt.nn.table import table
+from stableopt.nn.uniform import uniform_bound
+from stableopt.nn.weights import METHODS, Geometry, WeightMap
 
 __all__ = [
+    "Abs",
+    "BallProjection",
+    "BatchCentering",
+    "Concat",
     "FoldedBlock",
+    "Geometry",
     "GradientBlock",
     "GroupSort",
+    "Householder",
+    "InputNormalization",
+    "InvertibleDownsampling",
+    "L2NormPool",
+    "LayerCentering",
+    "LearnedBudget",
+    "LinearSpline",
+    "METHODS",
     "MarginCrossEntropy",
-    "NormLimit",
+    "MaxMin",
+    "Merge",
+    "NActivation",
+    "Parallel",
+    "Residual",
+    "SLL",
+    "Sandwich",
     "Scale",
+    "ScaledAvgPool",
+    "SoftAbs",
+    "UnitRowLinear",
+    "WeightMap",
+    "activation_constant",
     "constrain",
+    "export",
     "layer_limit",
     "layers",
     "lipschitz",
     "lipschitz_rule",
+    "margin_constants",
+    "margin_radii",
+    "norm_gap",
     "parameter_groups",
+    "plain_state_dict",
+    "release",
     "stabilize",
+    "table",
+    "uniform_bound",
 ]

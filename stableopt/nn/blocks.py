@@ -116,7 +116,7 @@ class GradientBlock(nn.Module):
         self.strong = float(strong)
         self.weight = nn.Parameter(torch.empty(hidden, dim))
         self.bias = nn.Parameter(torch.zeros(hidden))
-        self.raw_step = nn.Parameter(torch.tensor(math.log(fraction / (1.0 - fraction))))
+        self.raw_step = nn.Parameter(torch.tensor([math.log(fraction / (1.0 - fraction))]))  # fully_shard wants an axis
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -141,7 +141,7 @@ class GradientBlock(nn.Module):
         limit = 2.0 / (2.0 * self.strong + U * U).clamp_min(_SMALLEST)
         rank, terms = min(weight.shape), sum(weight.shape)
         slack = 4.0 * (terms + 8) * torch.finfo(weight.dtype).eps + 2.0**-50 * rank * terms  # of the norm, of its proof
-        return (1.0 - slack) * limit * self.raw_step.to(weight.dtype).sigmoid()
+        return (1.0 - slack) * limit * self.raw_step[0].to(weight.dtype).sigmoid()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the next state; the features are the last dimension of the input."""

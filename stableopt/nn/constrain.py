@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from stableopt.constraints import Constraint, attach, attached
 from stableopt.nn.dispatch import named
+from stableopt.nn.parametrized import adopt
+from stableopt.nn.sharded import is_spread
 
 __all__ = ["constrain", "parameter_groups"]
 
@@ -57,12 +60,14 @@ def constrain(
         raise TypeError(f"constraint must be a stableopt.constraints.Constraint, got {type(constraint).__name__}.")
     if by not in {"parametrization", "projection"}:
         raise ValueError(f"by must be 'parametrization' or 'projection', got {by!r}.")
+    check_unwrapped(module)
     check_parameter(module, name, root=module)
     _check_unconstrained(module, name, constraint, by)
     value = getattr(module, name).detach()
     projected = constraint.project(value)  # also refuses a shape that does not fit
     if by == "parametrization":
         P.register_parametrization(module, name, constraint.parametrization(value))
+        adopt(module)
         return module
     parameter = module._parameters[name]  # noqa: SLF001 torch has no public accessor without inherited names
     if parameter is None:
@@ -114,6 +119,29 @@ def parameter_groups(module: nn.Module, **defaults: Any) -> list[dict[str, Any]]
     ]
 
 
+def unproject(module: nn.Module, name: str) -> None:
+    """Forget that a parameter is constrained by projection; its value stays.
+
+    Args:
+        module: the module that owns the parameter.
+        name: the name of the parameter.
+
+    Examples:
+        >>> from stableopt.constraints import NonNegative
+        >>> layer = constrain(nn.Linear(3, 2), "weight", NonNegative(), by="projection")
+        >>> unproject(layer, "weight")
+        >>> projections(layer)
+        {}
+    """
+    rest = {own: constraint for own, constraint in projections(module).items() if own != name}
+    vars(module).pop(_RECORD, None)
+    if rest:
+        setattr(module, _RECORD, rest)
+    parameter = module._parameters.get(name)  # noqa: SLF001 torch has no public accessor without inherited names
+    if parameter is not None:
+        attach(parameter, None)
+
+
 def projections(module: nn.Module) -> dict[str, Constraint]:
     """Return which own parameters of ``module`` are constrained by projection.
 
@@ -135,8 +163,7 @@ def check_parameter(module: nn.Module, name: str, path: str = "", *, root: nn.Mo
 
     Raises:
         TypeError: if the parameter is not real and floating.
-        ValueError: if there is no such parameter, or it is lazy, sharded, shared, NaN or infinite, or wrapped by
-            DistributedDataParallel.
+        ValueError: if there is no such parameter, or it is lazy, sharded, shared, NaN or infinite.
 
     Examples:
         >>> check_parameter(nn.ReLU(), "weight", root=nn.ReLU())
@@ -144,11 +171,6 @@ def check_parameter(module: nn.Module, name: str, path: str = "", *, root: nn.Mo
         ValueError: the module (ReLU) has no parameter 'weight' ...
     """
     where = named(module, path)
-    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in root.modules()):
-        raise ValueError(
-            f"{where} is wrapped by DistributedDataParallel, which would not see a constrained parameter: gradients would differ "
-            "between ranks. Constrain the model first and wrap it afterwards."
-        )
     if P.is_parametrized(module, name):
         value, owned = getattr(module, name), None
     else:
@@ -168,6 +190,37 @@ def check_parameter(module: nn.Module, name: str, path: str = "", *, root: nn.Mo
         raise ValueError(f"'{name}' of {where} holds NaN or infinity; repair it before constraining it.")
     if owned is not None:
         _check_unshared(owned, name, where, root)
+
+
+def check_unwrapped(root: nn.Module) -> None:
+    """Refuse a module that is part of a live DistributedDataParallel, or sharded.
+
+    To be called once, not for each parameter: the wrapper leaves no trace on the modules inside, so all objects are looked at.
+
+    Args:
+        root: the module.
+
+    Raises:
+        ValueError: if it is, or a part of it.
+
+    Examples:
+        >>> check_unwrapped(nn.Linear(1, 1))
+    """
+    if any(isinstance(part, nn.parallel.DistributedDataParallel) for part in root.modules()) or _is_below_ddp(root):
+        raise ValueError(
+            f"{named(root, '')} is wrapped by DistributedDataParallel, which would not see a constrained parameter: gradients "
+            "would differ between ranks. Constrain the model first and wrap it afterwards."
+        )
+    if is_spread(root):
+        raise ValueError(f"{named(root, '')} is sharded already: constrain the model before fully_shard.")
+
+
+def _is_below_ddp(root: nn.Module) -> bool:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return False
+    inside = {id(part) for part in root.modules()}
+    wrappers = [o for o in gc.get_objects() if nn.parallel.DistributedDataParallel in type(o).__mro__]
+    return any(id(part) in inside for wrapper in wrappers for part in wrapper.module.modules())
 
 
 def _check_unshared(parameter: Tensor, name: str, where: str, root: nn.Module) -> None:

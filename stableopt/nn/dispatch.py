@@ -13,7 +13,19 @@ from torch import nn
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
 
-__all__ = ["check_forward", "lipschitz_rule", "registered_class", "require_l2_or_linf"]
+__all__ = [
+    "check_forward",
+    "lipschitz_rule",
+    "refusal",
+    "refuse",
+    "refused_classes",
+    "registered_class",
+    "require_norm",
+]
+
+NORMS = ("l2", "linf", "l1")
+
+_REFUSALS: dict[type[nn.Module], str] = {}
 
 _HARMLESS = frozenset(
     {
@@ -34,7 +46,7 @@ def lipschitz_rule(module: nn.Module, norm: str) -> Bound:
 
     Args:
         module: the module; a rule reads its current parameters.
-        norm: ``"l2"`` or ``"linf"``, the norm of the input and of the output.
+        norm: ``"l2"``, ``"linf"`` or ``"l1"``, the norm of the input and of the output.
 
     Returns:
         An enclosure of the smallest Lipschitz constant whose upper end is proved.
@@ -52,18 +64,14 @@ def lipschitz_rule(module: nn.Module, norm: str) -> Bound:
         >>> lipschitz_rule(Negate(), "l2")
         Bound(lower=1.0, upper=1.0, proved=True)
     """
-    name = type(module).__name__
-    raise UncertifiableError(
-        f"no {norm} Lipschitz rule is known for {name}. Register one: "
-        f"@stableopt.nn.lipschitz_rule.register({name}) on a function (module, norm) -> Bound."
-    )
+    raise UncertifiableError(refusal(module, norm))
 
 
 def registered_class(module: nn.Module) -> type[nn.Module] | None:
     """Return the class whose rule would be used for ``module``, or None if there is none.
 
     Examples:
-        >>> registered_class(nn.Bilinear(1, 1, 1)) is None
+        >>> registered_class(nn.Module()) is None
         True
     """
     for kind in type(module).__mro__:
@@ -112,17 +120,62 @@ def check_forward(module: nn.Module, kind: type[nn.Module], path: str = "") -> N
         )
 
 
-def require_l2_or_linf(norm: str) -> None:
+def refuse(kind: type[nn.Module], reason: str) -> None:
+    """Note why a class has no rule, for the message; a rule that is registered for the class wins.
+
+    Args:
+        kind: the class.
+        reason: the end of a sentence that begins with "no Lipschitz rule is known for the class:", without a final period; it says
+            what to do.
+
+    Examples:
+        >>> class Squared(nn.Module):
+        ...     def forward(self, x):
+        ...         return x * x
+        >>> refuse(Squared, "its slope grows with the input. Use an absolute value")
+        >>> refusal(Squared(), "l2")
+        'no l2 Lipschitz rule is known for Squared: its slope grows with the input. Use an absolute value.'
+    """
+    _REFUSALS[kind] = reason
+
+
+def refusal(module: nn.Module, norm: str) -> str:
+    """Return the sentence that says why a module has no rule and what to do.
+
+    Examples:
+        >>> refusal(nn.Module(), "l1").startswith("no l1 Lipschitz rule is known for Module")
+        True
+    """
+    name = type(module).__name__
+    start = f"no {norm} Lipschitz rule is known for {name}"
+    if type(module) in _REFUSALS:
+        return f"{start}: {_REFUSALS[type(module)]}."
+    return (
+        f"{start}. Register one: @stableopt.nn.lipschitz_rule.register({name}) on a function (module, norm) -> Bound."
+    )
+
+
+def refused_classes() -> frozenset[type[nn.Module]]:
+    """Return the classes with a noted reason.
+
+    Examples:
+        >>> nn.ReLU in refused_classes()
+        False
+    """
+    return frozenset(_REFUSALS)
+
+
+def require_norm(norm: str) -> None:
     """Refuse a norm that no rule knows.
 
     Raises:
-        ValueError: unless ``norm`` is ``"l2"`` or ``"linf"``.
+        ValueError: unless ``norm`` is ``"l2"``, ``"linf"`` or ``"l1"``.
 
     Examples:
-        >>> require_l2_or_linf("l2")
+        >>> require_norm("l1")
     """
-    if norm not in {"l2", "linf"}:
-        raise ValueError(f"norm must be 'l2' or 'linf', got {norm!r}.")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of 'l2', 'linf' and 'l1', got {norm!r}.")
 
 
 def named(module: nn.Module, path: str) -> str:

@@ -12,7 +12,7 @@ from stableopt.nn.dispatch import check_forward, named, registered_class
 __all__ = ["layers"]
 
 
-def layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def layers(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]]:
     """Iterate over the layers of a model in execution order.
 
     Nested :class:`torch.nn.Sequential` are flattened. A module with a Lipschitz rule, and a module without children, is one layer;
@@ -20,9 +20,10 @@ def layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Args:
         module: a Sequential, or a single layer.
+        path: dotted name of ``module``, put before those of its layers.
 
     Yields:
-        Pairs of dotted name, as in ``named_modules`` (``""`` for the module itself), and layer.
+        Pairs of dotted name, as in ``named_modules`` (``path`` for the module itself), and layer.
 
     Raises:
         UncertifiableError: if the execution order cannot be known: a container other than Sequential, a Sequential whose class
@@ -33,16 +34,12 @@ def layers(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         >>> [name for name, layer in layers(model)]
         ['0', '1.0', '1.1']
     """
-    yield from _layers(module, "")
-
-
-def _layers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
     kind = registered_class(module)
     if kind is nn.Sequential:
         check_forward(module, nn.Sequential, path)
         for name, child in module._modules.items():  # noqa: SLF001 named_children() drops repeated modules
             if child is not None:
-                yield from _layers(child, f"{path}.{name}" if path else name)
+                yield from layers(child, f"{path}.{name}" if path else name)
         return
     children = [name for name, _ in module.named_children() if name != "parametrizations"]
     if kind is None and children:

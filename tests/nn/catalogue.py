@@ -23,7 +23,7 @@ class Row:
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     tightness: float | None = None
-    norms: tuple[str, ...] = ("l2", "linf")
+    norms: tuple[str, ...] = ("l2", "linf", "l1")
 
 
 CONVS = [
@@ -50,18 +50,16 @@ CONVS = [
     Row("conv2d groups", lambda: nn.Conv2d(4, 6, 3, padding=1, groups=2), (1, 4, 5, 5), 1.6),
     Row("conv2d depthwise", lambda: nn.Conv2d(3, 3, 3, padding=1, groups=3), (1, 3, 5, 5), 1.6),
     Row(
-        "conv2d reflect linf",
+        "conv2d reflect",
         lambda: nn.Conv2d(1, 2, 3, padding=1, padding_mode="reflect"),
         (1, 1, 5, 5),
         None,
-        ("linf",),
     ),
     Row(
-        "conv2d replicate linf",
+        "conv2d replicate",
         lambda: nn.Conv2d(1, 2, 3, padding=2, padding_mode="replicate"),
         (1, 1, 5, 5),
         None,
-        ("linf",),
     ),
 ]
 
@@ -127,7 +125,88 @@ COMPOSED = [
     ),
 ]
 
-CATALOGUE = [*AFFINE, *ACTIVATIONS, *COMPOSED]
+
+def normalized(layer: nn.Module) -> nn.Module:
+    """Give a normalization statistics and factors that are not those of a new one."""
+    for name, value in layer.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(torch.rand_like(value) + 0.2 if name == "running_var" else torch.randn_like(value))
+    return layer
+
+
+NORMALIZATIONS = [
+    Row("batch 1d", lambda: normalized(nn.BatchNorm1d(3)), (1, 3), 1.0 + 1e-14),
+    Row("batch 2d", lambda: normalized(nn.BatchNorm2d(2, eps=0.1)), (1, 2, 2, 2), 1.0 + 1e-14),
+    Row("batch 3d plain", lambda: normalized(nn.BatchNorm3d(2, affine=False)), (1, 2, 1, 2, 2), 1.0 + 1e-14),
+    Row("instance tracked", lambda: normalized(nn.InstanceNorm1d(2, track_running_stats=True)), (1, 2, 3), 1.0 + 1e-14),
+]
+
+OF_SAMPLE = [
+    Row("layer norm", lambda: normalized(nn.LayerNorm(5, eps=0.1)), (1, 5)),
+    Row("layer norm plain", lambda: nn.LayerNorm((2, 3), elementwise_affine=False, eps=0.5), (1, 2, 3)),
+    Row("rms norm", lambda: normalized(nn.RMSNorm(6, eps=0.2)), (1, 6)),
+    Row("group norm", lambda: normalized(nn.GroupNorm(2, 4, eps=0.1)), (1, 4, 3), None, ("l2",)),
+    Row("instance norm", lambda: normalized(nn.InstanceNorm2d(2, affine=True, eps=0.1)), (1, 2, 2, 2), None, ("l2",)),
+]
+
+COPIES = [
+    Row("zero pad", lambda: nn.ZeroPad2d((1, 2, 0, 1)), (1, 1, 3, 2), 1.0),
+    Row("crop", lambda: nn.ConstantPad1d((-1, 2), 3.5), (1, 2, 4), 1.0),
+    Row("replicate pad", lambda: nn.ReplicationPad2d((1, 2, 0, 1)), (1, 1, 1, 1), 1.0 + 1e-14),
+    Row("replicate pad 3d", lambda: nn.ReplicationPad3d(1), (1, 1, 1, 1, 1), 1.0 + 1e-14),
+    Row("reflect pad", lambda: nn.ReflectionPad1d((1, 1)), (1, 1, 3), 1.0 + 1e-14),
+    Row("reflect pad one side", lambda: nn.ReflectionPad2d((2, 0, 1, 1)), (1, 1, 3, 3), 1.0 + 1e-14),
+    Row("reflect pad wide", lambda: nn.ReflectionPad1d((3, 2)), (1, 1, 4), 1.0 + 1e-14),
+    Row("circular pad", lambda: nn.CircularPad2d((1, 1, 2, 0)), (1, 1, 2, 1), 1.0 + 1e-14),
+    Row("nearest", lambda: nn.Upsample(scale_factor=(3.0, 2.0)), (1, 1, 3, 2), 1.5),
+    Row("nearest 2", lambda: nn.UpsamplingNearest2d(scale_factor=2), (1, 1, 3, 2), 1.0 + 1e-14),
+    Row("nearest 2.5", lambda: nn.Upsample(scale_factor=(2.5,)), (1, 1, 6)),
+    Row("nearest exact", lambda: nn.Upsample(scale_factor=(4.0,), mode="nearest-exact"), (1, 1, 3), 1.0 + 1e-14),
+    Row("nearest size", lambda: nn.Upsample(size=(3, 2)), (1, 1, 1, 1), 1.0 + 1e-14),
+    Row("linear", lambda: nn.Upsample(scale_factor=3, mode="linear"), (1, 1, 4), 1.0 + 1e-14),
+    Row("bilinear", lambda: nn.Upsample(scale_factor=(2, 3), mode="bilinear"), (1, 1, 3, 2), 1.0 + 1e-14),
+    Row("trilinear", lambda: nn.Upsample(scale_factor=2, mode="trilinear"), (1, 1, 2, 2, 1), 1.0 + 1e-14),
+    Row("bilinear size", lambda: nn.UpsamplingBilinear2d(size=(3, 4)), (1, 1, 2, 2)),
+    Row("unfold", lambda: nn.Unfold(2, stride=1), (1, 1, 4, 4), 1.0 + 1e-14),
+    Row("unfold gcd", lambda: nn.Unfold((2, 1), stride=2, dilation=2), (1, 2, 9, 3), 1.0 + 1e-14),
+    Row("fold", lambda: nn.Fold((4, 4), 2), (1, 4, 9), 1.0 + 1e-14),
+    Row("pixel shuffle", lambda: nn.PixelShuffle(2), (1, 4, 2, 2), 1.0),
+    Row("pixel unshuffle", lambda: nn.PixelUnshuffle(2), (1, 1, 4, 2), 1.0),
+    Row("channel shuffle", lambda: nn.ChannelShuffle(2), (1, 4, 2), 1.0),
+    Row("adaptive avg", lambda: nn.AdaptiveAvgPool2d((3, 2)), (1, 1, 1, 1), 1.0 + 1e-14),
+    Row("adaptive avg kept", lambda: nn.AdaptiveAvgPool2d((None, 2)), (1, 1, 3, 1), 1.0 + 1e-14),
+    Row("adaptive avg 5", lambda: nn.AdaptiveAvgPool1d(4), (1, 2, 5)),
+    Row("avg uncounted", lambda: nn.AvgPool1d(3, stride=2, padding=1, count_include_pad=False), (1, 1, 1), 1.5),
+    Row("avg ceil", lambda: nn.AvgPool2d(3, stride=2, ceil_mode=True), (1, 1, 4, 6), 2.0),
+    Row("avg ceil padded", lambda: nn.AvgPool1d(4, stride=3, padding=2, ceil_mode=True), (1, 1, 8)),
+    Row("avg divisor", lambda: nn.AvgPool2d(2, stride=1, divisor_override=3), (1, 1, 20, 20), 1.05),
+    Row("avg 3d", lambda: nn.AvgPool3d(2), (1, 1, 4, 2, 2), 1.0 + 1e-14),
+    Row("sum by LPPool", lambda: nn.LPPool1d(1.0, 3, stride=3), (1, 1, 6), 1.0 + 1e-14),
+]
+
+TRANSPOSED = [
+    Row("transposed 1d", lambda: nn.ConvTranspose1d(2, 3, 3), (1, 2, 12), 1.35),
+    Row("transposed stride", lambda: nn.ConvTranspose1d(3, 2, 4, stride=3, output_padding=2), (1, 3, 8), 1.6),
+    Row(
+        "transposed 2d",
+        lambda: nn.ConvTranspose2d(4, 2, 3, stride=2, padding=1, output_padding=1, groups=2),
+        (1, 4, 4, 4),
+    ),
+    Row("transposed 3d", lambda: nn.ConvTranspose3d(1, 2, 2, dilation=2), (1, 1, 3, 3, 3)),
+    Row("conv3d", lambda: nn.Conv3d(1, 2, 2, padding=1), (1, 1, 3, 3, 3)),
+    Row("conv circular wide", lambda: nn.Conv1d(1, 1, 3, padding=2, padding_mode="circular"), (1, 1, 4)),
+    Row("conv3d replicate", lambda: nn.Conv3d(1, 1, 3, padding=1, padding_mode="replicate"), (1, 1, 3, 3, 3)),
+]
+
+POOLS = [
+    Row("max 3d", lambda: nn.MaxPool3d(2, stride=1), (1, 1, 3, 3, 3)),
+    Row("adaptive max", lambda: nn.AdaptiveMaxPool2d(2), (1, 1, 3, 3)),
+    Row("l2 pool", lambda: nn.LPPool2d(2, 3, stride=2), (1, 1, 7, 7)),
+    Row("l4 pool", lambda: nn.LPPool1d(4, 2), (1, 1, 6)),
+]
+
+AFFINE += [*NORMALIZATIONS, *COPIES, *TRANSPOSED]
+CATALOGUE = [*AFFINE, *ACTIVATIONS, *POOLS, *OF_SAMPLE, *COMPOSED]
 
 
 def jacobian(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -136,6 +215,9 @@ def jacobian(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.as_tensor(y)
 
 
+ORDERS = {"l2": 2, "linf": float("inf"), "l1": 1}
+
+
 def operator_norm(J: torch.Tensor, norm: str) -> float:
-    """The oracle: largest singular value, or largest row sum."""
-    return float(torch.linalg.matrix_norm(J, 2 if norm == "l2" else float("inf"))) if J.numel() else 0.0
+    """The oracle: largest singular value, largest row sum, or largest column sum."""
+    return float(torch.linalg.matrix_norm(J, ORDERS[norm])) if J.numel() else 0.0

@@ -62,7 +62,7 @@ def test_a_hook_on_a_container_is_refused() -> None:
 def test_the_class_of_a_rule_is_the_nearest_registered_one() -> None:
     assert registered_class(nn.ReLU6()) is nn.Hardtanh
     assert registered_class(parametrizations.orthogonal(nn.Linear(2, 2))) is nn.Linear
-    assert registered_class(nn.LayerNorm(1)) is None
+    assert registered_class(nn.LocalResponseNorm(1)) is None
 
 
 def test_a_backward_hook_does_not_change_the_map() -> None:

@@ -1,0 +1,103 @@
+r"""Lipschitz bounds that hold for all values of the parameters, so that training cannot break them."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import nn
+
+from stableopt.errors import UncertifiableError
+from stableopt.linalg import Bound
+from stableopt.nn.activations import NActivation
+from stableopt.nn.blocks import GradientBlock
+from stableopt.nn.dispatch import check_forward, registered_class
+from stableopt.nn.rules import lipschitz
+
+__all__ = ["uniform_bound", "uniform_rule"]
+
+
+def uniform_bound(module: nn.Module, norm: str = "l2") -> Bound | None:
+    r"""Bound a module for all values of its trainable parameters.
+
+    .. math:: \sup_\theta \operatorname{Lip}(f_\theta)
+
+    :func:`stableopt.nn.lipschitz` bounds a module as it is now. This bound may be relied on while the module is trained: a plain
+    :class:`torch.nn.Linear` has none, a :class:`NActivation` has 1.
+
+    Args:
+        module: the module; a module without trainable parameters has the bound that it has now.
+        norm: ``"l2"``, ``"linf"`` or ``"l1"``.
+
+    Returns:
+        A bound from 0 to an upper end that is proved, or None if none is known.
+
+    Raises:
+        UncertifiableError: if a module without trainable parameters has no rule, or its class does not tell its forward map.
+        ValueError: if the norm is unknown.
+
+    Examples:
+        >>> uniform_bound(nn.Linear(2, 2)) is None
+        True
+        >>> uniform_bound(nn.Sequential(GradientBlock(2), nn.ReLU())).upper
+        1.0
+    """
+    if not any(parameter.requires_grad for parameter in module.parameters()):
+        bound = lipschitz(module, norm)
+        return Bound(0.0, bound.upper, bound.proved)
+    for kind in type(module).__mro__:
+        if kind in uniform_rule.registry and kind is not object:
+            if registered_class(module) is not None:
+                check_forward(module, kind)
+            return uniform_rule(module, norm)
+    return None
+
+
+@functools.singledispatch
+def uniform_rule(module: nn.Module, norm: str) -> Bound | None:  # noqa: ARG001 the interface of the rules
+    """Return the uniform bound of one class; the registry behind :func:`uniform_bound`, None for a class without an entry.
+
+    Args:
+        module: the module; a rule may read its settings, but no trainable parameter.
+        norm: ``"l2"``, ``"linf"`` or ``"l1"``.
+
+    Examples:
+        >>> uniform_rule(nn.Linear(1, 1), "l2") is None
+        True
+    """
+    return None
+
+
+def uniform_parts(parts: list[nn.Module], norm: str) -> list[Bound] | None:
+    """Return the uniform bounds of all parts, or None if one of them has none.
+
+    Examples:
+        >>> uniform_parts([nn.ReLU(), nn.Linear(1, 1)], "l2") is None
+        True
+    """
+    bounds = [uniform_bound(part, norm) for part in parts]
+    known = [bound for bound in bounds if bound is not None]
+    return known if len(known) == len(bounds) else None
+
+
+@uniform_rule.register(GradientBlock)
+def _gradient_block(module: GradientBlock, norm: str) -> Bound | None:  # noqa: ARG001 true for every strength
+    return Bound(0.0, 1.0) if norm == "l2" else None
+
+
+@uniform_rule.register(NActivation)
+def _n_activation(module: NActivation, norm: str) -> Bound:  # noqa: ARG001 the same in every norm
+    return Bound(0.0, 1.0)
+
+
+@uniform_rule.register(nn.Sequential)
+def _sequential(module: nn.Sequential, norm: str) -> Bound | None:
+    try:
+        bounds = uniform_parts(list(module), norm)
+    except UncertifiableError:
+        return None
+    if bounds is None:
+        return None
+    product = Bound.point(1.0)
+    for bound in bounds:
+        product = product * bound
+    return Bound(0.0, product.upper, product.proved)
