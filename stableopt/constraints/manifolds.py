@@ -99,7 +99,7 @@ class Orthogonal(Constraint):
         r"""Return the polar factor :math:`UV^\top` of :math:`x = U\Sigma V^\top`, shrunk by rounding until its norm is proved.
 
         Args:
-            x: matrix of shape ``(m, n)``; never changed. The proof copies it to the CPU.
+            x: matrix of shape ``(m, n)``; never changed. Near the set all runs on its device, else on the CPU.
 
         Returns:
             Matrix with proved spectral norm at most 1, ``x`` itself if it is one within the tolerance. NaN or infinity gives
