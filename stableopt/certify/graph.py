@@ -22,10 +22,11 @@ from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.nn.activations import Abs, GroupSort, Scale
 from stableopt.nn.blocks import GradientBlock
 from stableopt.nn.centering import BatchCentering, InputNormalization
-from stableopt.nn.dispatch import check_forward
+from stableopt.nn.dispatch import check_forward, lipschitz_rule
 from stableopt.nn.heads import UnitRowLinear
 from stableopt.nn.layers import layers
 from stableopt.nn.pooling import ScaledAvgPool, root_down
+from stableopt.nn.rules.spatial import per_axis
 from stableopt.nn.sharded import refuse_spread
 
 __all__ = ["Node", "extract", "fold"]
@@ -109,13 +110,7 @@ def _extracted(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[Node], di
         if rule_class is object:
             raise UncertifiableError(uncovered(module, path))
         check_forward(module, rule_class, path)
-        try:
-            folded = fold(module, shape)
-            for operation in folded:
-                if operation["op"] not in {*WEIGHTED, "gradient_block"}:
-                    publish(operation, {})  # refuses settings without a proved bound
-        except UncertifiableError as error:
-            raise UncertifiableError(f"{where} cannot be certified: {error}") from None
+        folded = _folded(module, shape, where)
         for index, operation in enumerate(folded):
             prefix = f"{path}." if path else ""
             node, found = _name_tensors(operation, f"{prefix}{index}." if len(folded) > 1 else prefix)
@@ -126,6 +121,20 @@ def _extracted(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[Node], di
     if not nodes:
         raise UncertifiableError("the model has no layer, so there is nothing to certify.")
     return nodes, tensors
+
+
+def _folded(module: nn.Module, shape: tuple[int, ...], where: str) -> list[Node]:
+    """Fold a layer, and say in every refusal where it is."""
+    try:
+        operations = fold(module, shape)
+        for operation in operations:
+            if operation["op"] not in {*WEIGHTED, "gradient_block"}:
+                publish(operation, {})  # refuses settings without a proved bound
+    except UncertifiableError as error:
+        raise UncertifiableError(f"{where} cannot be certified: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"{where} cannot be certified: {error}") from None
+    return operations
 
 
 def _rule_class(module: nn.Module) -> type:
@@ -186,7 +195,7 @@ def _conv(module: nn.Conv1d | nn.Conv2d, _shape: tuple[int, ...]) -> list[Node]:
             )
         padding = [s // 2 for s in spans]
     else:
-        padding = [0] * len(spans) if module.padding == "valid" else [int(p) for p in module.padding]
+        padding = [0] * len(spans) if module.padding == "valid" else list(per_axis(module.padding, len(spans)))
     if module.padding_mode == "circular" and any(2 * p > s for p, s in zip(padding, spans, strict=True)):
         raise UncertifiableError(
             "circular padding wider than dilation * (kernel_size - 1) / 2 repeats pixels and has no rule."
@@ -194,7 +203,8 @@ def _conv(module: nn.Conv1d | nn.Conv2d, _shape: tuple[int, ...]) -> list[Node]:
     return [
         {
             "op": "conv", "dims": len(spans), "weight": module.weight, "bias": module.bias, "padding": padding,
-            "stride": list(module.stride), "dilation": list(module.dilation), "groups": module.groups,
+            "stride": list(per_axis(module.stride, len(spans))), "dilation": list(per_axis(module.dilation, len(spans))),
+            "groups": int(module.groups),
             "padding_mode": module.padding_mode,
         }
     ]  # fmt: skip
@@ -208,8 +218,10 @@ def _activation(name: str, **settings: str) -> Callable[[nn.Module, tuple[int, .
     """Make the rule of an activation whose settings are attributes of the module."""
 
     def rule(module: nn.Module, _shape: tuple[int, ...]) -> list[Node]:
+        lipschitz_rule(module, "l2")  # refuses settings for which the module computes something else than its formula
         values = {key: getattr(module, attribute) for key, attribute in settings.items()}
-        return [{"op": "activation", "name": name, **values}]
+        real = {key: value if key == "group_size" else float(value) for key, value in values.items()}
+        return [{"op": "activation", "name": name, **real}]
 
     return rule
 
@@ -224,7 +236,16 @@ fold.register(nn.ELU)(_activation("elu", alpha="alpha"))
 fold.register(nn.Softplus)(_activation("softplus", beta="beta"))
 fold.register(nn.SiLU)(_activation("silu"))
 fold.register(GroupSort)(_activation("groupsort", group_size="group_size"))
-fold.register(Abs)(_activation("abs"))
+
+
+@fold.register(Abs)
+def _(module: Abs, shape: tuple[int, ...]) -> list[Node]:
+    if module.fraction != 1.0:
+        raise UncertifiableError(
+            f"Abs(fraction={module.fraction}) folds some channels only, and the format has the absolute value of all; use Abs() or "
+            "MaxMin()."
+        )
+    return _activation("abs")(module, shape)
 
 
 @fold.register(nn.GELU)
@@ -247,6 +268,8 @@ def _(module: UnitRowLinear, _shape: tuple[int, ...]) -> list[Node]:
 def _channelwise(scale: Tensor, shift: Tensor, shape: tuple[int, ...]) -> list[Node]:
     """Multiply each channel by a number and add one: a diagonal matrix, or kernels of one pixel."""
     channels, dims = shape[0], len(shape) - 1
+    if scale.ndim and len(scale) != channels:
+        raise ValueError(f"it was built for {len(scale)} channels, got {channels} in dimension 0 of the shape {shape}.")
     scale, shift = scale.expand(channels).contiguous(), shift.expand(channels).contiguous()
     if dims == 0:
         return [{"op": "linear", "weight": torch.diag(scale), "bias": shift}]
@@ -280,6 +303,10 @@ def _(module: BatchCentering, shape: tuple[int, ...]) -> list[Node]:
 def _(module: nn.BatchNorm1d, shape: tuple[int, ...]) -> list[Node]:
     if module.running_mean is None or module.running_var is None:
         raise UncertifiableError("without running statistics its map of one sample depends on the others of the batch.")
+    axes = (0, 1) if isinstance(module, nn.BatchNorm1d) else (2,)
+    if len(shape) - 1 not in axes:
+        wanted = "features or signals" if axes == (0, 1) else "images"
+        raise ValueError(f"{type(module).__name__} is for {wanted}, got the shape {shape} without the batch.")
     scale = (module.running_var.double() + module.eps).rsqrt()
     if module.weight is not None:
         scale = scale * module.weight
@@ -313,16 +340,12 @@ def _(module: nn.Flatten, shape: tuple[int, ...]) -> list[Node]:
     return [{"op": "flatten"}]
 
 
-def _each(value: int | tuple[int, ...], dims: int) -> list[int]:
-    return [value] * dims if isinstance(value, int) else list(value)
-
-
 def _pool(name: str, dims: int) -> Callable[[Any, tuple[int, ...]], list[Node]]:
     def rule(module: Any, _shape: tuple[int, ...]) -> list[Node]:
-        kernel, stride, padding = (_each(v, dims) for v in (module.kernel_size, module.stride, module.padding))
+        kernel, stride, padding = (list(per_axis(v, dims)) for v in (module.kernel_size, module.stride, module.padding))
         plain = not module.ceil_mode
         if name == "max":
-            plain = plain and set(_each(module.dilation, dims)) == {1} and not module.return_indices
+            plain = plain and set(per_axis(module.dilation, dims)) == {1} and not module.return_indices
         else:
             plain = plain and (module.count_include_pad or not any(padding))
             plain = plain and getattr(module, "divisor_override", None) is None
@@ -338,7 +361,8 @@ def _pool(name: str, dims: int) -> Callable[[Any, tuple[int, ...]], list[Node]]:
 
 def _global_average(dims: int) -> Callable[[Any, tuple[int, ...]], list[Node]]:
     def rule(module: Any, shape: tuple[int, ...]) -> list[Node]:
-        if set(_each(module.output_size, dims)) != {1}:
+        size = module.output_size
+        if set(size if isinstance(size, tuple | list) else (size,)) != {1}:
             raise UncertifiableError("adaptive average pooling has a rule only for output_size=1.")
         kernel = list(shape[1:])
         return [{"op": "pool", "name": "avg", "dims": dims, "kernel": kernel, "stride": kernel, "padding": [0] * dims}]

@@ -7,23 +7,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stableopt.nn.activations import GroupSort, Scale
+from stableopt.nn.activations import Abs, GroupSort, Scale
 
-__all__ = ["Abs", "FoldedGradientBlock", "build"]
-
-
-class Abs(nn.Module):
-    """The absolute value of each entry.
-
-    Examples:
-        >>> import torch
-        >>> Abs()(torch.tensor([-2.0]))
-        tensor([2.])
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return ``|x|``."""
-        return x.abs()
+__all__ = ["FoldedGradientBlock", "build"]
 
 
 class FoldedGradientBlock(nn.Module):

@@ -112,7 +112,7 @@ def _prelu(module: nn.PReLU, norm: str) -> Bound:  # noqa: ARG001
     r"""Slopes 1 and :math:`a_c`: :math:`\max(1, \max_c|a_c|)`, attained."""
     if not bool(module.weight.isfinite().all()):
         raise ValueError("no bound holds for a PReLU with NaN or infinite slopes.")
-    return Bound.point(max(1.0, float(module.weight.detach().abs().max())))
+    return Bound.point(max([1.0, *module.weight.detach().double().abs().flatten().tolist()]))
 
 
 @lipschitz_rule.register(nn.RReLU)

@@ -15,7 +15,17 @@ import stableopt.nn.activation_constants  # noqa: F401 importing it registers th
 from stableopt.linalg import Bound
 from stableopt.nn.dispatch import lipschitz_rule
 
-__all__ = ["Abs", "GroupSort", "MaxMin", "NActivation", "Scale", "SoftAbs", "channel_dim", "channelwise"]
+__all__ = [
+    "Abs",
+    "GroupSort",
+    "MaxMin",
+    "NActivation",
+    "Scale",
+    "SoftAbs",
+    "at_least_float32",
+    "channel_dim",
+    "channelwise",
+]
 
 
 def channel_dim(input: Tensor, channels: int, name: str) -> int:  # noqa: A002 the name torch uses
@@ -57,13 +67,23 @@ def channelwise(values: Tensor, input: Tensor) -> Tensor:  # noqa: A002
     return values.reshape(-1, *[1] * max(0, input.ndim - 2))
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return half precision as float32, and any other tensor as it is.
+
+    Examples:
+        >>> at_least_float32(torch.zeros(1, dtype=torch.bfloat16)).dtype, at_least_float32(torch.zeros(1)).dtype
+        (torch.float32, torch.float32)
+    """
+    return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
+
+
 class GroupSort(nn.Module):
     r"""Sort the channels within groups of consecutive channels, in ascending order.
 
     .. math:: (x_{kg}, \dots, x_{kg+g-1}) \mapsto \text{the same numbers, sorted}.
 
-    Locally it is a permutation: it keeps the norm of every gradient, and its Lipschitz constant is exactly 1 in l2, linf and l1.
-    That is why it suits models with a Lipschitz limit, where ReLU loses half of the gradient.
+    Where the numbers of a group differ it is locally a permutation, which keeps the norm of a gradient, and its Lipschitz constant
+    is exactly 1 in l2, linf and l1. That is why it suits models with a Lipschitz limit, where ReLU loses half of the gradient.
 
     Args:
         group_size: number :math:`g \ge 2` of channels in a group; it must divide the number of channels.
@@ -73,7 +93,7 @@ class GroupSort(nn.Module):
 
     Note:
         The channels are dimension 1 of an input with two or more dimensions (so an image without batch dimension needs one) and
-        dimension 0 of a vector.
+        dimension 0 of a vector. At a tie in a pair both outputs give half of their gradient to each entry, which can shorten it.
 
     References:
         Anil, Lucas and Grosse, *Sorting Out Lipschitz Function Approximation*, 2019.
@@ -116,7 +136,7 @@ class MaxMin(GroupSort):
     r"""Order each pair of neighboring channels, :math:`(a, b) \mapsto (\min(a, b), \max(a, b))`.
 
     It is :class:`GroupSort` with groups of two, under the name that papers on certified robustness give it: l2, linf and l1
-    constant exactly 1, and no gradient is lost.
+    constant exactly 1, and the norm of a gradient is kept except at a tie.
 
     Raises:
         ValueError: in ``forward``, if the number of channels is odd.
@@ -142,8 +162,8 @@ class Abs(nn.Module):
 
     .. math:: x_c \mapsto |x_c| \text{ for } c < \lfloor \beta C \rfloor, \qquad x_c \text{ otherwise.}
 
-    The slopes are 1 and -1, so the Lipschitz constant is exactly 1 in l2, linf and l1, and the norm of a gradient is kept.
-    :math:`0 < \beta < 1` keeps part of the signal invertible.
+    The slopes are 1 and -1, so the Lipschitz constant is exactly 1 in l2, linf and l1, and the norm of a gradient is kept where no
+    folded entry is 0. :math:`0 < \beta < 1` keeps part of the signal invertible.
 
     Args:
         fraction: :math:`\beta`, in (0, 1]; 1 is the plain absolute value and needs no channels.
@@ -199,6 +219,9 @@ class SoftAbs(nn.Module):
     Raises:
         ValueError: if ``delta`` is not positive and finite.
 
+    Note:
+        Half precision is computed in float32 and rounded at the end.
+
     References:
         Charbonnier et al., *Deterministic Edge-Preserving Regularization in Computed Imaging*, 1997 (the function).
 
@@ -215,7 +238,8 @@ class SoftAbs(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the smooth absolute value of each entry."""
-        return torch.hypot(input, torch.full_like(input, self.delta)) - self.delta  # hypot does not overflow
+        x = at_least_float32(input)
+        return (torch.hypot(x, torch.full_like(x, self.delta)) - self.delta).to(input.dtype)  # hypot does not overflow
 
     def extra_repr(self) -> str:
         """Return the argument for printing."""
@@ -245,7 +269,7 @@ class NActivation(nn.Module):
 
     Note:
         A threshold gets a gradient from the inputs beyond it, so one far outside the data does not learn. With equal thresholds the
-        two still get different gradients and can part.
+        two still get different gradients and can part. Half precision is computed in float32 and rounded at the end.
 
     References:
         Prach and Lampert, *1-Lipschitz Neural Networks are more expressive with N-Activations*, 2023.
@@ -276,9 +300,10 @@ class NActivation(nn.Module):
         """Return the zigzag of each entry."""
         channel_dim(input, self.thresholds.shape[1], "NActivation")
         ordered = self.thresholds.sort(dim=0, stable=True).values
-        low, high = (channelwise(row, input) for row in ordered.to(input.dtype).unbind())
+        x = at_least_float32(input)
+        low, high = (channelwise(row, x) for row in ordered.to(x.dtype).unbind())
         # not clamp(): it gives the lower of two equal thresholds no gradient
-        return torch.where(input < low, input - 2 * low, torch.where(input > high, input - 2 * high, -input))
+        return torch.where(x < low, x - 2 * low, torch.where(x > high, x - 2 * high, -x)).to(input.dtype)
 
     def extra_repr(self) -> str:
         """Return the argument for printing."""

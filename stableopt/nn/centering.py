@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
-from stableopt.nn.activations import channel_dim, channelwise
+from stableopt.nn.activations import at_least_float32, channel_dim, channelwise
 from stableopt.nn.blocks import full_precision
 from stableopt.nn.dispatch import lipschitz_rule
+from stableopt.nn.pooling import largest_entry
 from stableopt.nn.uniform import uniform_rule
 
 __all__ = ["BallProjection", "BatchCentering", "InputNormalization", "LayerCentering"]
@@ -90,9 +91,9 @@ class InputNormalization(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the normalised input."""
         if self.mean.ndim == 0:
-            return (input - self.mean) / self.std
+            return _as_input((input - self.mean) / self.std, input)
         channel_dim(input, len(self.mean), "InputNormalization")
-        return (input - channelwise(self.mean, input)) / channelwise(self.std, input)
+        return _as_input((input - channelwise(self.mean, input)) / channelwise(self.std, input), input)
 
     def extra_repr(self) -> str:
         """Return the number of channels for printing."""
@@ -138,7 +139,7 @@ class LayerCentering(nn.Module):
         if tuple(input.shape[-len(self.normalized_shape) :]) != self.normalized_shape:
             raise ValueError(f"LayerCentering{self.normalized_shape} got an input of shape {tuple(input.shape)}.")
         centered = input - input.mean(tuple(range(-len(self.normalized_shape), 0)), keepdim=True)
-        return centered if self.bias is None else centered + self.bias
+        return centered if self.bias is None else _as_input(centered + self.bias, input)
 
     def reset_parameters(self) -> None:
         """Set the bias to 0."""
@@ -202,13 +203,16 @@ class BatchCentering(nn.Module):
         channel_dim(input, len(self.running_mean), "BatchCentering")
         mean = self.running_mean
         if self.training:
-            if not input.shape[0]:
-                raise ValueError("BatchCentering cannot take the mean of an empty batch in training.")
+            if not input.numel():
+                raise ValueError(
+                    f"BatchCentering cannot take the mean of an empty batch in training, got shape {tuple(input.shape)}; leave "
+                    "such batches out."
+                )
             mean = input.mean([0, *range(2, input.ndim)])
             with torch.no_grad():
                 self.running_mean.lerp_(mean.detach().to(self.running_mean.dtype), self.momentum)
         shift = mean if self.bias is None else mean - self.bias
-        return input - channelwise(shift, input)
+        return _as_input(input - channelwise(shift, input), input)
 
     def reset_parameters(self) -> None:
         """Set the bias and the running mean to 0."""
@@ -257,13 +261,21 @@ class BallProjection(nn.Module):
         if input.ndim < 2:
             raise ValueError(f"BallProjection needs an input of shape (N, ...), got {tuple(input.shape)}.")
         with full_precision(input):
-            x = input.float() if input.dtype in {torch.float16, torch.bfloat16} else input
-            norm = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim)), keepdim=True)
-            return (x / (norm / self.radius).clamp_min(1.0)).to(input.dtype)
+            x, dims = at_least_float32(input), tuple(range(1, input.ndim))
+            size = largest_entry(x, dims)  # so that no square over- or underflows
+            unit = x / size
+            norm = torch.linalg.vector_norm(unit, dim=dims, keepdim=True)  # at least 1, or 0 for a sample of zeros
+            scale = self.radius / norm.clamp_min(1.0)
+            return torch.where(size * norm <= self.radius, x, unit * scale).to(input.dtype)
 
     def extra_repr(self) -> str:
         """Return the argument for printing."""
         return f"radius={self.radius}"
+
+
+def _as_input(output: Tensor, input: Tensor) -> Tensor:  # noqa: A002
+    """Return the output in the dtype of a floating-point input, as the layers of torch do, whatever that of the buffers is."""
+    return output.to(input.dtype) if input.is_floating_point() else output
 
 
 def _numbers(values: float | Sequence[float] | Tensor) -> Tensor:

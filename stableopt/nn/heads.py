@@ -16,6 +16,8 @@ from stableopt.nn.uniform import uniform_rule
 
 __all__ = ["UnitRowLinear", "margin_constants", "margin_radii"]
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 class UnitRowLinear(nn.Module):
     r"""Linear layer whose rows have norm 1.
@@ -118,7 +120,8 @@ def margin_constants(weight: Tensor, norm: str = "l2") -> Tensor:
         :math:`2^{-500}\sqrt n` times the largest entry of the weight.
 
     Raises:
-        ValueError: if the weight is no finite matrix or the norm is unknown.
+        ValueError: if the weight is no finite matrix or the norm is unknown. TypeError: if it is in another floating-point dtype
+            than float64, 32, 16 and bfloat16.
 
     References:
         Tsuzuku, Sato and Sugiyama, *Lipschitz-Margin Training*, 2018 (margins); Leino et al., 2021 (constants per pair).
@@ -130,6 +133,10 @@ def margin_constants(weight: Tensor, norm: str = "l2") -> Tensor:
     """
     if norm not in (dual := {"l2": 2.0, "linf": 1.0, "l1": math.inf}):
         raise ValueError(f"norm must be 'l2', 'linf' or 'l1', got {norm!r}.")
+    if weight.is_floating_point() and weight.dtype not in _DTYPES:
+        raise TypeError(
+            f"weight must be float64, 32, 16 or bfloat16, got {weight.dtype}; convert it with weight.float()."
+        )
     if weight.ndim != 2 or not weight.is_floating_point() or not bool(weight.isfinite().all()):
         raise ValueError(
             f"weight must be a finite matrix of shape (C, n), got {weight.dtype} of shape {tuple(weight.shape)}."

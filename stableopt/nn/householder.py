@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.linalg import Bound, round_up
+from stableopt.nn.activations import at_least_float32
 from stableopt.nn.blocks import full_precision
 from stableopt.nn.dispatch import lipschitz_rule
 from stableopt.nn.uniform import uniform_rule
@@ -78,7 +79,7 @@ class Householder(nn.Module):
                 f"got an input of shape {tuple(input.shape)}."
             )
         with full_precision(input):
-            z = _at_least_float32(input).unflatten(dim, (groups, size))
+            z = at_least_float32(input).unflatten(dim, (groups, size))
             v = unit_rows(self.direction).to(z.dtype).reshape(groups, size, *[1] * (z.ndim - dim - 2))
             side = (v * z).sum(dim + 1, keepdim=True)
             return (z - 2 * side.clamp_max(0) * v).flatten(dim, dim + 1).to(input.dtype)
@@ -104,14 +105,10 @@ def unit_rows(weight: Tensor) -> Tensor:
         tensor([[0.6000, 0.8000],
                 [0.0000, 0.0000]])
     """
-    rows = _at_least_float32(weight)
+    rows = at_least_float32(weight)
     largest = rows.detach().abs().amax(1, keepdim=True)  # a factor that cancels: no gradient needed
     rows = rows / torch.where(largest == 0, torch.ones_like(largest), largest)
     return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_min(0.5)  # at least 1, or 0
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in {torch.float16, torch.bfloat16} else x
 
 
 @lipschitz_rule.register(Householder)

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
+from stableopt.nn.activations import at_least_float32
 from stableopt.nn.blocks import full_precision
 from stableopt.nn.dispatch import lipschitz_rule
 
-__all__ = ["InvertibleDownsampling", "L2NormPool", "ScaledAvgPool"]
+__all__ = ["InvertibleDownsampling", "L2NormPool", "ScaledAvgPool", "largest_entry"]
 
 
 _BELOW_ONE = 1.0 - 2.0**-52
@@ -105,7 +106,7 @@ class L2NormPool(_WindowPool):
 
     Note:
         Input ``(..., C, *spatial)``. Rows and columns left over at the end are dropped, as torch does. The gradient at a window of
-        zeros is 0. Half precision is computed in float32; entries whose square underflows count as 0.
+        zeros is 0. Half precision is computed in float32.
 
     References:
         Boureau, Ponce and LeCun, *A Theoretical Analysis of Feature Pooling in Visual Recognition*, 2010 (the pooling).
@@ -119,8 +120,9 @@ class L2NormPool(_WindowPool):
         """Return the norm of each window."""
         windows, dims = self.windows(input)
         with full_precision(input):
-            wide = windows.float() if windows.dtype in {torch.float16, torch.bfloat16} else windows
-            return torch.linalg.vector_norm(wide, dim=dims).to(input.dtype)
+            wide = at_least_float32(windows)
+            size = largest_entry(wide, dims)  # so that no square over- or underflows
+            return (torch.linalg.vector_norm(wide / size, dim=dims) * size.squeeze(dims)).to(input.dtype)
 
 
 class InvertibleDownsampling(nn.Module):
@@ -185,6 +187,22 @@ class InvertibleDownsampling(nn.Module):
     def extra_repr(self) -> str:
         """Return the arguments for printing."""
         return f"block={self.block}, dims={self.dims}"
+
+
+def largest_entry(x: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return the largest absolute value over some dimensions, kept with size 1, or 1 where there is none to divide by.
+
+    It is a factor that cancels, so it has no gradient. Where there is no entry, or the largest is 0, NaN or infinite, it is 1.
+
+    Examples:
+        >>> largest_entry(torch.tensor([[3.0, -4.0], [0.0, 0.0]]), (1,))
+        tensor([[4.],
+                [1.]])
+    """
+    if x.numel() == 0:
+        return x.new_ones([1 if dim in {d % x.ndim for d in dims} else n for dim, n in enumerate(x.shape)])
+    largest = x.detach().abs().amax(dims, keepdim=True)
+    return torch.where((largest > 0) & (largest < math.inf), largest, torch.ones_like(largest))
 
 
 def _window(size: int | tuple[int, ...] | None, dims: int) -> tuple[int, ...] | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -207,6 +209,12 @@ class FoldedSandwich(nn.Sequential):
         super().__init__(first, activation, last)
         self.scales = tuple(scales)
 
+    def __getitem__(self, idx: slice | int) -> Any:
+        """Return a part, or several as a plain Sequential: the scales are about all three together."""
+        if isinstance(idx, slice):
+            return nn.Sequential(OrderedDict(list(self._modules.items())[idx]))  # pyright: ignore[reportArgumentType]
+        return super().__getitem__(idx)
+
     @classmethod
     def of(cls, outer: Tensor, inner: Tensor, scales: Tensor, layer: Sandwich) -> FoldedSandwich:
         """Return the folded layer: both weights rounded to the dtype of the layer, shrunk until the bound is proved.
@@ -271,7 +279,7 @@ def _slopes_within_one(activation: nn.Module) -> bool:
     if type(activation) is nn.LeakyReLU:
         return 0.0 <= activation.negative_slope <= 1.0
     if type(activation) is nn.Softplus:
-        return activation.beta > 0 and activation.threshold >= 20
+        return 0 < activation.beta < math.inf and activation.threshold >= 20
     return type(activation) in {nn.ReLU, nn.Tanh, nn.Hardtanh}
 
 

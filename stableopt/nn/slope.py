@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from stableopt.linalg import Bound, frobenius_norm, inf_norm, one_norm, spectral_norm
 from stableopt.nn.blocks import _ACTIVATIONS, _check_activation, full_precision
 from stableopt.nn.dispatch import lipschitz_rule
+from stableopt.nn.pooling import largest_entry
 
 __all__ = ["SLL", "FoldedSLL", "bounded_exp", "check_sizes"]
 
@@ -125,11 +126,17 @@ class SLL(nn.Module):
         weight, stored = self.weight, torch.finfo(self.weight.dtype)
         wide = weight.float() if weight.dtype in {torch.float16, torch.bfloat16} else weight
         with full_precision(wide):
+            size = largest_entry(wide, (0, 1)).squeeze()  # the products of huge entries would overflow
+            wide = wide / size
             q = bounded_exp(self.raw_q.to(wide.dtype))
-            sums = (wide @ wide.mT).abs() @ q / q
+            floor = (_SMALLEST / size / size).clamp(torch.finfo(wide.dtype).tiny, torch.finfo(wide.dtype).max / 8.0)
+            sums = ((wide @ wide.mT).abs() @ q / q).maximum(floor)
             terms = sum(weight.shape)
-            slack = (8.0 + 2.0 * math.sqrt(terms)) * torch.finfo(wide.dtype).eps + stored.eps + 2.0**-50 * terms**2
-            return ((2.0 - 2.0 * slack) / sums.clamp_min(_SMALLEST)).clamp_max(stored.max / 8.0).to(weight.dtype)
+            slack = (12.0 + 2.0 * math.sqrt(terms)) * torch.finfo(wide.dtype).eps + stored.eps + 2.0**-50 * terms**2
+            largest = min((2.0 - 2.0 * slack) / _SMALLEST, stored.max / 8.0)
+            steps = ((2.0 - 2.0 * slack) / sums / size / size).clamp_max(largest)
+            # one subnormal step less, so that rounding to nearest goes down there too; elsewhere the slack does it
+            return (steps - stored.tiny * stored.eps).clamp_min(0.0).to(weight.dtype)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the next state; the features are the last dimension of the input."""

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.linalg import Bound
-from stableopt.nn.activations import channel_dim
+from stableopt.nn.activations import at_least_float32, channel_dim
 from stableopt.nn.blocks import full_precision
 from stableopt.nn.dispatch import lipschitz_rule
 from stableopt.nn.uniform import uniform_rule
 
-__all__ = ["LinearSpline"]
+__all__ = ["LinearSpline", "largest_below"]
 
 _SLOPES = {"identity": (1.0, 1.0), "abs": (-1.0, 1.0), "relu": (0.0, 1.0)}
 """The slopes to the left and to the right of 0 at the start, in units of the limit."""
@@ -44,8 +44,8 @@ class LinearSpline(nn.Module):
     Note:
         The gradient with respect to a raw slope at or beyond the limit is the one of projected descent: 0 if a step against it
         would go further out, and unchanged if it would come back. So no slope gets stuck, which plain clipping allows. Half
-        precision is computed in float32 and rounded at the end. The values at the knots are sums of at most K products, so
-        neighboring pieces meet up to rounding.
+        precision is computed in float32 and rounded at the end; the limit is rounded down to the dtype of the slopes. The values at
+        the knots are sums of at most K products, so neighboring pieces meet up to rounding.
 
     References:
         Ducotterd et al., *Improving Lipschitz-Constrained Neural Networks by Learning Activation Functions*, 2024, section 3.
@@ -91,10 +91,13 @@ class LinearSpline(nn.Module):
             >>> LinearSpline(1, knots=3, init="relu").limited_slopes().tolist()
             [[0.0, 0.0, 1.0, 1.0]]
         """
-        slopes = self.slopes.float() if self.slopes.dtype in {torch.float16, torch.bfloat16} else self.slopes
+        slopes = at_least_float32(self.slopes)
+        limit = largest_below(
+            self.limit, slopes.dtype
+        )  # clamp() would round the limit to the nearest number, perhaps up
         if torch.compiler.is_compiling():  # dynamo traces no custom jvp
-            return _InwardClip.apply(slopes, self.limit)  # pyright: ignore[reportReturnType] torch types apply as Any
-        return _InwardClipWithTangents.apply(slopes, self.limit)  # pyright: ignore[reportReturnType]
+            return _InwardClip.apply(slopes, limit)  # pyright: ignore[reportReturnType] torch types apply as Any
+        return _InwardClipWithTangents.apply(slopes, limit)  # pyright: ignore[reportReturnType]
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the function of each entry."""
@@ -112,11 +115,24 @@ class LinearSpline(nn.Module):
             offset = torch.arange(channels, device=x.device).reshape(-1, *[1] * (x.ndim - dim - 1))
             slope = s.flatten()[piece + offset * pieces]
             value = values.flatten()[start + offset * self.knots]
-            return (value + slope * (x - (start * h - self.span))).to(input.dtype)
+            return (value + slope * (x - (start.to(x.dtype) * h - self.span))).to(input.dtype)
 
     def extra_repr(self) -> str:
         """Return the arguments for printing."""
         return f"{len(self.bias)}, knots={self.knots}, span={self.span}, limit={self.limit}"
+
+
+def largest_below(limit: float, dtype: torch.dtype) -> float:
+    """Return the largest number of a dtype that is at most a positive limit.
+
+    Examples:
+        >>> largest_below(0.1, torch.float64), largest_below(0.1, torch.float32)
+        (0.1, 0.09999999403953552)
+    """
+    kind = torch.finfo(dtype)
+    spacing = kind.eps * 2.0 ** (math.frexp(limit)[1] - 1)  # of the numbers around the limit, or of the subnormal ones
+    spacing = max(spacing, kind.tiny * kind.eps)
+    return min(kind.max, math.floor(limit / spacing) * spacing)
 
 
 class _InwardClip(torch.autograd.Function):
@@ -162,7 +178,7 @@ class _InwardClipWithTangents(_InwardClip):
 def _linear_spline(module: LinearSpline, norm: str) -> Bound:  # noqa: ARG001 the same in every norm
     if not (bool(module.slopes.isfinite().all()) and bool(module.bias.isfinite().all())):
         raise ValueError("no bound holds for a LinearSpline with NaN or infinite parameters.")
-    return Bound.point(float(module.slopes.detach().double().clamp(-module.limit, module.limit).abs().max()))
+    return Bound.point(float(module.limited_slopes().detach().double().abs().max()))
 
 
 @uniform_rule.register(LinearSpline)

@@ -38,7 +38,8 @@ class Residual(nn.Module):
 
     Raises:
         TypeError: if ``branch`` is no module.
-        ValueError: if ``weight`` is out of range; in ``forward``, if the branch changes the shape.
+        ValueError: if ``weight`` is out of range or a part of the branch has ``inplace=True``; in ``forward``, if the branch
+            changes the shape.
 
     References:
         Serrurier et al., 2021; Meunier et al., *A Dynamical System Perspective for Lipschitz Neural Networks*, 2022 (other
@@ -92,7 +93,7 @@ class Concat(nn.Module):
 
     Raises:
         TypeError: if a branch is no module.
-        ValueError: if there is no branch, or ``dim`` is 0.
+        ValueError: if there is no branch, ``dim`` is 0, or a part of a branch has ``inplace=True``.
 
     References:
         Huang et al., *Densely Connected Convolutional Networks*, 2017 (the use with identities).
@@ -130,8 +131,8 @@ class Parallel(nn.Module):
 
     Raises:
         TypeError: if a branch is no module.
-        ValueError: if there is no branch, ``dim`` is 0 or the sizes do not fit the branches; in ``forward``, if they do not add up
-            to the size of the input.
+        ValueError: if there is no branch, ``dim`` is 0, a part has ``inplace=True`` or the sizes do not fit the branches; in
+            ``forward``, if they do not add up to the size of the input.
 
     Examples:
         >>> model = Parallel(nn.ReLU(), nn.Identity(), sizes=(1, 2))
@@ -179,8 +180,8 @@ class Merge(nn.Module):
 
     Raises:
         TypeError: if a branch is no module.
-        ValueError: if there is no branch, the weights do not fit, or ``by`` is unknown; in ``forward``, if the branches give
-            different shapes.
+        ValueError: if there is no branch, a part of one has ``inplace=True``, the weights do not fit, or ``by`` is unknown; in
+            ``forward``, if the branches give different shapes.
 
     Note:
         The weights are settings, not trained. Where all outputs are 0 the Euclidean merge has the gradient 0.
@@ -229,6 +230,30 @@ def _check_modules(branches: Sequence[nn.Module], name: str) -> None:
     for branch in branches:
         if not isinstance(branch, nn.Module):
             raise TypeError(f"the branches of {name} must be torch.nn.Modules, got {type(branch).__name__}.")
+    if (found := _in_place(branches)) is not None:
+        raise ValueError(f"{name} got {found}")
+
+
+def _in_place(branches: Sequence[nn.Module]) -> str | None:
+    """Return the sentence about the first part of a branch that overwrites its input, None if there is none.
+
+    All branches, and the skip of a Residual, read the same memory: one that writes to it changes what the others get.
+    """
+    for index, branch in enumerate(branches):
+        for path, part in branch.named_modules():
+            if getattr(part, "inplace", False):
+                where = f"branch {index}, part '{path}'," if path else f"branch {index}"
+                return (
+                    f"{type(part).__name__}(inplace=True) in {where} which overwrites an input that other branches read, so "
+                    "another map is computed; build it with inplace=False."
+                )
+    return None
+
+
+def _refuse_in_place(module: nn.Module) -> None:
+    """Refuse a module whose branches got a part with ``inplace=True`` after the module was built."""
+    if (found := _in_place(list(branches_of(module).values()))) is not None:
+        raise UncertifiableError(f"no bound holds for {type(module).__name__} with {found}")
 
 
 def _check_dim(dim: int, name: str) -> int:
@@ -267,6 +292,7 @@ def _sigmoid(raw: float) -> Bound:
 
 @lipschitz_rule.register(Residual)
 def _residual(module: Residual, norm: str) -> Bound:
+    _refuse_in_place(module)
     inner = _part(module.branch, "branch", norm)
     if module.raw_weight is None:
         a = Bound.point(module.weight)
@@ -295,6 +321,7 @@ def _combined(module: Concat | Parallel | Merge, parts: Sequence[Bound], norm: s
 @lipschitz_rule.register(Parallel)
 @lipschitz_rule.register(Merge)
 def _combination(module: Concat | Parallel | Merge, norm: str) -> Bound:
+    _refuse_in_place(module)
     return _combined(module, [_part(branch, f"branches.{i}", norm) for i, branch in enumerate(module.branches)], norm)
 
 
@@ -333,11 +360,13 @@ def branch_constant(module: nn.Module, parts: Sequence[Bound], norm: str) -> Bou
 
     Raises:
         TypeError: if the module is of another class.
+        UncertifiableError: if a part of a branch works in place.
 
     Examples:
         >>> branch_constant(Concat(nn.Identity(), nn.ReLU()), [Bound.point(3.0), Bound.point(4.0)], "l2").upper
         5.0
     """
+    _refuse_in_place(module)
     if isinstance(module, Residual):
         return Bound(0.0, max(1.0, parts[0].upper), parts[0].proved)
     if isinstance(module, Concat | Parallel | Merge):

@@ -199,6 +199,23 @@ def test_a_delta_that_is_not_positive_is_refused(bad: float) -> None:
         SoftAbs(bad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_numbers_beyond_half_precision_do_not_spoil_half_inputs(dtype: torch.dtype) -> None:
+    x = torch.tensor([[-300.0], [0.5], [300.0]], dtype=dtype)
+    torch.testing.assert_close(SoftAbs(1e5)(x), SoftAbs(1e5)(x.float()).to(dtype))
+    assert SoftAbs(1e5)(x).isfinite().all()
+    for init in ((-1e5, 1e5), (-1e5, 0.0)):
+        y = NActivation(1, init=init).float()(x)
+        assert y.dtype == dtype
+        assert y.tolist() == NActivation(1, init=init)(x.double()).tolist()
+
+
+def test_at_a_tie_a_pair_shares_its_gradient() -> None:
+    """The statement of the docstring: (1, -1) goes to (0, 0)."""
+    J = jacobian(MaxMin(), torch.ones(1, 2))
+    assert J.tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
 # NActivation.
 
 

@@ -300,6 +300,10 @@ def test_wrong_weights_are_refused() -> None:
             margin_constants(bad)
     with pytest.raises(ValueError, match="norm must be"):
         margin_constants(torch.eye(2), "l3")
+    with pytest.raises(
+        TypeError, match=r"weight must be float64, 32, 16 or bfloat16, got torch\.float8_e4m3fn.*weight\.float"
+    ):
+        margin_constants(torch.eye(2).to(torch.float8_e4m3fn))
     for bad in (0, 1.0, True):
         with pytest.raises(ValueError, match="in_features must be an integer"):
             UnitRowLinear(bad, 2)  # type: ignore[arg-type]

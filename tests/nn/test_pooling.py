@@ -176,3 +176,13 @@ def test_downsampling_refuses_what_it_cannot_invert() -> None:
         InvertibleDownsampling(2).inverse(torch.zeros(1, 6, 2, 2))
     with pytest.raises(ValueError, match="got None"):
         InvertibleDownsampling(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("exponent", [-320, -200, -30, 30, 200, 300])
+def test_the_l2_pool_neither_over_nor_underflows(exponent: int) -> None:
+    x = torch.tensor([[3.0, 4.0, 0.0, -2.0]]) * 10.0**exponent
+    torch.testing.assert_close(L2NormPool(2, dims=1)(x), torch.tensor([[5.0, 2.0]]) * 10.0**exponent, rtol=1e-4, atol=0)
+    single = torch.full((1, 1, 2, 2), 1e30, dtype=torch.float32)
+    assert L2NormPool(2)(single).item() == pytest.approx(2e30)
+    assert L2NormPool(2, dims=1)(torch.zeros(0, 1, 4)).shape == (0, 1, 2)
+    assert L2NormPool(2, dims=1)(torch.tensor([[math.nan, 1.0, math.inf, 1.0]])).isfinite().tolist() == [[False, False]]

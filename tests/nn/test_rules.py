@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -273,7 +274,14 @@ REFUSED = [
     ("instance norm l1", lambda: nn.InstanceNorm1d(2), "l1", "grows with the number of entries"),
     ("bicubic", lambda: nn.Upsample(scale_factor=2, mode="bicubic"), "linf", "negative weights"),
     ("corners", lambda: nn.UpsamplingBilinear2d(scale_factor=2), "l2", "align_corners"),
-    ("one factor", lambda: nn.Upsample(scale_factor=2), "l2", "one per axis"),
+    ("one factor", lambda: nn.Upsample(scale_factor=2), "l2", "scale_factor per axis"),
+    ("unknown mode", lambda: nn.Upsample(scale_factor=2, mode="foo"), "l2", "mode 'foo', which is no mode with a rule"),
+    (
+        "meta",
+        lambda: nn.Sequential(nn.Linear(2, 2, device="meta")),
+        "l2",
+        r"'0' \(Linear\) is on the meta device.*to_empty",
+    ),
     ("one size", lambda: nn.Upsample(size=2), "l1", "size per axis"),
     ("odd power", lambda: nn.LPPool1d(3, 2), "l2", "even numbers"),
     ("ceil power", lambda: nn.LPPool1d(2, 2, ceil_mode=True), "l2", "ceil_mode=False"),
@@ -291,6 +299,9 @@ REFUSED = [
     ("forward pre-hook", lambda: hooked("register_forward_pre_hook"), "linf", "forward hook"),
     ("indices", lambda: nn.MaxPool1d(2, return_indices=True), "l2", "indices"),
     ("jumping softplus", lambda: nn.Softplus(threshold=1.0), "l2", "jumps"),
+    ("infinite softplus", lambda: nn.Softplus(beta=math.inf), "l2", "finite beta"),
+    ("circular crop", lambda: nn.CircularPad2d((-1, 3, 0, 3)), "l2", "crops one side and wraps another"),
+    ("circular crop 1d", lambda: nn.CircularPad1d((2, -1)), "linf", "crops one side and wraps another"),
     ("compiled", lambda: torch.compile(nn.ReLU(), backend="eager"), "l2", "OptimizedModule"),
 ]
 
@@ -356,3 +367,49 @@ def test_wrong_arguments_are_refused() -> None:
 
 def test_groupsort_of_images_acts_on_channels() -> None:
     assert lipschitz(nn.Sequential(nn.Conv2d(1, 4, 1), GroupSort(4))).proved
+
+
+@pytest.mark.parametrize(
+    "register",
+    [torch.nn.modules.module.register_module_forward_hook, torch.nn.modules.module.register_module_forward_pre_hook],
+)
+def test_a_hook_for_all_modules_is_refused_while_it_is_there(register: object) -> None:
+    handle = register(lambda *_: None)  # type: ignore[operator]
+    try:
+        with pytest.raises(UncertifiableError, match=r"registered for all modules.*Sequential.*remove\(\)"):
+            lipschitz(nn.Sequential(nn.ReLU()))
+    finally:
+        handle.remove()
+    assert lipschitz(nn.Sequential(nn.ReLU())).upper == 1.0
+
+
+def test_a_hook_of_this_package_only_looks_on() -> None:
+    from stableopt.optim.trial import _buffers_put_back
+
+    with _buffers_put_back():
+        assert lipschitz(nn.ReLU()).upper == 1.0
+
+
+def test_options_may_be_integers_of_numpy() -> None:
+    two = np.int64(2)
+    for module, twin in (
+        (nn.MaxPool2d(two, stride=np.int64(1)), nn.MaxPool2d(2, stride=1)),
+        (nn.AvgPool2d((two, 3)), nn.AvgPool2d((2, 3))),
+        (nn.Unfold(two), nn.Unfold(2)),
+        (nn.Upsample(size=(two, two)), nn.Upsample(size=(2, 2))),
+        (nn.Upsample(size=two, mode="bilinear"), nn.Upsample(size=2, mode="bilinear")),
+    ):
+        assert lipschitz(module) == lipschitz(twin)
+    with pytest.raises(ValueError, match=r"expected an integer or 2 of them, got 1\.5"):
+        lipschitz(nn.MaxPool2d(1.5))  # type: ignore[arg-type]
+
+
+def test_a_nearest_upsampling_of_images_knows_its_axes() -> None:
+    for layer, copies in ((nn.UpsamplingNearest2d(size=4), 16), (nn.UpsamplingNearest2d(scale_factor=2), 4)):
+        assert [lipschitz(layer, norm).upper for norm in ("l2", "linf", "l1")] == [math.sqrt(copies), 1.0, copies]
+    J = jacobian(nn.UpsamplingNearest2d(size=4), torch.zeros(1, 1, 1, 1))
+    assert operator_norm(J, "l1") == 16
+
+
+def test_a_prelu_without_channels_has_a_constant() -> None:
+    assert lipschitz(nn.PReLU(0)).upper == 1.0

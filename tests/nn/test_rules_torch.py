@@ -125,6 +125,23 @@ def test_the_copies_of_a_padding_are_counted_exactly(left: int, right: int, mode
 
 
 @given(
+    left=st.integers(-2, 0), right=st.integers(-2, 0), mode=st.sampled_from(["Replication", "Reflection", "Circular"])
+)
+def test_a_padding_that_only_crops_has_the_constant_one(left: int, right: int, mode: str) -> None:
+    pad = getattr(nn, f"{mode}Pad1d")((left, right))
+    assert [lipschitz(pad, norm).upper for norm in NORMS] == [1.0, 1.0, 1.0]
+    assert operator_norm(jacobian(pad, torch.zeros(1, 1, 6)), "l2") == 1.0
+
+
+@given(left=st.integers(-2, 3), right=st.integers(-2, 3), mode=st.sampled_from(["Replication", "Reflection"]))
+def test_a_padding_that_also_crops_is_bounded(left: int, right: int, mode: str) -> None:
+    pad = getattr(nn, f"{mode}Pad1d")((left, right))
+    for n in range(5, 9):
+        for norm in NORMS:
+            assert operator_norm(jacobian(pad, torch.zeros(1, 1, n)), norm) <= lipschitz(pad, norm).upper * (1 + 1e-14)
+
+
+@given(
     factor=st.sampled_from([1.0, 1.5, 2.0, 2.5, 3.0, 7.0, 49.0, 0.5]),
     mode=st.sampled_from(["nearest", "nearest-exact"]),
 )
@@ -160,7 +177,7 @@ def test_a_lazy_layer_is_refused_until_it_has_its_weights(make: object) -> None:
 
 
 def test_nan_and_bad_statistics_are_refused() -> None:
-    for layer in (nn.LayerNorm(2), nn.BatchNorm1d(2), nn.GroupNorm(1, 2)):
+    for layer in (nn.LayerNorm(2), nn.LayerNorm(1), nn.BatchNorm1d(2), nn.GroupNorm(1, 2)):
         with torch.no_grad():
             layer.weight[0] = math.nan
         with pytest.raises(ValueError, match="NaN or infinite"):

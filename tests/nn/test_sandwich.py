@@ -290,6 +290,22 @@ def test_a_folded_layer_whose_parts_were_changed_has_no_rule() -> None:
         lipschitz(folded)
 
 
+def test_several_parts_of_a_folded_layer_are_a_plain_sequential() -> None:
+    folded, x = drawn().folded(), torch.randn(2, 6)
+    head = folded[:2]
+    assert type(head) is nn.Sequential
+    assert list(head.state_dict()) == ["0.weight", "0.bias"]
+    in_features = folded[0].in_features
+    x = torch.randn(2, in_features)
+    torch.testing.assert_close(folded[2](head(x)), folded(x), rtol=0, atol=0)
+    assert folded[-1] is folded[2]
+    assert list(folded[1:].state_dict()) == ["2.weight"]
+    infinite = drawn(activation="softplus").folded()
+    infinite[1].beta = math.inf
+    with pytest.raises(UncertifiableError, match="slopes in"):
+        lipschitz(infinite)
+
+
 def test_a_subclass_with_another_forward_has_no_rule() -> None:
     class Doubled(Sandwich):
         def forward(self, input: Tensor) -> Tensor:  # noqa: A002

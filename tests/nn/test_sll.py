@@ -73,6 +73,37 @@ def test_the_stored_numbers_are_proved_not_to_expand(
     assert lipschitz(layer.folded()).upper == 1.0
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("size", [1499.0, 700.0, 60000.0, 90.0])
+def test_the_step_is_rounded_down_where_it_is_subnormal_too(dtype: torch.dtype, size: float) -> None:
+    layer = SLL(25, 1)
+    nn.init.constant_(layer.weight, size)
+    layer = layer.to(dtype)
+    assert lipschitz(layer).upper == 1.0
+    exact = 2.0 / float((layer.weight.detach().double() ** 2).sum())
+    step = float(layer.step_sizes().detach())
+    assert (
+        exact * (1 - 64 * torch.finfo(dtype).eps) - 3 * torch.finfo(dtype).tiny * torch.finfo(dtype).eps
+        <= step
+        <= exact
+    )
+
+
+@pytest.mark.parametrize("exponent", [-40, -30, -20, 10, 20, 30])
+def test_float32_weights_of_every_scale_give_finite_outputs_and_gradients(exponent: int) -> None:
+    layer = drawn(6, 9).float()
+    with torch.no_grad():
+        layer.weight[2] = 0.0
+        layer.weight.mul_(10.0**exponent)
+    x = torch.randn(3, 6, dtype=torch.float32)
+    y = layer(x)
+    assert y.isfinite().all()
+    assert lipschitz(layer).upper == 1.0
+    if exponent < 15:  # the derivative by the step overflows
+        y.sum().backward()
+        assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in layer.parameters())
+
+
 @every_activation
 def test_the_bound_holds_for_jacobians_and_for_pairs(activation: str) -> None:
     for _ in range(20):

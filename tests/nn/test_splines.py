@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stableopt.nn import lipschitz_rule
-from stableopt.nn.splines import LinearSpline
+from stableopt.nn.splines import LinearSpline, largest_below
+from stableopt.nn.uniform import uniform_bound
 from tests.nn import module_laws as laws
 from tests.nn.catalogue import jacobian
 from tests.nn.module_laws import EPS, NORMS
@@ -118,6 +119,48 @@ def test_pieces_meet_at_the_knots() -> None:
         assert float((y.max() - y.min()).detach()) <= 32 * EPS
     zero = module(torch.zeros(1, 1))
     torch.testing.assert_close(zero, module.bias[None], rtol=0, atol=4 * EPS)
+
+
+def test_float64_is_computed_in_float64_whatever_the_default_is() -> None:
+    module = spline(1, knots=11, span=0.7).double()
+    x = torch.cat([3 * torch.randn(500, 1), torch.linspace(-0.7, 0.7, 11)[:, None]])
+    s, b, h = module.limited_slopes().detach()[0], module.bias.detach(), 1.4 / 10
+    exact = b + s[0] * (x + 0.7).clamp_max(0) + s[-1] * (x - 0.7).clamp_min(0)  # one hinge per piece
+    for k in range(10):
+        left = -0.7 + k * h
+        exact = exact + s[k + 1] * ((x - left).clamp(0, h) - min(max(0.0 - left, 0.0), h))
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        y = module(x).detach()
+        knots = torch.tensor([-0.7 + k * h for k in range(11)], dtype=torch.float64)[:, None]
+        jump = (module(knots + 1e-13) - module(knots - 1e-13)).abs().max().detach()
+    finally:
+        torch.set_default_dtype(before)
+    torch.testing.assert_close(y, exact, rtol=0, atol=1e-14)
+    assert float(jump) <= 1e-12
+
+
+@given(limit=st.floats(1e-300, 1e300))
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_limit_is_rounded_down_to_the_largest_number_below(dtype: torch.dtype, limit: float) -> None:
+    low = torch.tensor(largest_below(limit, dtype), dtype=dtype)
+    assert float(low) == largest_below(limit, dtype) <= limit
+    above = torch.nextafter(low, torch.full_like(low, math.inf))
+    assert float(above) > limit or not above.isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("limit", [0.1, 0.7, 1.0, 3.3, 1e-5])
+def test_no_slope_in_force_exceeds_the_limit_in_any_dtype(dtype: torch.dtype, limit: float) -> None:
+    module = spline(2, scale=9.0, limit=limit).to(dtype)
+    steepest = float(module.limited_slopes().detach().double().abs().max())
+    assert steepest <= limit
+    assert lipschitz_rule(module, "l2").upper == steepest
+    assert uniform_bound(module).upper == limit
+    if dtype in {torch.float64, torch.float32}:
+        x = torch.tensor([[-9.0, -9.0]], dtype=dtype)
+        assert float(jacobian(module, x).abs().max()) <= limit
 
 
 def test_a_clipped_slope_comes_back_but_never_goes_out() -> None:

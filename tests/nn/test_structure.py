@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from stableopt.errors import UncertifiableError
-from stableopt.nn import GradientBlock, GroupSort, Scale, lipschitz, lipschitz_rule
+from stableopt.nn import GradientBlock, GroupSort, Scale, lipschitz, lipschitz_rule, stabilize
 from stableopt.nn.activations import NActivation
 from stableopt.nn.centering import BallProjection, BatchCentering, InputNormalization, LayerCentering
 from stableopt.nn.householder import Householder
 from stableopt.nn.splines import LinearSpline
-from stableopt.nn.structure import Concat, Merge, Parallel, Residual
+from stableopt.nn.structure import Concat, Merge, Parallel, Residual, branch_constant
 from stableopt.nn.uniform import uniform_bound
 from tests.nn import module_laws as laws
 from tests.nn.catalogue import jacobian
@@ -282,6 +282,41 @@ def test_branches_that_do_not_fit_are_refused() -> None:
         Merge(nn.Linear(2, 2), nn.Linear(2, 1))(torch.zeros(1, 2))
 
 
+IN_PLACE: list[Callable[..., nn.Module]] = [
+    Residual,
+    lambda branch: Concat(nn.Identity(), branch),
+    lambda branch: Merge(nn.Identity(), branch, by="l2"),
+    lambda branch: Parallel(nn.Identity(), branch, sizes=(2, 2)),
+]
+
+
+@pytest.mark.parametrize("build", IN_PLACE)
+def test_a_branch_that_overwrites_its_input_is_refused(build: Callable[..., nn.Module]) -> None:
+    """The skip and the other branches would read what it wrote: (1 - a) x + a g(x) becomes g(x)."""
+    for branch in (
+        nn.LeakyReLU(3.0, inplace=True),
+        nn.Sequential(nn.Linear(2, 2), nn.SELU(inplace=True)),
+        nn.Dropout(inplace=True),
+    ):
+        with pytest.raises(
+            ValueError, match=r"(Residual|Concat|Merge|Parallel) got .*inplace=True.*other branches.*inplace=False"
+        ):
+            build(branch)
+    late = nn.SELU()
+    module = build(nn.Sequential(nn.Identity(), late))
+    bound = lipschitz(module)
+    late.inplace = True  # after the check of the constructor
+    for norm in NORMS:
+        with pytest.raises(
+            UncertifiableError, match=r"no bound holds for .*SELU\(inplace=True\) in branch ., part '1',"
+        ):
+            lipschitz(module, norm)
+    with pytest.raises(UncertifiableError, match="inplace=True"):
+        branch_constant(module, [bound] * 2, "l2")
+    late.inplace = False
+    assert lipschitz(module) == bound
+
+
 # Embedding.
 
 
@@ -441,6 +476,36 @@ def test_the_ball_projection_is_nearest_and_never_expands() -> None:
         module(torch.zeros(3))
 
 
+@given(exponent=st.integers(-300, 300), radius=st.sampled_from([1e-300, 1e-30, 1.0, 1e30, 1e300]))
+def test_the_ball_projection_holds_at_every_scale(exponent: int, radius: float) -> None:
+    direction = torch.tensor([[3.0, 0.0, 4.0, 12.0]])
+    x = direction * 10.0**exponent
+    expected = x if 13 * 10.0**exponent <= radius else direction / 13 * radius
+    torch.testing.assert_close(BallProjection(radius)(x), expected, rtol=1e-14, atol=0)
+
+
+def test_the_ball_projection_of_float32_does_not_overflow() -> None:
+    y = BallProjection(1.0)(torch.full((1, 4), 1e30, dtype=torch.float32))
+    torch.testing.assert_close(y, torch.full((1, 4), 0.5, dtype=torch.float32))
+    assert BallProjection()(torch.zeros(2, 0)).shape == (2, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_normalisations_with_wide_numbers_keep_the_dtype_of_their_input(dtype: torch.dtype) -> None:
+    for module in (BatchCentering(2), BatchCentering(2).eval(), LayerCentering(2), InputNormalization([0.1, 0.2], 0.5)):
+        assert module.float()(torch.ones(3, 2, dtype=dtype)).dtype == dtype
+    assert InputNormalization(0.5, 0.25)(torch.tensor([1, 2])).tolist() == [2.0, 6.0]  # integers become real numbers
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 3, 0)])
+def test_an_empty_batch_does_not_spoil_the_running_mean(shape: tuple[int, ...]) -> None:
+    module = BatchCentering(3)
+    with pytest.raises(ValueError, match=r"empty batch in training, got shape"):
+        module(torch.zeros(shape))
+    assert module.running_mean.isfinite().all()
+    assert module.eval()(torch.zeros(shape)).shape == shape
+
+
 # Bounds for all values of the parameters.
 
 
@@ -513,3 +578,74 @@ def test_what_training_can_change_has_no_uniform_bound() -> None:
 
     with pytest.raises(UncertifiableError, match="overrides forward"):
         uniform_bound(Louder(2))
+
+
+STATISTICS: list[Callable[[], nn.Module]] = [
+    lambda: nn.BatchNorm1d(3, affine=False),
+    lambda: nn.BatchNorm1d(3).requires_grad_(False),
+    lambda: nn.BatchNorm1d(3, momentum=None, affine=False),
+    lambda: nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.ReLU()),
+    lambda: nn.Sequential(nn.Unflatten(1, (3, 1)), nn.BatchNorm1d(3, affine=False)),
+    lambda: Residual(nn.BatchNorm1d(3, affine=False), learnable=False),
+]
+
+
+@pytest.mark.parametrize("make", STATISTICS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_uniform_bound_holds_whatever_the_running_statistics_become(make: Callable[[], nn.Module], norm: str) -> None:
+    module = make()
+    uniform = uniform_bound(module, norm)
+    assert uniform is not None
+    assert uniform.upper <= 1.0001 / math.sqrt(1e-5)
+    module.train()
+    for scale in (1e-3, 1e-6, 0.0, 100.0):
+        for _ in range(200):
+            module(scale * torch.randn(5, 3))
+        assert lipschitz(module, norm).upper <= uniform.upper
+    if not isinstance(module, Residual):
+        for _ in range(400):
+            module(torch.zeros(5, 3))
+        momentum = next(part.momentum for part in module.modules() if isinstance(part, nn.BatchNorm1d))
+        assert momentum is None or lipschitz(module, norm).upper >= 0.99 * uniform.upper  # nearly attained
+    assert uniform_bound(module.eval(), norm).upper == pytest.approx(uniform.upper)  # a later train() moves them again
+
+
+def test_statistics_that_cannot_move_have_the_bound_of_now() -> None:
+    fixed = nn.BatchNorm1d(3, affine=False, momentum=0.0)
+    assert uniform_bound(fixed).upper == lipschitz(fixed).upper < 1.0
+    fixed(1e-3 * torch.randn(5, 3))
+    assert uniform_bound(fixed).upper == lipschitz(fixed).upper < 1.0
+    off = nn.BatchNorm1d(3, affine=False)
+    off.track_running_stats = False
+    assert uniform_bound(off).upper < 1.0
+    tracked = nn.InstanceNorm1d(3, track_running_stats=True)
+    assert uniform_bound(tracked, "linf").upper == pytest.approx(1 / math.sqrt(1e-5))
+    assert uniform_bound(nn.InstanceNorm1d(3)).upper == lipschitz(nn.InstanceNorm1d(3)).upper
+    negative = nn.BatchNorm1d(3, affine=False, eps=1.0)
+    negative.running_var.fill_(-0.75)
+    assert uniform_bound(negative).upper == pytest.approx(2.0)
+    for module in (
+        nn.BatchNorm1d(3),
+        nn.BatchNorm1d(3, affine=False, momentum=1.5),  # may make a variance negative
+        nn.BatchNorm1d(3, affine=False, eps=0.0),
+        nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)).requires_grad_(False),
+    ):
+        assert uniform_bound(module) is None
+
+
+def test_a_limited_model_keeps_its_limit_while_frozen_statistics_move() -> None:
+    model = stabilize(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3, affine=False), nn.Linear(3, 2)), 1.0)
+    for _ in range(200):
+        model(1e-4 * torch.randn(8, 3))
+    assert lipschitz(model).upper <= 1.0 + 1e-12
+    trained = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    with pytest.raises(UncertifiableError, match=r"'1' \(BatchNorm1d\) has trainable parameters.*freeze them"):
+        stabilize(trained, 1.0)
+
+
+def test_a_uniform_bound_of_wrong_arguments_is_refused() -> None:
+    for module in (NActivation(2), nn.Linear(2, 2), nn.ReLU()):
+        with pytest.raises(ValueError, match="norm must be one of 'l2', 'linf' and 'l1', got 'l7'"):
+            uniform_bound(module, "l7")
+    with pytest.raises(TypeError, match=r"uniform_bound needs a torch\.nn\.Module, got int"):
+        uniform_bound(3)  # type: ignore[arg-type]

@@ -40,10 +40,10 @@ def _hardtanh(module: nn.Hardtanh, norm: str) -> Bound:  # noqa: ARG001
 
 @lipschitz_rule.register(nn.Softplus)
 def _softplus(module: nn.Softplus, norm: str) -> Bound:  # noqa: ARG001
-    if not (module.beta > 0 and module.threshold >= 20):
+    if not (0 < module.beta < math.inf and module.threshold >= 20):
         raise UncertifiableError(
             f"Softplus(beta={module.beta}, threshold={module.threshold}) jumps where it switches to the identity; "
-            "a bound is known for beta > 0 and threshold >= 20, where the jump is 2e-9 / beta and counts as rounding."
+            "a bound is known for finite beta > 0 and threshold >= 20, where the jump is 2e-9 / beta and counts as rounding."
         )
     return Bound.point(1.0)
 

@@ -96,9 +96,14 @@ def rule_bound(layer: nn.Module, norm: str, path: str = "") -> Bound:
         Bound(lower=0.25, upper=0.25, proved=True)
     """
     kind = registered_class(layer)
-    if any(is_lazy(part) for part in [*layer.parameters(), *layer.buffers()]):
+    parts = [*layer.parameters(), *layer.buffers()]
+    if any(is_lazy(part) for part in parts):
         raise UncertifiableError(
             f"{named(layer, path)} has parameters without a shape yet; run it once on an input so that it gets its weights."
+        )
+    if any(part.is_meta for part in parts):
+        raise UncertifiableError(
+            f"{named(layer, path)} is on the meta device, which holds no numbers; move it with to_empty() and load its weights."
         )
     if kind is not None:
         check_forward(layer, kind, path)

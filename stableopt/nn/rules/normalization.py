@@ -17,7 +17,7 @@ from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
 from stableopt.nn.dispatch import lipschitz_rule
 
-__all__: list[str] = []
+__all__ = ["largest_gain"]
 
 _OfSample: TypeAlias = nn.LayerNorm | nn.RMSNorm | nn.GroupNorm | _NormBase
 
@@ -87,9 +87,9 @@ def _of_sample(module: _OfSample, norm: str, n: int | None, *, centered: bool = 
             f"{type(module).__name__}(eps=0) divides by a spread that may be 0; pass a positive eps."
         )
     _check_finite(None if isinstance(module, nn.RMSNorm) else module.bias, module)
+    steepest = largest_gain(module.weight, module) / Bound.point(eps).sqrt()
     if n == 1 and centered:
         return Bound.point(0.0)
-    steepest = _largest(module.weight, module) / Bound.point(eps).sqrt()
     if norm == "l2":
         return Bound(0.0, steepest.upper)
     if n is None:
@@ -113,7 +113,7 @@ def _stored(module: _NormBase) -> Bound:
         )
     for values in (module.running_mean, variance, module.bias):
         _check_finite(values, module)
-    _largest(module.weight, module)  # refuses NaN
+    largest_gain(module.weight, module)  # refuses NaN
     total = variance.detach().to("cpu", torch.float64) + eps
     if not bool((total > 0).all()) or not math.isfinite(eps):
         raise ValueError(f"no bound holds for a {type(module).__name__} with running_var + eps <= 0 or not finite.")
@@ -124,7 +124,16 @@ def _stored(module: _NormBase) -> Bound:
     return Bound(max(0.0, (bound - tiny).lower), (bound + tiny).upper)
 
 
-def _largest(weight: Tensor | None, module: nn.Module) -> Bound:
+def largest_gain(weight: Tensor | None, module: nn.Module) -> Bound:
+    r"""Return :math:`\max|\gamma|` of a normalization, 1 for one without a weight.
+
+    Raises:
+        ValueError: if an entry is NaN or infinite.
+
+    Examples:
+        >>> largest_gain(torch.tensor([-3.0, 2.0]), nn.LayerNorm(2)).upper
+        3.0
+    """
     if weight is None:
         return Bound.point(1.0)
     _check_finite(weight, module)

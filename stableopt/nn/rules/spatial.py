@@ -8,8 +8,9 @@ sizes that it accepts.
 from __future__ import annotations
 
 import math
+import operator
 from fractions import Fraction
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from torch import nn
@@ -52,19 +53,20 @@ def copies_bound(copies: int, norm: str) -> Bound:
     return Bound(0.0, Bound.point(copies).sqrt().upper if norm == "l2" else float(copies))
 
 
-def per_axis(value: object, dims: int) -> tuple[int, ...]:
+def per_axis(value: Any, dims: int) -> tuple[int, ...]:
     """Return one number per axis of an option that is a number or a sequence.
 
     Raises:
-        ValueError: if the sequence has another length.
+        ValueError: if it is no integer, also not one of numpy, and no sequence of as many.
 
     Examples:
         >>> per_axis(2, 3), per_axis((1, 2), 2)
         ((2, 2, 2), (1, 2))
     """
-    if isinstance(value, int):
-        return (value,) * dims
-    values = tuple(int(v) for v in value) if isinstance(value, tuple | list) else ()
+    try:
+        values = tuple(operator.index(v) for v in (value if isinstance(value, tuple | list) else [value]))
+    except TypeError:
+        values = ()
     if len(values) == 1:
         values *= dims
     if len(values) != dims:
@@ -116,9 +118,6 @@ def _replication_pad(module: _CopyingPad, norm: str) -> Bound:
 @lipschitz_rule.register(nn.ReflectionPad1d)
 @lipschitz_rule.register(nn.ReflectionPad2d)
 @lipschitz_rule.register(nn.ReflectionPad3d)
-@lipschitz_rule.register(nn.CircularPad1d)
-@lipschitz_rule.register(nn.CircularPad2d)
-@lipschitz_rule.register(nn.CircularPad3d)
 def _wrapping_pad(module: _CopyingPad, norm: str) -> Bound:
     """Count the pixel and one copy per side: torch refuses paddings so wide that a side would show a pixel twice.
 
@@ -127,7 +126,22 @@ def _wrapping_pad(module: _CopyingPad, norm: str) -> Bound:
     return copies_bound(math.prod(1 + (before > 0) + (after > 0) for before, after in _sides(module)), norm)
 
 
+@lipschitz_rule.register(nn.CircularPad1d)
+@lipschitz_rule.register(nn.CircularPad2d)
+@lipschitz_rule.register(nn.CircularPad3d)
+def _circular_pad(module: _CopyingPad, norm: str) -> Bound:
+    """Bound it like a reflection, unless it crops and wraps at once: torch then reads memory that it has not written."""
+    if min(module.padding) < 0 < max(module.padding):
+        raise UncertifiableError(
+            f"{module} crops one side and wraps another, for which torch returns undefined numbers; crop first, then pad by "
+            "numbers >= 0."
+        )
+    return _wrapping_pad(module, norm)
+
+
 # Upsampling.
+
+_AXES = {"linear": 1, "bilinear": 2, "trilinear": 3}
 
 
 @lipschitz_rule.register(nn.Upsample)
@@ -140,32 +154,27 @@ def _upsample(module: nn.Upsample, norm: str) -> Bound:
     the total ``s`` too: at half-pixel places they are symmetric, and the edge takes what is cut off. With a fixed output ``size``
     the smallest image has one pixel, which all outputs copy.
     """
-    if module.mode == "bicubic":
+    if module.mode not in {"nearest", "nearest-exact", *_AXES}:
+        why = "has negative weights and no rule" if module.mode == "bicubic" else "is no mode with a rule"
         raise UncertifiableError(
-            "Upsample(mode='bicubic') has negative weights and no rule; use mode='nearest' or 'bilinear'."
+            f"{module} has the mode {module.mode!r}, which {why}; use mode='nearest' or 'bilinear'."
         )
-    axes = {"linear": 1, "bilinear": 2, "trilinear": 3}.get(module.mode)
-    if module.size is not None:
-        sizes = module.size
-        if isinstance(sizes, int) and axes is None and norm != "linf":
-            raise UncertifiableError(
-                f"{module} has one size for a number of axes that it does not know; give a size per axis, for example (8, 8)."
-            )
-        counts = per_axis(sizes, axes or (1 if isinstance(sizes, int) else len(sizes)))
-        return copies_bound(math.prod(counts), norm)
-    factors = module.scale_factor or 1.0
-    if isinstance(factors, int | float):
-        if axes is None and norm != "linf":
-            if factors != 1.0 and not isinstance(module, nn.UpsamplingNearest2d):
-                raise UncertifiableError(
-                    f"{module} has one scale_factor for a number of axes that it does not know; give one per axis, for example "
-                    "scale_factor=(2.0, 2.0)."
-                )
-            axes = 2
-        factors = (float(factors),) * (axes or 1)
     if norm == "linf":
         return copies_bound(1, norm)
-    return copies_bound(math.prod(_copies_of_factor(float(f), module) for f in factors), norm)
+    axes = 2 if isinstance(module, nn.UpsamplingNearest2d) else _AXES.get(module.mode)
+    name, given = ("size", module.size) if module.size is not None else ("scale_factor", module.scale_factor or 1.0)
+    if isinstance(given, tuple | list):
+        values = tuple(given)
+    elif axes is None and given != 1:
+        raise UncertifiableError(
+            f"{module} has one {name} for a number of axes that it does not know; give a {name} per axis, for example "
+            f"{name}={(given, given)}."
+        )
+    else:
+        values = (given,) * (axes or 1)
+    if name == "size":
+        return copies_bound(math.prod(per_axis(values, axes or len(values))), norm)
+    return copies_bound(math.prod(_copies_of_factor(float(f), module) for f in values), norm)
 
 
 def _copies_of_factor(factor: float, module: nn.Upsample) -> int:
