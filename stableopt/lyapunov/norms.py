@@ -16,6 +16,7 @@ from stableopt.nn import GradientBlock, layer_limit
 from stableopt.nn.gap import norm_gap
 from stableopt.nn.limits import limited_slots
 from stableopt.nn.parametrized import compute
+from stableopt.nn.weights import WeightMap
 
 __all__ = ["LayerNorms", "NormEstimator"]
 
@@ -173,7 +174,13 @@ def _read(module: nn.Module) -> Tensor | None:
         chain = module.get_submodule("parametrizations.weight")
         with undisturbed(chain):
             chain.eval()
-            weight = compute(chain)
+            for part in chain.modules():  # a method that trains with an estimate: the weight that training uses
+                if isinstance(part, WeightMap) and not part.by_construction:
+                    part.training = module.training
+            try:
+                weight = compute(chain)
+            except ValueError:  # nothing can be proved about NaN
+                weight = torch.full_like(chain.original, math.nan)  # pyright: ignore[reportArgumentType, reportCallIssue]
     else:
         weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or isinstance(weight, UninitializedParameter) or weight.numel() == 0:

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 from stableopt.constraints.sharding import is_sharded
 from stableopt.linalg import Bound
+from stableopt.nn.blocks import full_precision
+from stableopt.nn.weights.base import grain
+from stableopt.nn.weights.isometry import HALF, stored
 
 __all__ = ["Budgeted", "LearnedBudget", "fixed_radii", "product_within"]
 
@@ -172,6 +175,28 @@ class LearnedBudget(nn.Module):
         return f"limit={self.limit}, layers={len(self.counts)}"
 
 
+def _product(W: Tensor, radius: Tensor, dtype: torch.dtype, limit: Any) -> Tensor:
+    """Return a weight of norm at most 1 times a radius, rounded to a dtype such that its norm is at most the radius.
+
+    Args:
+        W: the weight in the dtype of the computation.
+        radius: 0-d, float64.
+        dtype: what is stored.
+        limit: the weight map that the weight comes from.
+    """
+    computed, geometry, norm = torch.finfo(W.dtype), limit.geometry, limit.norm
+    # rounding each entry by eps/2 relative changes the norm by at most eps/2 ||W||_F <= eps/2 sqrt(rank * taps) ||W||
+    rank = min(W.shape[0], W[0].numel()) * math.prod(W.shape[2:])
+    spread = geometry.spread(W, norm)
+    rounding = (0.51 * math.sqrt(rank) + 1.0) * computed.eps
+    least = radius * (1.0 - rounding) - grain(W.dtype, W.numel(), 1.0, spread)
+    if dtype in HALF and norm == "l2":
+        return stored(W * least.clamp_min(0.0).to(W.dtype), dtype, radius.detach().to(W.dtype), geometry.folded)
+    if dtype in HALF:  # sums of absolute values: they grow by what each of them grows
+        least = least * (1.0 - 0.51 * torch.finfo(dtype).eps) - grain(dtype, W.numel(), 1.0, spread)
+    return (W * least.clamp_min(0.0).to(W.dtype)).to(dtype)
+
+
 class Budgeted(nn.Module):
     r"""A weight whose radius is an entry of a :class:`LearnedBudget`: :math:`V \mapsto r\,M(V)` with a map :math:`M` to radius 1.
 
@@ -217,12 +242,18 @@ class Budgeted(nn.Module):
 
     def forward(self, V: Tensor) -> Tensor:
         """Return the weight, computed in at least float32 and rounded once."""
-        wide = V.float() if V.dtype in {torch.float16, torch.bfloat16} else V
-        rank = max(1, min(V.shape[0], V.numel() // V.shape[0])) if V.numel() else 1
-        # one more rounding of each entry, by eps/2 relative, changes the norm by at most eps/2 ||W||_F <= eps/2 sqrt(rank) ||W||
-        rounding = 0.51 * torch.finfo(V.dtype).eps * math.sqrt(rank) + torch.finfo(wide.dtype).eps
-        radius = self.shared()[self.index].to(V.device) * (1.0 - rounding)
-        return (self.unit(wide) * radius.to(wide.dtype)).to(V.dtype)
+        wide = V.float() if V.dtype in HALF else V
+        W, radius = self.unit(wide), self.shared()[self.index].to(V.device)
+        if not W.numel():
+            return W.to(V.dtype)
+        maps, flat = list(getattr(self.unit, "maps", [self.unit])), getattr(self.unit, "flat", False)
+        parts = W.chunk(len(maps)) if len(maps) > 1 else (W,)
+        with full_precision(wide):
+            parts = [
+                _product(part.flatten(1) if flat else part, radius, V.dtype, limit)
+                for part, limit in zip(parts, maps, strict=True)
+            ]
+        return torch.cat(parts).view(W.shape) if len(parts) > 1 else parts[0].view(W.shape)
 
     def right_inverse(self, W: Tensor) -> Tensor:
         """Return an original that is mapped to ``W``, or to the nearest reachable weight."""

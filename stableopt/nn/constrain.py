@@ -228,13 +228,20 @@ def _check_unshared(parameter: Tensor, name: str, where: str, root: nn.Module) -
         f"{path}.{own}" if path else own
         for path, part in root.named_modules()
         for own, p in part._parameters.items()  # noqa: SLF001 torch has no public accessor without inherited names
-        if p is parameter
+        if p is parameter or _shares_memory(p, parameter)
     ]
     if len(owners) > 1:
         raise ValueError(
             f"'{name}' of {where} is shared ({', '.join(owners)}); constraining one of them would silently untie them. "
             "Use the same module twice instead, or give each its own parameter."
         )
+
+
+def _shares_memory(a: Tensor | None, b: Tensor) -> bool:
+    """Return whether two parameters are the same numbers at the same place, as tied weights can be without being one object."""
+    if a is None or not (type(a) is type(b) is nn.Parameter) or a.is_meta or b.is_meta or not b.numel():
+        return False
+    return a.data_ptr() == b.data_ptr() and a.device == b.device
 
 
 def _check_unconstrained(module: nn.Module, name: str, constraint: Constraint, by: str) -> None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 
 from torch import nn
+from torch.nn.modules import module as hooks
 
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
+from stableopt.nn.parametrized import is_adopted
 
 __all__ = [
     "check_forward",
@@ -104,6 +106,7 @@ def check_forward(module: nn.Module, kind: type[nn.Module], path: str = "") -> N
     overridden = sorted(
         name
         for c in type(module).__mro__[: type(module).__mro__.index(kind)]
+        if not is_adopted(c)
         for name in vars(c)
         if name not in _HARMLESS and name in dir(kind)
     )
@@ -117,6 +120,13 @@ def check_forward(module: nn.Module, kind: type[nn.Module], path: str = "") -> N
         raise UncertifiableError(
             f"{where} has a forward hook, which may change its output or its weight. Remove the hook first "
             "(torch.nn.utils.weight_norm and spectral_norm of the old kind are such hooks; use torch.nn.utils.parametrizations)."
+        )
+    everywhere = [*hooks._global_forward_hooks.values(), *hooks._global_forward_pre_hooks.values()]  # noqa: SLF001
+    ours = "stableopt."  # a hook of this package only looks on
+    if not all(str(getattr(hook, "__module__", "")).startswith(ours) for hook in everywhere):
+        raise UncertifiableError(
+            f"a forward hook is registered for all modules, which may change the output of {where}. Remove it first: call "
+            "remove() on the handle that register_module_forward_hook or register_module_forward_pre_hook returned."
         )
 
 

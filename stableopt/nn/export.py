@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from stableopt.errors import UncertifiableError
 from stableopt.nn.constrain import unproject
-from stableopt.nn.limits import Limit, limited_slots
+from stableopt.nn.limits import Limit, estimates_evaluated, limited_slots
 from stableopt.nn.loading import refuse_plain_weights
 from stableopt.nn.parametrized import restored
 from stableopt.nn.sharded import refuse_spread
@@ -33,11 +33,13 @@ def release(model: nn.Module) -> nn.Module:
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: if it is sharded by ``fully_shard``.
+        ValueError: if it is sharded by ``fully_shard``, or holds NaN where a method trains with an estimate.
 
     Note:
-        The function of the model does not change, not even by rounding. Parametrizations of somebody else's on the same weights
-        are folded too; other parameters keep theirs, and so do sets given by :func:`stableopt.nn.constrain` to other parameters.
+        The function of the model does not change, not even by rounding; with a method that trains with an estimate that is
+        the function in evaluation, whose weights are proved within their limits. Parametrizations of somebody else's
+        on the same weights are folded too; other parameters keep theirs, and so do sets given by
+        :func:`stableopt.nn.constrain` to other parameters.
         To have the limits proved for the plain weights, use :func:`export`.
 
     Examples:
@@ -190,7 +192,7 @@ def _fold(slot: Slot) -> None:
     """Remove all parametrizations of a weight and leave their result."""
     module, name = slot.module, slot.name
     chain: Any = module.get_submodule(f"parametrizations.{name}")
-    with torch.no_grad():
+    with torch.no_grad(), estimates_evaluated(slot):
         value = chain()
     if chain.is_tensor:
         trained = chain.original.requires_grad

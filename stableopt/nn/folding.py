@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["folded", "is_foldable"]
+__all__ = ["folded", "is_foldable", "sources_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,7 +57,7 @@ def is_foldable(chain: nn.Module) -> bool:
     grad = torch.is_grad_enabled()
     return all(
         type(t) in {Tensor, nn.Parameter} and t.device.type == "cpu" and not (grad and t.requires_grad)
-        for t in _sources(chain)
+        for t in sources_of(chain)
     )
 
 
@@ -76,7 +76,7 @@ def folded(chain: nn.Module, compute: Callable[[nn.Module], Tensor]) -> Tensor:
         >>> chain.original.data.mul_(0.5).shape, folded(chain, lambda chain: chain()).equal(chain())
         (torch.Size([2, 2]), True)
     """
-    sources, settings = _sources(chain), _settings(chain)
+    sources, settings = sources_of(chain), _settings(chain)
     kept = _FOLDS.get(chain)
     if (
         kept is not None
@@ -96,8 +96,17 @@ def folded(chain: nn.Module, compute: Callable[[nn.Module], Tensor]) -> Tensor:
     return weight
 
 
-def _sources(chain: nn.Module) -> list[Tensor]:
-    """Return all tensors that a weight depends on."""
+def sources_of(chain: nn.Module) -> list[Tensor]:
+    """Return all tensors that a weight depends on.
+
+    Args:
+        chain: the parametrizations of one tensor, as torch keeps them.
+
+    Examples:
+        >>> from stableopt.nn import stabilize
+        >>> len(sources_of(stabilize(nn.Linear(2, 2), method="gram").parametrizations.weight))
+        1
+    """
     return [t for part in _involved(chain) for t in (*part.parameters(), *part.buffers())]
 
 

@@ -2,6 +2,7 @@ r"""The limit that is enforced on a weight, whichever way it is enforced."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from stableopt.nn.constrain import constraint_of, parametrizations_of, projectio
 from stableopt.nn.slots import Slot, operator_norm_of, slots_of
 from stableopt.nn.weights import WeightMap
 
-__all__ = ["Limit", "Stacked", "layer_limit", "limit_of", "limited_slots", "set_for"]
+__all__ = ["Limit", "Stacked", "estimates_evaluated", "layer_limit", "limit_of", "limited_slots", "set_for"]
 
 
 class Stacked(nn.Module):
@@ -169,6 +170,32 @@ def limited_slots(model: nn.Module) -> Iterator[tuple[Slot, Limit]]:
                 limit = limits.get(slot.name)
                 if limit is not None:
                     yield slot, limit
+
+
+@contextlib.contextmanager
+def estimates_evaluated(slot: Slot) -> Iterator[None]:
+    """Let a method that trains with an estimate give the weight of evaluation, whatever mode its layer is in.
+
+    Args:
+        slot: the weight.
+
+    Examples:
+        >>> from stableopt.linalg import spectral_norm
+        >>> from stableopt.nn import stabilize
+        >>> slot = slots_of(stabilize(nn.Linear(2, 2), method="power"), "")[0]
+        >>> with estimates_evaluated(slot):
+        ...     spectral_norm(slot.value).upper <= 1.0
+        True
+    """
+    maps = [part for part in parametrizations_of(slot.module, slot.name) for part in part.modules()]
+    modes = [(part, part.training) for part in maps if isinstance(part, WeightMap) and not part.by_construction]
+    try:
+        for part, _ in modes:
+            part.eval()
+        yield
+    finally:
+        for part, mode in modes:
+            part.train(mode)
 
 
 def _parametrized(module: nn.Module) -> list[str]:

@@ -79,8 +79,9 @@ def _from_plain(
             errors.append(f"size mismatch for {prefix}{name}: {shapes}.")
             continue
         del state[prefix + name]
-        state |= {key: value for key, value in mine.items() if key not in state}
-        state[f"{here}original"] = _original_for(chain, plain)
+        fitting = _original_for(chain, plain)  # first: it may change what else the map stores
+        state |= {key: value for key, value in chain.state_dict(prefix=here).items() if key not in state}
+        state[f"{here}original"] = fitting
         loaded = True
     if loaded:
         # the same words for each layer, so that Python shows them once

@@ -15,13 +15,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import torch.nn.utils.parametrize as P
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from stableopt.constraints.sharding import is_sharded
-from stableopt.nn.folding import folded, is_foldable
+from stableopt.nn.folding import folded, is_foldable, sources_of
 from stableopt.nn.sharded import class_of
 
 __all__ = ["adopt", "compute", "plain_class", "remember_order", "restored"]
@@ -128,6 +129,7 @@ def _class_for(base: type[nn.Module]) -> type[nn.Module]:
             "__qualname__": f"{_PREFIX}{base.__module__}|{base.__qualname__}".replace(".", "/"),
             "__doc__": base.__doc__,
             "__setstate__": _setstate,
+            "__setattr__": _setattr,
         }
         if issubclass(base, nn.RNNBase):
             members |= {
@@ -137,6 +139,8 @@ def _class_for(base: type[nn.Module]) -> type[nn.Module]:
                 "flatten_parameters": _ignore,
                 "forward": _forward_once,
             }
+        if base.forward is nn.Linear.forward:
+            members["forward"] = _forward_linear
         if type(base) is type:
             _CLASSES[base] = _Shared(f"Parametrized{base.__name__}", (base,), members)  # pyright: ignore[reportArgumentType]
         else:  # a metaclass of somebody else's
@@ -163,6 +167,23 @@ def _setstate(self: nn.Module, state: dict[str, Any]) -> None:
     adopt(self)
     base: Any = plain_class(self)
     base.__setstate__(self, state)
+
+
+def is_adopted(kind: type) -> bool:
+    """Return whether a class is one of those that :func:`adopt` makes: their maps are those of the class below.
+
+    Examples:
+        >>> is_adopted(nn.Linear)
+        False
+    """
+    return any(kind is own for own in _CLASSES.values())
+
+
+def _setattr(self: nn.Module, name: str, value: Any) -> None:
+    """Assign a weight also where it comes as a parameter, as torch's layers take it."""
+    if isinstance(value, nn.Parameter) and name in vars(self).get(_GUARDED, ()):
+        value = value.detach()
+    nn.Module.__setattr__(self, name, value)
 
 
 # ----------------------------------------------------------------------------------------------------------------- properties
@@ -198,7 +219,7 @@ def _weight_property(name: str) -> property:
                     f"'{name}' of this {plain_class(self).__name__} has the shape {tuple(shape)}, got {found}; assign a tensor of "
                     "that shape, which is moved within the limit."
                 )
-            chains[name].right_inverse(value)
+            chains[name].right_inverse(value.detach().clone())  # torch would share the memory of the value
 
     return property(get, set_original)
 
@@ -207,13 +228,19 @@ def _cached(module: nn.Module, name: str, chain: nn.Module) -> Tensor:
     """Return the weight of this ``P.cached()`` region, computed anew when anything that it depends on has changed."""
     cache: Any = P._cache  # noqa: SLF001 torch has no public access
     key = (id(module), name)
-    sources = [*chain.parameters(), *chain.buffers()]
-    stamp = tuple((id(t), t.data_ptr(), t._version, t.dtype) for t in sources)  # noqa: SLF001 torch has no public access
-    known = cache.get((*key, "stamp"))
-    if known is None or known != stamp or key not in cache:
+    if key not in cache or cache.get((*key, "stamp")) != _stamp(chain):
         cache[key] = compute(chain)
-        cache[*key, "stamp"] = stamp
+        cache[*key, "stamp"] = _stamp(chain)  # afterwards, for some maps have a state that moves
     return cache[key]
+
+
+def _stamp(chain: nn.Module) -> tuple[Any, ...]:
+    """Return what changes with the numbers that a weight depends on; on the CPU a sum tells of writes past the version."""
+    with torch.no_grad():
+        return tuple(
+            (id(t), t.data_ptr(), t._version, t.dtype, float(t.sum()) if t.device.type == "cpu" and t.numel() else 0.0)  # noqa: SLF001
+            for t in sources_of(chain)
+        )
 
 
 class _ComputedWeight(Tensor):
@@ -235,11 +262,12 @@ class _ComputedWeight(Tensor):
                 if name in _UNWRAPPED:
                     return func(args[0].as_subclass(Tensor), *args[1:], **kwargs)
                 if name == "__get__" and getattr(func, "__self__", None) is _DATA:
-                    return func(*args, **kwargs).as_subclass(cls)  # a write through .data would be lost as well
+                    return func(*args, **kwargs).clone().as_subclass(cls)  # a write through .data would be lost as well
+                if name in _READERS:  # what they give shares its memory with somebody who writes past all of this
+                    return func(args[0].as_subclass(Tensor).clone(), *args[1:], **kwargs)
                 if _writes(func, name):
                     raise RuntimeError(_LOST)
-            out = kwargs.get("out")
-            if out is not None and any(type(o) is cls for o in (out if isinstance(out, tuple) else (out,))):
+            if _writes_into(cls, func, args, kwargs):
                 raise RuntimeError(_LOST)
             if all(kind is cls for kind in types):
                 return func(*args, **kwargs)
@@ -260,6 +288,7 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
     setattr(_ComputedWeight, f"__i{_name}__", _out_of_place(_name))
 
 _DATA: Any = Tensor.data
+_READERS = frozenset({"numpy", "__array__", "__dlpack__"})
 _UNWRAPPED = frozenset({"__repr__", "__format__", "__deepcopy__", "__reduce_ex__"})
 _HARMLESS = frozenset({"requires_grad_", "share_memory_"})
 _LOST = (
@@ -273,6 +302,16 @@ def _writes(func: Callable[..., Any], name: str) -> bool:
     if name == "__set__":
         return getattr(func, "__self__", None) is _DATA
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS)
+
+
+def _writes_into(cls: type, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Return whether a function is told by its arguments to write into a computed weight, as those of ``nn.init`` are."""
+    name = getattr(func, "__name__", "")
+    if kwargs.get("inplace") is True or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS):
+        first = args[0] if args else kwargs.get("tensor", kwargs.get("input"))
+        return type(first) is cls or (isinstance(first, list | tuple) and any(type(t) is cls for t in first))
+    out = kwargs.get("out")
+    return any(type(o) is cls for o in (out if isinstance(out, tuple) else (out,)))
 
 
 # ------------------------------------------------------------------------------------------------------------ recurrent layers
@@ -296,6 +335,25 @@ def _forward_once(self: nn.RNNBase, *args: Any, **kwargs: Any) -> Any:
         return base.forward(self, *args, **kwargs)
     finally:
         del vars(self)["_stableopt_weights"]
+
+
+# --------------------------------------------------------------------------------------------------------------- linear layers
+
+
+def _forward_linear(self: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002 the name that torch gives it
+    """Run the linear map; a weight map that can multiply without making its weight does."""
+    chains: Any = self._modules.get("parametrizations")
+    chain = chains._modules.get("weight") if chains is not None else None  # noqa: SLF001 without building a list
+    cached = P._cache_enabled  # noqa: SLF001 torch has no public question
+    if chain is not None and len(chain) == 1 and chain.is_tensor and not (torch.compiler.is_compiling() or cached):
+        multiply = getattr(chain[0], "multiply", None)
+        product = None if multiply is None else multiply(chain.original, input, self.bias)
+        if product is not None:
+            return product
+    return F.linear(input, self.weight, self.bias)
+
+
+# ------------------------------------------------------------------------------------------------------------ recurrent layers
 
 
 def _ignore(self: nn.RNNBase, *_: object) -> None:

@@ -22,6 +22,7 @@ from stableopt.nn.slots import Slot, find_slots, skipped, slots_of
 from stableopt.nn.structure import branch_constant, branches_of
 from stableopt.nn.uniform import uniform_bound
 from stableopt.nn.weights import WeightMap
+from stableopt.nn.weights.base import KINDS
 
 __all__ = ["Plan", "Settings", "check_settings", "make_plan"]
 
@@ -123,7 +124,8 @@ def check_settings(
     if lipschitz is None and radius is None:
         lipschitz = 1.0
     for name, value in (("lipschitz", lipschitz), ("radius", radius)):
-        if value is not None and not (isinstance(value, int | float) and math.isfinite(value) and value > 0):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and math.isfinite(value) and value > 0):
             raise ValueError(f"{name} must be positive and finite, got {value!r}.")
     if lipschitz is not None and radius is not None:
         raise ValueError(
@@ -150,6 +152,8 @@ def check_settings(
     if isinstance(skip, str) or not all(isinstance(s, str | type) for s in skip):
         raise TypeError(f"skip must be a collection of dotted names and classes, got {skip!r}.")
     if isinstance(method, Mapping):
+        if unknown := [kind for kind in method if kind not in KINDS]:
+            raise ValueError(f"the kinds of layers with a method are {', '.join(KINDS)}, got {unknown[0]!r}.")
         method = tuple(sorted(method.items()))
     return Settings(
         None if lipschitz is None else float(lipschitz), None if radius is None else float(radius), norm, budget, method, by,
@@ -160,6 +164,11 @@ def check_settings(
 def make_plan(model: nn.Module, settings: Settings) -> Plan:
     """Find the weights and their radii, and refuse what cannot be limited."""
     check_unwrapped(model)
+    names = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    if lost := [name for name in settings.skip if isinstance(name, str) and name not in names]:
+        raise ValueError(
+            f"skip names {lost[0]!r}, and the model has no such module; its modules are called as in named_modules()."
+        )
     if settings.radius is not None:
         slots = list(find_slots(model, settings.skip))
         _check_slots(model, slots)

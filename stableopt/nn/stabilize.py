@@ -95,7 +95,9 @@ def stabilize(
             radii are trained while their product keeps the limit, see :class:`~stableopt.nn.budget.LearnedBudget`.
         method: how a weight is kept within its radius: a name in :data:`stableopt.nn.weights.METHODS`, a function
             ``(geometry, radius, norm)`` that makes a weight map, or one of these for each kind of layer, as in
-            ``{"linear": "gram", "conv": "gram"}``. None takes ``"gram"`` for l2, else the first that knows the norm.
+            ``{"linear": "cholesky", "conv": "bcop"}``. None takes ``"power"`` for l2, which trains at the cost of a plain layer
+            with an estimate of the norm, and evaluates with a proof; ``"gram"`` keeps the limit in each training step, at a
+            price. For the other norms None takes the first method that knows them.
         by: ``"parametrization"`` computes the weight from a free original, for any optimizer. ``"projection"`` keeps plain
             parameters, which an optimizer of this package projects after each step; pass it
             :func:`stableopt.nn.parameter_groups`. It projects on the ball of the radius, or with ``method="orthogonal"`` on the
@@ -121,7 +123,9 @@ def stabilize(
     Note:
         A refused model is left unchanged. Training needs no refresh of any kind. The limit holds up to rounding by construction;
         what is proved about the trained numbers is said by :func:`stableopt.nn.lipschitz`, :func:`stableopt.nn.table` and a
-        certificate. A weight with a parametrization of somebody else's keeps it, and the limit acts on its result.
+        certificate. With the method ``"power"`` this is the weight in evaluation; in training the norm may be above the limit by
+        what :func:`stableopt.nn.norm_gap` tells. A weight with a parametrization of somebody else's keeps it, and the limit acts
+        on its result.
         Wrap for distributed training afterwards: stabilize, then DistributedDataParallel or fully_shard, then the optimizer.
         A checkpoint of the plain model can be loaded, with a warning; for plain weights see :func:`stableopt.nn.export`.
 
@@ -199,17 +203,19 @@ def _is_repetition(model: nn.Module, record: Record, settings: Settings) -> bool
 
 
 def _replace(model: nn.Module, replacements: Mapping[type[nn.Module], Any], undo: contextlib.ExitStack) -> None:
-    for path, module in list(model.named_modules()):
+    fresh: dict[int, nn.Module] = {}
+    for path, module in list(model.named_modules(remove_duplicate=False)):
         make = next((make for kind, make in replacements.items() if isinstance(module, kind)), None)
         if make is None:
             continue
         if not path:
             raise ValueError(f"{named(module, path)} cannot be replaced in place; call the function on it yourself.")
-        new = make(module)
+        new: object = fresh[id(module)] if id(module) in fresh else make(module)
         if not isinstance(new, nn.Module):
             raise TypeError(
                 f"the replacement of {named(module, path)} must be a torch.nn.Module, got {type(new).__name__}."
             )
+        fresh[id(module)] = new
         parent, _, name = path.rpartition(".")
         owner = model.get_submodule(parent)
         undo.callback(setattr, owner, name, module)
@@ -244,6 +250,11 @@ def _limit(slot: Slot, radius: float, settings: Settings) -> WeightMap | Stacked
         maps = [make(slot.geometry, radius, norm) for _ in range(slot.parts)]
     except ValueError as error:
         raise ValueError(f"{slot.where}: {error}") from None
+    if maps[0].factorized and P.is_parametrized(slot.module, slot.name):
+        raise ValueError(
+            f"the method {maps[0].name!r} makes its weight from an original of another shape, so it cannot act on the result of "
+            f"the parametrization that {slot.where} has already; remove that first, or take another method."
+        )
     return Stacked(maps, flat=slot.flat) if slot.flat or slot.parts > 1 else maps[0]
 
 
@@ -252,7 +263,7 @@ def _factory(slot: Slot, settings: Settings) -> MapFactory:
     if isinstance(method, tuple):
         method = dict(method).get(slot.geometry.kind)
     if method is None:
-        method = "gram" if norm == "l2" else next((name for name, m in METHODS.items() if norm in m.norms), None)
+        method = "power" if norm == "l2" else next((name for name, m in METHODS.items() if norm in m.norms), None)
     if callable(method):
         return cast("MapFactory", method)
     if method not in METHODS:
@@ -325,6 +336,7 @@ def _apply(
             if start is not None:
                 _copy_into(parameter, start)
         if limits:
+            undo.callback(_restore, slot.module, type(slot.module), dict(vars(slot.module)))
             undo.callback(_remove_limit, slot, limits[index])
             shape = slot.value.shape
             remember_order(slot.module)
@@ -344,6 +356,17 @@ def _copy_into(parameter: Tensor, value: Tensor) -> None:
         parameter.copy_(value)
     else:  # torch has put the original of a factorisation in its place, before the map failed
         parameter.data = value
+
+
+def _restore(module: nn.Module, kind: type[nn.Module], attributes: dict[str, Any]) -> None:
+    """Give a module back the class and the plain attributes that it had, and its way to load weights."""
+    if P.is_parametrized(module):
+        module.__class__ = kind
+    for name in [name for name in vars(module) if name not in attributes and name.startswith("_stableopt")]:
+        del vars(module)[name]
+    vars(module).update({name: value for name, value in attributes.items() if name.startswith("_stableopt")})
+    if not any(isinstance(part, WeightMap) for part in module.modules()):
+        refuse_plain_weights(module)
 
 
 def _remove_limit(slot: Slot, limit: nn.Module) -> None:

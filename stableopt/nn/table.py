@@ -11,7 +11,7 @@ from torch import nn
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
 from stableopt.nn.gap import norm_gap
-from stableopt.nn.limits import Limit, limited_slots
+from stableopt.nn.limits import Limit, estimates_evaluated, limited_slots
 from stableopt.nn.parametrized import plain_class
 from stableopt.nn.rules import lipschitz
 from stableopt.nn.slots import Slot
@@ -69,7 +69,7 @@ class Table:
         >>> lines = str(table(stabilize(nn.Sequential(nn.Linear(1, 1), nn.GELU()), 2.0))).splitlines()
         >>> for line in [" ".join(lines[0].split()), *lines[2:4]]:
         ...     print(line)
-        weight layer constraint norm before after limit used
+        weight layer constraint norm before after limit used gap in training
         other layers: 1.129
         product of the limits: 2
     """
@@ -141,7 +141,7 @@ def table(model: nn.Module) -> Table:
 
     Note:
         In a layer with several matrices, such as an LSTM, the row shows the largest of them. For a method that trains with an
-        estimate, the norm is that of evaluation mode only if the model is in it; the gap is always that of training.
+        estimate, the norm is that of evaluation, and the gap that of training.
 
     Examples:
         >>> from stableopt.nn import stabilize
@@ -168,9 +168,7 @@ def table(model: nn.Module) -> Table:
 
 def _row(slot: Slot, limit: Limit, record: Record | None) -> Row:
     gap = None if limit.exact else norm_gap(slot.module, slot.name)
-    if gap is not None and slot.module.training:  # reading the weight would move the vectors of the estimate
-        after: Bound | None = Bound(0.0, gap) * limit.radius
-    else:
+    with estimates_evaluated(slot):
         after = _norm_now(slot, limit.norm)
     count = 1 if record is None else record.counts.get(slot.key, 1)
     before = None if record is None else record.before.get(slot.key)

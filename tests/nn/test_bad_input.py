@@ -21,13 +21,13 @@ from torch import Tensor, nn
 from stableopt.constraints import NonNegative, Orthogonal, SpectralBall
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import spectral_norm
-from stableopt.nn import constrain, layer_limit, lipschitz, stabilize
+from stableopt.nn import constrain, layer_limit, lipschitz
 from stableopt.nn.export import export, plain_state_dict, release
 from stableopt.nn.slots import find_slots
 from stableopt.nn.table import table
 from stableopt.nn.weights import METHODS, Geometry
 from tests.nn.methods import takers
-from tests.nn.zoo import ANIMALS, mlp
+from tests.nn.zoo import ANIMALS, mlp, stabilize
 
 MATRIX_METHODS = sorted(takers("linear"))
 
@@ -424,7 +424,9 @@ def test_60_removing_by_hand_leaves_a_plain_layer(method: str, leave: bool) -> N
         torch.testing.assert_close(layer(x), expected, rtol=0, atol=0)
         norm = "l2" if "l2" in METHODS[method].norms else "linf"
         assert lipschitz(layer, norm).upper <= 0.8 * (1 + 1e-12)
-    whole = leave or method != "bro"  # torch leaves the original, and that of a factorisation is no weight: use release()
+    whole = (
+        leave or method != "bro"
+    )  # torch leaves the original, and that of a factorisation is no weight: use release()
     assert layer.weight.shape == ((4, 4) if whole else (4, 2))
     assert layer.weight.requires_grad
 

@@ -14,12 +14,12 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from stableopt.nn import METHODS, GroupSort, lipschitz, stabilize
+from stableopt.nn import METHODS, GroupSort, lipschitz
 from stableopt.nn.export import export, plain_state_dict, release
 from stableopt.nn.limits import limited_slots
 from stableopt.nn.slots import find_slots
 from tests.nn.methods import CASES, LIMIT, assert_within, inputs, limited, norm_of
-from tests.nn.zoo import ANIMALS, mlp
+from tests.nn.zoo import ANIMALS, mlp, stabilize
 
 METHOD_OF = [{}, {"budget": "learned"}, {"method": "frobenius"}, {"norm": "linf"}]
 COMPILED = [name for name in ANIMALS if "lstm" not in name and "rnn" not in name and "gru" not in name]

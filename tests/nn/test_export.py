@@ -15,14 +15,14 @@ from torch import nn
 
 from stableopt.constraints import NonNegative, attached
 from stableopt.linalg import spectral_norm
-from stableopt.nn import GroupSort, constrain, layer_limit, lipschitz, parameter_groups, stabilize
+from stableopt.nn import GroupSort, constrain, layer_limit, lipschitz, parameter_groups
 from stableopt.nn.export import export, plain_state_dict, proved_within, release
 from stableopt.nn.limits import Limit, limited_slots
 from stableopt.nn.slots import find_slots
 from stableopt.nn.stabilize import record_of
 from stableopt.nn.table import table
 from tests.nn.weights.catalogue import DENSE
-from tests.nn.zoo import ANIMALS, mlp
+from tests.nn.zoo import ANIMALS, mlp, stabilize
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 

@@ -6,6 +6,7 @@ import copy
 import gc
 import pickle
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from stableopt.constraints import SpectralBall
-from stableopt.nn import GroupSort, constrain, folding, lipschitz, stabilize
+from stableopt.nn import GroupSort, constrain, folding, lipschitz
 from stableopt.nn.budget import LearnedBudget
 from stableopt.nn.folding import is_foldable
 from stableopt.nn.weights import METHODS, Geometry
 from tests.nn.weights.catalogue import DENSE
-from tests.nn.zoo import ANIMALS
+from tests.nn.zoo import ANIMALS, stabilize
 
 
 def two(budget: str = "even", method: str | None = None, norm: str = "l2") -> nn.Sequential:
@@ -47,6 +48,13 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             return forward(self, V)
 
         monkeypatch.setattr(method, "forward", counted)
+
+    def multiplied(self: Any, *args: Any, multiply: Callable[..., Any] = METHODS["power"].multiply) -> Any:  # type: ignore[attr-defined]
+        product = multiply(self, *args)
+        names.extend([] if product is None else [type(self).__name__])
+        return product
+
+    monkeypatch.setattr(METHODS["power"], "multiply", multiplied)
     return names
 
 

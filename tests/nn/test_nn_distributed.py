@@ -246,7 +246,7 @@ def check_recurrent(spread: Spread) -> None:
             nn.Flatten(),
             nn.Linear(15, 2),
         )
-        return stabilize(model, radius=0.7)  # type: ignore[return-value]
+        return stabilize(model, radius=0.7, method="gram")  # type: ignore[return-value]
 
     def inner_first(model: nn.Sequential) -> nn.Module:
         if spread is sharded:  # the layer whose forward map reads its own weights

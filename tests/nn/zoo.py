@@ -5,11 +5,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stableopt.nn import GroupSort, stabilize
+from stableopt import nn as snn
+from stableopt.nn import GroupSort
 from stableopt.nn.structure import Concat, Merge, Residual
 
 
@@ -61,6 +63,16 @@ class Cell(nn.Module):
         return state[0] if isinstance(state, tuple) else state
 
 
+def stabilize(model: nn.Module, lipschitz: float | None = None, **options: Any) -> nn.Module:
+    """Limit a model as :func:`stableopt.nn.stabilize` does, by default in l2 with the bound that holds in training as well.
+
+    Laws of limits that hold in every mode, to the last bit and without state, are about that one.
+    """
+    if options.get("norm", "l2") == "l2" and options.get("by") != "projection" and options.get("method") is None:
+        options["method"] = "gram"
+    return snn.stabilize(model, lipschitz, **options)
+
+
 @dataclass(frozen=True)
 class Animal:
     """A model, an input, and the numbers of matrices of its weights in the order of the modules."""
@@ -75,6 +87,10 @@ class Animal:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return stabilize(self.make(), radius=radius, **options)  # type: ignore[arg-type]
+
+    def estimated(self, radius: float = 0.7) -> nn.Module:
+        """The same with the method that trains with an estimate."""
+        return self.stabilized(radius, method="power")
 
 
 def mlp() -> nn.Sequential:

@@ -2,7 +2,9 @@ r"""What operator a weight is, and the interface of a map that keeps its norm wi
 
 from __future__ import annotations
 
+import copy
 import itertools
+import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -14,11 +16,13 @@ from torch import Tensor, nn
 
 from stableopt.linalg import Bound, conv_norm, gram_conv_norm, gram_norm, inf_norm, spectral_norm
 from stableopt.linalg.conv_geometry import padding_multiplicity
+from stableopt.linalg.conv_grid import Grid, block_matrices, fold_tensor, layer_grids, specialized
+from stableopt.linalg.conv_symbol import symbol_slack
 
-__all__ = ["NORMS", "Geometry", "WeightMap", "slack"]
+__all__ = ["KINDS", "NORMS", "Geometry", "WeightMap", "slack"]
 
 NORMS = ("l2", "linf", "l1")
-_KINDS = ("linear", "conv", "conv_transpose")
+KINDS = ("linear", "conv", "conv_transpose")
 
 
 @dataclass(frozen=True)
@@ -54,8 +58,8 @@ class Geometry:
 
     def __post_init__(self) -> None:
         """Check the kind."""
-        if self.kind not in _KINDS:
-            raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {self.kind!r}.")
+        if self.kind not in KINDS:
+            raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {self.kind!r}.")
 
     @classmethod
     def of(cls, layer: nn.Module, name: str = "weight") -> Geometry:
@@ -91,6 +95,32 @@ class Geometry:
             tuple(layer.output_padding) if transposed else (),
         )
 
+    def spec(self) -> str:
+        """Return the geometry as text.
+
+        Examples:
+            >>> Geometry.from_spec(Geometry("conv", stride=(2,)).spec())
+            Geometry(kind='conv', stride=(2,), dilation=(), groups=1, padding=(), padding_mode='zeros', output_padding=())
+        """
+        return json.dumps(vars(self), sort_keys=True)
+
+    @classmethod
+    def from_spec(cls, spec: str) -> Geometry:
+        """Return the geometry that :meth:`spec` has written.
+
+        Args:
+            spec: the text.
+
+        Raises:
+            ValueError: if the text is none.
+
+        Examples:
+            >>> Geometry.from_spec('{"kind": "linear"}').kind
+            'linear'
+        """
+        fields: dict[str, Any] = json.loads(spec)
+        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+
     def proved(self, W: Tensor, norm: str = "l2") -> Bound:
         """Return a proved bound of the operator norm of the stored numbers; see :mod:`stableopt.linalg`.
 
@@ -100,7 +130,7 @@ class Geometry:
 
         Raises:
             TypeError: if the weight is not real and floating.
-            ValueError: if its shape does not fit, an entry is not finite, or the norm is unknown.
+            ValueError: if its shape or an option does not fit, an entry is not finite, or the norm is unknown.
 
         Examples:
             >>> bool(1.0 <= Geometry("linear").proved(torch.eye(2)).upper < 1.0 + 1e-12)
@@ -108,6 +138,7 @@ class Geometry:
         """
         check_norm(norm)
         if norm != "l2":
+            self.check(W)
             rows, copies = self._rows(W.detach(), norm)
             return Bound(0.0, max((inf_norm(r).upper for r in rows), default=0.0)) * copies
         return spectral_norm(W) if self.kind == "linear" else conv_norm(W, **self.options(W.ndim - 2))
@@ -120,13 +151,17 @@ class Geometry:
             norm: ``"l2"``, ``"linf"`` or ``"l1"``.
 
         Raises:
-            ValueError: if the shape does not fit, or the norm is unknown.
+            TypeError: if the weight is not real and floating.
+            ValueError: if the shape or an option does not fit, or the norm is unknown.
 
         Examples:
             >>> float(Geometry("linear").upper(torch.tensor([[3.0, -4.0]]), "l1"))
             4.0
         """
         check_norm(norm)
+        self.check(W)
+        if not W.numel():
+            return W.sum()
         if norm != "l2":
             rows, copies = self._rows(W, norm)
             return copies * torch.stack([r.abs().sum(dim=1).amax() for r in rows]).amax()
@@ -150,6 +185,88 @@ class Geometry:
             "output_padding": self.output_padding or zeros,
         }
 
+    def check(self, W: Tensor) -> None:
+        """Refuse what is no weight of such a layer.
+
+        Args:
+            W: the weight.
+
+        Raises:
+            TypeError: if it is not real and floating.
+            ValueError: if its shape does not fit, or no such layer exists.
+
+        Examples:
+            >>> Geometry("conv", groups=2).check(torch.zeros(4, 1, 3))
+        """
+        if self.kind != "linear":
+            self._grids(W)
+            return
+        if not W.is_floating_point():
+            raise TypeError(f"a weight is a real floating matrix, got dtype {W.dtype}.")
+        if W.ndim != 2:
+            raise ValueError(f"the weight of a linear layer has 2 dimensions, got shape {tuple(W.shape)}.")
+
+    def folded(self, W: Tensor) -> tuple[Tensor, float]:
+        r"""Return matrices the largest norm of which, times a number, is an upper bound of the operator norm.
+
+        See :func:`stableopt.linalg.conv_grid.block_matrices`.
+
+        Args:
+            W: the weight.
+
+        Returns:
+            Shape ``(groups, rows, columns)``, and the number. They are linear in the weight.
+
+        Examples:
+            >>> Geometry("conv").folded(torch.ones(1, 1, 4))[1]
+            2.0
+        """
+        if self.kind == "linear":
+            return W[None], 1.0
+        grids = self._grids(W)
+        factors = [_copies(grid) * math.prod(grid.taps) for grid in grids]
+        grid = grids[factors.index(min(factors))]
+        matrices, factor = block_matrices(fold_tensor(W, self.groups, grid.axes), grid.taps)
+        return matrices, factor * math.sqrt(_copies(grid))
+
+    def proof_slack(self, W: Tensor) -> float:
+        """Return what a proof of the norm of a kernel loses on its grid by rounding, relatively; 0 for matrices.
+
+        Examples:
+            >>> Geometry("conv").proof_slack(torch.zeros(2, 2, 3)) < 1e-12
+            True
+        """
+        if self.kind == "linear":
+            return 0.0
+        rows, losses = W.shape[0] // self.groups, []
+        for grid in self._grids(W):
+            taps = math.prod(grid.taps)
+            phases = math.prod([min(axis.stride, k) for axis, k in zip(grid.axes, W.shape[2:], strict=True)])
+            losses.append(symbol_slack(rows, W.shape[1] * phases, taps))
+        return max(losses)
+
+    def spread(self, W: Tensor, norm: str = "l2") -> float:
+        r"""Return the largest quotient of the norm and of the root of the sum of all squares, at most.
+
+        Args:
+            W: the weight, not empty; only its shape matters.
+            norm: ``"l2"``, ``"linf"`` or ``"l1"``.
+
+        Examples:
+            >>> Geometry("linear").spread(torch.zeros(2, 9)), Geometry("linear").spread(torch.zeros(2, 9), "linf")
+            (1.0, 3.0)
+        """
+        if norm == "l2":
+            return math.sqrt(math.prod(W.shape[2:]) * self.repeated(W))
+        if (norm == "linf") != (self.kind == "conv_transpose"):
+            return math.sqrt(W[0].numel())
+        return math.sqrt(W.shape[0] // self.groups * math.prod(W.shape[2:])) * self.repeated(W)
+
+    def _grids(self, W: Tensor) -> tuple[Grid, ...]:
+        """Return the ways to reduce a kernel to stride 1, and check it."""
+        options = self.options(W.ndim - 2)
+        return layer_grids(W, options.pop("groups"), None, **options)
+
     def repeated(self, W: Tensor) -> int:
         """Return how often the padding shows one pixel of an image to a kernel of this shape, at most; 1 for zero padding.
 
@@ -160,8 +277,8 @@ class Geometry:
         if self.kind != "conv" or self.padding_mode == "zeros":
             return 1
         options = self.options(W.ndim - 2)
-        wanted = {key: options[key] for key in ("stride", "dilation", "padding", "padding_mode")}
-        return padding_multiplicity(tuple(W.shape[2:]), **wanted)
+        wanted = (options[key] for key in ("stride", "dilation", "padding", "padding_mode"))
+        return _multiplicity(specialized(tuple(W.shape[2:])), *wanted)
 
     def _rows(self, W: Tensor, norm: str) -> tuple[list[Tensor], int]:
         r"""Return matrices the largest absolute row sum of which, times an integer, is the operator norm or bounds it.
@@ -206,6 +323,7 @@ class WeightMap(nn.Module, ABC):
             on nothing else, so that evaluation may keep a result.
         by_construction: whether the limit holds for every original, in training as well. Otherwise training uses an estimate,
             and evaluation and export a proved rescale.
+        factorized: whether an original has another shape than its weight.
 
     Args:
         geometry: the operator.
@@ -225,6 +343,7 @@ class WeightMap(nn.Module, ABC):
     name: ClassVar[str]
     norms: ClassVar[frozenset[str]] = frozenset({"l2"})
     by_construction: ClassVar[bool] = True
+    factorized: ClassVar[bool] = False
     dependencies: ClassVar[tuple[nn.Module, ...]] = ()
 
     def __init__(self, geometry: Geometry, radius: float = 1.0, norm: str = "l2") -> None:
@@ -256,6 +375,24 @@ class WeightMap(nn.Module, ABC):
         """Return an original that is mapped to ``W`` if that is within the limit, else to a member near it. Here: ``W``."""
         return W
 
+    @torch.no_grad()
+    def gap(self, V: Tensor) -> Bound:
+        """Return a proved bound of the norm of the weight in training over the radius, without a change of the map.
+
+        Args:
+            V: the original.
+
+        Raises:
+            ValueError: if the weight holds NaN or infinity.
+
+        Examples:
+            >>> from stableopt.nn.weights import METHODS
+            >>> bool(METHODS["gram"](Geometry("linear")).gap(3.0 * torch.eye(4)).upper <= 1.0)
+            True
+        """
+        W = copy.deepcopy(self).train()(V)
+        return self.geometry.proved(W, self.norm) * (1.0 / self.radius)
+
     def extra_repr(self) -> str:
         """Return the arguments for printing."""
         return f"kind={self.geometry.kind}, radius={self.radius}, norm={self.norm}"
@@ -274,10 +411,29 @@ def check_norm(norm: str) -> None:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}.")
 
 
+def check_radius(radius: float, dtype: torch.dtype) -> None:
+    """Refuse a radius that a dtype cannot hold.
+
+    Raises:
+        ValueError: if it is above the largest number.
+
+    Examples:
+        >>> check_radius(1e30, torch.float32)
+    """
+    if radius > torch.finfo(dtype).max:
+        raise ValueError(
+            f"the radius {radius:.4g} is above the largest number of {dtype}, {torch.finfo(dtype).max:.4g}; use a wider dtype or a "
+            "smaller radius."
+        )
+
+
 def slack(stored: Tensor, computed: torch.dtype) -> float:
     r"""Return the relative rounding to allow for: of the stored product, of the computed norm, and of the proof in float64.
 
-    Rounding each entry by :math:`u` relative changes the norm by at most :math:`u\|W\|_F \le u\sqrt n\|W\|_2`.
+    Rounding each entry by :math:`u` relative changes the norm of a matrix by at most :math:`u\|W\|_F \le u\sqrt n\|W\|_2`. For a
+    kernel of :math:`T` taps it is :math:`u\sum_j\|W_j\|_F \le u\sqrt{nT}\|W\|_2`, for which the term of the computed norm has room
+    where that is computed in the dtype that is stored. Half precision has no such room: there
+    :func:`stableopt.nn.weights.isometry.stored` measures.
 
     Args:
         stored: the weight in the dtype that is stored; only its shape and dtype matter.
@@ -292,6 +448,36 @@ def slack(stored: Tensor, computed: torch.dtype) -> float:
     rank, terms = min(stored.shape[0], stored[0].numel()), stored.shape[0] + stored[0].numel()
     rounding = torch.finfo(stored.dtype).eps * math.sqrt(rank)
     return rounding + 2.0 * (terms + 8) * torch.finfo(computed).eps + 2.0**-52 * rank * terms
+
+
+def grain(dtype: torch.dtype, numel: int, radius: float, factor: float = 1.0) -> float:
+    r"""Return what the absolute rounding of subnormal numbers can add to a norm, relative to the radius.
+
+    An error of half of the smallest number :math:`e` in each entry has a norm of at most :math:`e\sqrt{\text{numel}}/2`. A factor
+    that is computed in the same dtype may be subnormal itself, and is off by as much for each of the entries, of size about 1.
+
+    Args:
+        dtype: the dtype that is stored.
+        numel: number of entries.
+        radius: the limit.
+        factor: from the Frobenius norm of the entries to the norm.
+
+    Examples:
+        >>> grain(torch.float16, 1024, 0.01) > 9e-5 > 1e-30 > grain(torch.float32, 1024, 0.01)
+        True
+    """
+    kind = torch.finfo(dtype)
+    share = 0.51 if kind.bits == 16 else 2.0
+    return share * kind.smallest_normal * kind.eps * math.sqrt(numel) * factor / radius
+
+
+@torch.compiler.assume_constant_result
+def _multiplicity(kernel: tuple[int, ...], stride: Any, dilation: Any, padding: Any, padding_mode: str) -> int:
+    return padding_multiplicity(kernel, stride=stride, dilation=dilation, padding=padding, padding_mode=padding_mode)
+
+
+def _copies(grid: Grid) -> int:
+    return math.prod([axis.copies for axis in grid.axes])
 
 
 def _tap_classes(kernel: int, stride: int, dilation: int) -> Sequence[list[int]]:

@@ -24,11 +24,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from stableopt.linalg.conv_geometry import Reduced
+from stableopt.linalg.conv_grid import block_matrices, fold_tensor
 from stableopt.nn.blocks import full_precision
-from stableopt.nn.weights.base import Geometry, WeightMap
+from stableopt.nn.weights.base import Geometry, WeightMap, check_radius, grain
 from stableopt.nn.weights.conv_factors import Factors, factorize, orthonormal_rows, product
 from stableopt.nn.weights.conv_layout import Layout
-from stableopt.nn.weights.isometry import HALF
+from stableopt.nn.weights.isometry import HALF, stored
 
 __all__ = ["OrthogonalConv"]
 
@@ -85,6 +87,7 @@ class OrthogonalConv(WeightMap):
     """
 
     name: ClassVar[str] = "bcop"
+    factorized: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -141,6 +144,7 @@ class OrthogonalConv(WeightMap):
     def forward(self, V: Tensor) -> Tensor:
         """Return the kernel of the original."""
         layout = self.layout
+        check_radius(self.radius, V.dtype)
         wide = V.float() if V.dtype in HALF else V
         with full_precision(wide):
             H, free, bound = layout.split(wide)
@@ -153,7 +157,7 @@ class OrthogonalConv(WeightMap):
             )
             kernel = layout.unfold(product(layout, factors))
             limit = self._limit(V, factors.H, bases if middle is None else [middle, *bases])
-            return (kernel * limit).to(V.dtype).contiguous()
+            return stored(kernel * limit, V.dtype, self.radius, self._folded)
 
     def right_inverse(self, W: Tensor) -> Tensor:
         """Return an original of ``W``, or of an orthogonal kernel near its direction (a local best approximation).
@@ -202,9 +206,14 @@ class OrthogonalConv(WeightMap):
             raise ValueError(f"the kernel has shape {self.shape}, got one of shape {shape}.")
         self._layout = layout
 
+    def _folded(self, W: Tensor) -> tuple[Tensor, float]:
+        """Return matrices for :func:`stableopt.nn.weights.isometry.stored`, by the reduction that the kernel is built for."""
+        axes = [Reduced(phases, None, 1) for phases in self.layout.phases]
+        return block_matrices(fold_tensor(W, self.layout.groups, axes), self.layout.taps)
+
     @torch.no_grad()
     def _limit(self, V: Tensor, H: Tensor, bases: list[Tensor]) -> Tensor:
-        r"""Return the norm to aim at: the radius less the rounding of the map, of the stored numbers and of the proof.
+        r"""Return the norm to aim at: the radius less the rounding of the map and of the proof.
 
         The norm of a product of :math:`(I - Z) + zZ` with :math:`0 \preceq Z \preceq I` is at most 1, but where an original is
         so nearly singular that :math:`Z` is no projector, its proof is not as tight: the self-correlation has other lags than 0,
@@ -215,9 +224,10 @@ class OrthogonalConv(WeightMap):
         eps = torch.finfo(dtype).eps
         small = min(layout.rows, layout.out)
         terms, lags = layout.columns * math.prod(layout.taps), math.prod([2 * t - 1 for t in layout.taps])
-        slack = 1.5 * torch.finfo(V.dtype).eps + (16.0 + 8.0 * math.sqrt(layout.columns)) * eps
+        slack = (17.5 + 8.0 * math.sqrt(layout.columns)) * eps
+        slack += grain(dtype, math.prod(self.shape), self.radius, math.sqrt(math.prod(layout.taps)))
         proof = 2.0**-42 * math.sqrt(terms)  # what the cosines of a grid may be off
-        limit = self.radius * (1.0 - slack - proof - 2.0**-53 * small * terms * lags)
+        limit = self.radius * max(0.0, 1.0 - slack - proof - 2.0**-53 * small * terms * lags)
         noise = 5.0 * eps * math.sqrt(layout.columns)
         slip = (V * 0.0).sum()  # what is no number anywhere, be it in an entry without a use, makes the kernel none
         for Q in bases:

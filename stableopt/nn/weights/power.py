@@ -23,19 +23,29 @@ Where a decision costs more than the steps, which is on accelerators, while comp
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from stableopt.errors import StabilityError
 from stableopt.linalg import Bound, conv_power_start, conv_power_step
 from stableopt.nn.blocks import full_precision
 from stableopt.nn.weights.base import Geometry, WeightMap, slack
-from stableopt.nn.weights.scaled import Factors, Scaled, ScaledKernel, best_direction, transformed
+from stableopt.nn.weights.scaled import (
+    Factor,
+    best_direction,
+    scaled_kernel,
+    scaled_linear,
+    scaled_matrix,
+    transformed,
+)
 
 __all__ = ["Power"]
 
@@ -95,12 +105,19 @@ class Power(WeightMap):
     by_construction: ClassVar[bool] = False
     vectors: Tensor
     share: Tensor
+    _spec: str
 
     def __init__(self, geometry: Geometry, radius: float = 1.0, norm: str = "l2") -> None:
         super().__init__(geometry, radius, norm)
         self.register_buffer("vectors", None)
         self.register_buffer("share", None)  # estimate / Frobenius norm when the vectors last settled
         self._folded: _Folded | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Keep the geometry as text as well: equal layers then share a compiled graph."""
+        super().__setattr__(name, value)
+        if name == "geometry":
+            super().__setattr__("_spec", value.spec())
 
     def forward(self, V: Tensor) -> Tensor:
         """Return the weight; in training mode make a power step."""
@@ -112,14 +129,35 @@ class Power(WeightMap):
             self._start(V)
         wide = V.float() if V.dtype in _HALF else V
         keep = slack if torch.compiler.is_compiling() else _kept_slack
-        target = self.radius * (1.0 - keep(V, wide.dtype))
-        decided = _may_branch(wide)
-        if decided and not torch.is_autocast_enabled("cpu"):
-            W = self._decided(wide, target)
-        else:
-            with full_precision(wide):
-                W = self._decided(wide, target) if decided else self._branchless(wide, target)
-        return W if wide is V and type(W) is Scaled else W.to(V.dtype).contiguous()
+        target = self.radius * (1.0 - keep(wide, wide.dtype))
+        lowered = not V.is_meta and torch.is_autocast_enabled(V.device.type)
+        with full_precision(wide) if lowered else contextlib.nullcontext():
+            W = self._decided(wide, target) if _may_branch(wide) else self._branchless(wide, target)
+        return W.to(V.dtype).contiguous()
+
+    def multiply(self, V: Tensor, x: Tensor, bias: Tensor | None) -> Tensor | None:
+        r"""Return :math:`x W^\top + b` in training, without the matrix :math:`W`; None where it has to be made.
+
+        Args:
+            V: the original of a matrix.
+            x: the input, shape ``(..., n)``.
+            bias: or None.
+
+        Examples:
+            >>> from stableopt.nn.weights import Geometry
+            >>> limit, V = Power(Geometry("linear")), torch.eye(3)
+            >>> _ = limit.right_inverse(V)
+            >>> torch.allclose(limit.multiply(V, torch.ones(1, 3), None), torch.ones(1, 3) @ limit(V).T, rtol=1e-3)
+            True
+        """
+        plain = self.training and self.geometry.kind == "linear" and V.numel() > 0 and V.dtype not in _HALF
+        if not (plain and _may_branch(V) and _fits(x, V, bias)):
+            return None
+        if self.vectors is None:
+            self._start(V)
+        if not _is_moderate(size := float(torch.linalg.vector_norm(V.detach()))):
+            return None
+        return scaled_linear(x, V, bias, self._factor(V, self.radius * (1.0 - _kept_slack(V, V.dtype)), size))
 
     def right_inverse(self, W: Tensor) -> Tensor:
         """Return ``W``, and let the vectors settle on it."""
@@ -130,7 +168,8 @@ class Power(WeightMap):
     def gap(self, V: Tensor) -> Bound:
         """Return a proved bound of the norm in training over the radius, without moving the vectors.
 
-        Above 1 it is the relative amount by which the estimate is too small at the moment.
+        Above 1 it is the relative amount by which the estimate is too small at the moment, in eager or in compiled training,
+        whichever is larger: where nothing can be decided, fewer jumps are noticed.
 
         Args:
             V: the original.
@@ -146,14 +185,21 @@ class Power(WeightMap):
             True
         """
         vectors, share, mode = self.vectors, self.share, self.training
+        wide = V.float() if V.dtype in _HALF else V
+        target = self.radius * (1.0 - _kept_slack(wide, wide.dtype))
+        gaps = []
         try:
-            if vectors is not None:
-                self.vectors, self.share = vectors.clone(), share.clone()
             self.training = True
-            W = self.forward(V)
+            for compute in (self._decided, self._branchless) if _may_branch(wide) else (self._branchless,):
+                if vectors is not None:
+                    self.vectors, self.share = vectors.clone(), share.clone()
+                else:
+                    self._start(V)
+                with full_precision(wide):
+                    gaps.append(self.geometry.proved(compute(wide, target).to(V.dtype)) * (1.0 / self.radius))
         finally:
             self.vectors, self.share, self.training = vectors, share, mode
-        return self.geometry.proved(W) * (1.0 / self.radius)
+        return max(gaps, key=lambda gap: gap.upper)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is kept for evaluation."""
@@ -165,9 +211,11 @@ class Power(WeightMap):
     @torch.no_grad()
     def _start(self, W: Tensor) -> None:
         """Make the vectors for a weight of this shape, and let them settle on its numbers."""
+        if not W.numel():
+            return
         wide = W.detach().float() if W.dtype in _HALF else W.detach()
         with full_precision(wide):
-            self.vectors = self._settled(wide if wide.is_meta else _scaled(wide)[0]).contiguous()
+            self.vectors = self._settled(wide if wide.is_meta else _scaled(wide)[0]).clone().contiguous()
         self.share = wide.new_zeros(())  # that of no weight, so the first step settles anew
 
     def _settled(self, V: Tensor, steps: int = _STEPS) -> Tensor:
@@ -182,26 +230,27 @@ class Power(WeightMap):
     def _decided(self, V: Tensor, target: float) -> Tensor:
         """Return the weight where a decision costs nothing: a step, and many if the first has not settled."""
         size = float(torch.linalg.vector_norm(V.detach()))
-        if size > 0.0 and (size == math.inf or abs(math.frexp(size)[1]) > _RANGE):
+        if not _is_moderate(size):
             k = max(-_MOST, min(_MOST, math.frexp(float(V.detach().abs().amax()))[1]))
             if abs(k) > _RANGE // 2:  # scaling by a power of two is exact
                 return self._decided(V * 2.0**-k, target * 2.0**-k) * 2.0**k
-        decide = self._decided_matrix if self.geometry.kind == "linear" else self._decided_kernel
-        return decide(V, target, size)
+        if self.geometry.kind == "linear":
+            return scaled_matrix(V, self._factor(V, target, size))
+        return self._decided_kernel(V, target, size)
 
-    def _decided_matrix(self, V: Tensor, target: float, size: float) -> Tensor:
-        with torch.no_grad():
-            u, v, first, norm = _quick_half_steps(V, self.vectors.to(V.dtype))
-            settled = norm <= _UNSETTLED * first and self._as_before(norm, size)
-            if not settled:
-                u = _fresh(self.vectors.to(V.dtype), (0,)) + _direction(V)
-                for _ in range(_RENEWED):
-                    u, v, first, norm = _quick_half_steps(V, u)
-                self.share.fill_(norm / size if size else 0.0)
-            self.vectors.copy_(u)
+    @torch.no_grad()
+    def _factor(self, V: Tensor, target: float, size: float) -> Factor:
+        """Make a power step for a matrix of that Frobenius norm, and return the number that it is scaled by."""
+        u, v, first, norm = _quick_half_steps(V, self.vectors.to(V.dtype))
+        if not (norm <= _UNSETTLED * first and self._as_before(norm, size)):
+            u = _fresh(self.vectors.to(V.dtype), (0,)) + _direction(V)
+            for _ in range(_RENEWED):
+                u, v, first, norm = _quick_half_steps(V, u)
+            self.share.fill_(norm / size if size else 0.0)
+        self.vectors.copy_(u)
         if not norm <= _UNSETTLED * first:  # not even then, or not finite
-            return V * (target / torch.linalg.vector_norm(V).clamp_min(target))
-        return Scaled(Factors(V, u, v, target / norm, -target / norm**2)) if norm > target else V.clone()
+            return Factor(target / max(size, target), None, u, v)
+        return Factor(target / norm, target, u, v) if norm > target else Factor(1.0, None, u, v)
 
     def _decided_kernel(self, V: Tensor, target: float, size: float) -> Tensor:
         with torch.no_grad():
@@ -214,10 +263,8 @@ class Power(WeightMap):
                     u = step.vectors
                 self.share.fill_(step.norm / size if size else 0.0)
             self.vectors.copy_(step.vectors)
-        norm = step.norm
-        if norm <= target:
-            return V.clone()
-        return ScaledKernel.apply(V, step.left, step.right, target / norm, -target / norm**2)  # pyright: ignore[reportReturnType]
+        limited = step.norm > target
+        return scaled_kernel(V, step, target / step.norm if limited else 1.0, target if limited else None)
 
     def _as_before(self, norm: float, size: float) -> bool:
         before = float(self.share)
@@ -258,30 +305,68 @@ class Power(WeightMap):
     def _proved(self, V: Tensor) -> Tensor:
         if V.is_meta:
             return V.clone()
-        folded = self._kept(V.detach())
-        if not (V.requires_grad and torch.is_grad_enabled()):
+        if torch.compiler.is_compiling():
+            return self._proved_in_a_graph(V)
+        differentiated = V.requires_grad and torch.is_grad_enabled()
+        if transformed():
+            differentiated = True
+            folded = self._kept_below_transforms(V)
+        else:
+            folded = self._kept(V.detach())
+        if not differentiated:
             return folded.weight.clone()  # nothing that is done to it must be remembered
         if folded.scale == 1.0:
             return V.clone(memory_format=torch.contiguous_format)
         wide = V.float() if V.dtype in _HALF else V
         with full_precision(wide):
             unit, size = _scaled(wide)
-            if folded.vectors is None:
-                folded.vectors = self._settled(unit.detach(), 10 * _STEPS)
-            norm = self._estimate(unit, folded.vectors)
+            norm = self._estimate(unit, self._vectors_of(folded))
             scaled = (unit * (folded.scale * size * (norm.detach() / norm))).to(V.dtype)
         return folded.weight + (scaled - scaled.detach())  # the proved numbers, with the derivative of the quotient
 
+    def _proved_in_a_graph(self, V: Tensor) -> Tensor:
+        """Leave the proof to one opaque node, which keeps its result as outside of a graph."""
+        differentiated = V.requires_grad and torch.is_grad_enabled()
+        if self.vectors is None:
+            self._start(V)
+        like = self.vectors if differentiated else self.vectors.new_empty(0)
+        weight, scale, vectors = _proved_weight(V.detach(), like, self.radius, self._spec)
+        if not differentiated:
+            return weight
+        wide = V.float() if V.dtype in _HALF else V
+        unit, size = _scaled(wide)
+        norm = self._estimate(unit, vectors)
+        shrinking = torch.where(scale < 1.0, norm.detach() / norm, 1.0)
+        scaled = (unit * (scale * size * shrinking)).to(V.dtype)
+        return weight + (scaled - scaled.detach())
+
+    def _kept_below_transforms(self, V: Tensor) -> _Folded:
+        """Return what is kept for the numbers below the transforms of :mod:`torch.func` that are at work."""
+        value = torch.func.debug_unwrap(V.detach(), recurse=True)
+        if value.shape != V.shape:
+            raise RuntimeError(
+                "vmap over the weights of a layer with the method 'power' cannot prove each of them in evaluation mode; "
+                "use training mode, or another method."
+            )
+        with temporarily_clear_interpreter_stack():  # a proof reads numbers, which no transform can follow
+            folded = self._kept(value.detach())
+            self._vectors_of(folded)
+        return folded
+
     def _kept(self, V: Tensor) -> _Folded:
         kept = self._folded
-        same = kept is not None and (kept.original.shape, kept.original.dtype, kept.original.device) == (
-            V.shape,
-            V.dtype,
-            V.device,
-        )
-        if kept is None or not same or not torch.equal(kept.original, V):
+        if kept is None or not kept.fits(V, self.radius, self.geometry):
             kept = self._folded = self._fold(V)
         return kept
+
+    @torch.no_grad()
+    def _vectors_of(self, folded: _Folded) -> Tensor:
+        """Return the vectors of a weight that is kept, for a derivative."""
+        if folded.vectors is None:
+            V = folded.original.float() if folded.original.dtype in _HALF else folded.original
+            with full_precision(V):
+                folded.vectors = self._settled(_scaled(V)[0], 10 * _STEPS)
+        return folded.vectors
 
     @torch.no_grad()
     def _fold(self, V: Tensor) -> _Folded:
@@ -289,14 +374,14 @@ class Power(WeightMap):
         original = V.clone()  # a proof reads numbers through numpy, after which fully_shard cannot free the storage
         norm = self.geometry.proved(original).upper
         if norm <= self.radius:
-            return _Folded(original, V.clone(memory_format=torch.contiguous_format), 1.0)
-        margin = slack(V, torch.float64)
-        for _ in range(8):
-            scale = self.radius / norm * (1.0 - margin)
+            return _Folded(original, V.clone(memory_format=torch.contiguous_format), 1.0, self.radius, self.geometry)
+        margin = max(2.0**-48, torch.finfo(V.dtype).eps / 8)
+        for _ in range(24):
+            scale = self.radius / norm * (1.0 - min(margin, 1.0))
             W = (V.double() * scale).to(V.dtype).contiguous()
             if self.geometry.proved(W).upper <= self.radius:
-                return _Folded(original, W, scale)
-            margin = max(2.0 * margin, 2.0**-50)
+                return _Folded(original, W, scale, self.radius, self.geometry)
+            margin *= 2.0
         raise StabilityError(
             f"no scaled weight of shape {tuple(V.shape)} in {V.dtype} is proved to have norm at most {self.radius}; "
             "use a wider dtype."
@@ -320,7 +405,55 @@ class _Folded:
     original: Tensor
     weight: Tensor
     scale: float
+    radius: float
+    geometry: Geometry
     vectors: Tensor | None = None
+
+    def fits(self, V: Tensor, radius: float, geometry: Geometry) -> bool:
+        """Return whether it is what these numbers, this radius and this operator give."""
+        mine = self.original
+        return (
+            (self.radius, self.geometry) == (radius, geometry)
+            and (mine.shape, mine.dtype, mine.device) == (V.shape, V.dtype, V.device)
+            and torch.equal(mine, V)
+        )
+
+
+_KEPT: OrderedDict[tuple[Any, ...], _Folded] = OrderedDict()
+"""What compiled graphs keep, by the place of the original in memory; the numbers are compared before each use."""
+_KEPT_BYTES = 2**30
+
+
+@torch.library.custom_op("stableopt::proved_weight", mutates_args=())
+def _proved_weight(V: Tensor, vectors: Tensor, radius: float, geometry: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the proved weight of an original and the scale between the two, and vectors for a derivative in place of some."""
+    folded = _kept_in_graphs(V, radius, geometry)
+    scale = torch.tensor(folded.scale, dtype=_wide(V), device=V.device)
+    if vectors.numel():
+        vectors = Power(folded.geometry, radius)._vectors_of(folded)  # noqa: SLF001 the node is part of the map
+    return folded.weight.clone(), scale, vectors.clone()
+
+
+@_proved_weight.register_fake
+def _(V: Tensor, vectors: Tensor, radius: float, geometry: str) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001 as above
+    weight = torch.empty_like(V, memory_format=torch.contiguous_format)
+    return weight, V.new_empty((), dtype=_wide(V)), torch.empty_like(vectors)
+
+
+def _kept_in_graphs(V: Tensor, radius: float, spec: str) -> _Folded:
+    """Return what is kept for an original, or prove it; the oldest go where there is no room."""
+    key, geometry = (V.data_ptr(), V.shape, V.dtype, radius, spec), Geometry.from_spec(spec)
+    folded = _KEPT.pop(key, None)
+    if folded is None or not folded.fits(V, radius, geometry):
+        folded = Power(geometry, radius)._fold(V)  # noqa: SLF001 the node is part of the map
+    _KEPT[key] = folded
+    while len(_KEPT) > 1 and sum(2 * one.original.nbytes for one in _KEPT.values()) > _KEPT_BYTES:
+        _KEPT.popitem(last=False)
+    return folded
+
+
+def _wide(V: Tensor) -> torch.dtype:
+    return torch.float32 if V.dtype in _HALF else V.dtype
 
 
 def _quick_half_steps(V: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float, float]:
@@ -370,11 +503,32 @@ def _slack_of(shape: torch.Size, stored: torch.dtype, computed: torch.dtype) -> 
     return slack(torch.empty(shape, dtype=stored, device="meta"), computed)
 
 
+def _is_moderate(size: float) -> bool:
+    """Return whether the fourth power of a Frobenius norm stays in the range of float32."""
+    return size == 0.0 or (size < math.inf and abs(math.frexp(size)[1]) <= _RANGE)
+
+
+_PLAIN = {Tensor, nn.Parameter}
+
+
 def _may_branch(V: Tensor) -> bool:
-    """Return whether a number can be read at once: on the CPU, of a plain tensor, outside of compilers and transforms."""
-    if torch.compiler.is_compiling() or transformed():
+    """Return whether a number can be read at once: on the CPU, of a plain tensor, outside of compilers, tracers and transforms."""
+    if torch.compiler.is_compiling() or transformed() or torch._C._get_tracing_state() is not None:  # noqa: SLF001 torch has no public question
         return False
-    return V.device.type == "cpu" and type(V) in {Tensor, nn.Parameter}
+    return V.device.type == "cpu" and type(V) in _PLAIN and not torch._C._len_torch_dispatch_stack()  # noqa: SLF001
+
+
+def _fits(x: Any, V: Tensor, bias: Tensor | None) -> bool:
+    """Return whether a plain product of an input with a matrix is all that is asked for."""
+    return (
+        type(x) in _PLAIN
+        and x.layout == torch.strided
+        and x.ndim >= 1
+        and x.shape[-1] == V.shape[1]
+        and (x.dtype, x.device) == (V.dtype, V.device)
+        and (bias is None or (type(bias) in _PLAIN and bias.dtype == V.dtype))
+        and not torch.is_autocast_enabled(V.device.type)
+    )
 
 
 def _direction(V: Tensor) -> Tensor:

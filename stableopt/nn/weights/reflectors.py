@@ -59,6 +59,7 @@ class BlockReflector(WeightMap):
     """
 
     name: ClassVar[str] = "bro"
+    factorized: ClassVar[bool] = True
 
     def __init__(
         self,

@@ -1,168 +1,155 @@
-r"""A matrix times a number, without the matrix: what a layer multiplies with in training, at the cost of a plain layer.
+r"""A weight times a number, and what a layer multiplies with in training, at the cost of a plain layer.
 
 Where :math:`W = sV` is only needed to compute :math:`xW^\top + b`, the factor goes into the matrix products, which scale their
 result for free. The scaled matrix, as large as the weight, is neither written nor read, and neither is its gradient:
 
 .. math:: y = b + s\, x V^\top, \qquad
     \nabla_V = s\, g^\top x + k \langle g^\top x, V\rangle\, u v^\top \quad\text{for}\quad ds = k\, u^\top dV\, v .
+
+With :math:`s = t / \sigma` and :math:`\sigma = u^\top V v` for constant :math:`t, u, v` the slope is
+:math:`k = -t / \sigma^2 = -s^2 / t`. Where a derivative is itself differentiated,
+:math:`s` and :math:`k` are functions of :math:`V` again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import contextlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
+from torch.autograd import forward_ad
 
 from stableopt.linalg.conv_grid import Grid, fold_tensor, layer_grids
 from stableopt.linalg.conv_power import _ascend  # the step itself, with the vectors that it ends in
-from stableopt.nn.parametrized import _ComputedWeight  # the refusal of writes that would be lost
 
-__all__ = ["Direction", "Factors", "Scaled", "ScaledKernel", "best_direction", "transformed"]
+__all__ = ["Direction", "Factor", "best_direction", "scaled_kernel", "scaled_linear", "scaled_matrix", "transformed"]
 
 
 @dataclass(frozen=True, eq=False)
-class Factors:
-    r"""A matrix :math:`V`, a number :math:`s`, and the derivative :math:`ds = k\, u^\top dV\, v` of that number.
+class Factor:
+    r"""The number :math:`s` and its derivative :math:`ds = -(s^2 / t)\, u^\top dV\, v`.
+
+    Args:
+        scale: :math:`s`.
+        target: :math:`t`; None for a number that is constant.
+        u: shape of the columns of the matrix.
+        v: shape of its rows.
+
+    Examples:
+        >>> Factor(0.5, 1.0, torch.ones(1), torch.ones(1)).slope, Factor(1.0, None, torch.ones(1), torch.ones(1)).slope
+        (-0.25, 0.0)
+    """
+
+    scale: float
+    target: float | None
+    u: Tensor
+    v: Tensor
+
+    @property
+    def slope(self) -> float:
+        """The number :math:`k`."""
+        return 0.0 if self.target is None else -self.scale * self.scale / self.target
+
+
+def scaled_matrix(V: Tensor, factor: Factor) -> Tensor:
+    """Return the matrix times the number.
 
     Args:
         V: the matrix.
-        u: shape of its columns.
-        v: shape of its rows.
-        scale: :math:`s`.
-        slope: :math:`k`.
+        factor: the number.
 
     Examples:
-        >>> e = torch.ones(1)
-        >>> Factors(torch.full((1, 1), 3.0), e, e, 0.5, 0.0).product()
+        >>> scaled_matrix(torch.full((1, 1), 3.0), Factor(0.5, None, torch.ones(1), torch.ones(1)))
         tensor([[1.5000]])
     """
-
-    V: Tensor
-    u: Tensor
-    v: Tensor
-    scale: float
-    slope: float
-
-    def product(self) -> Tensor:
-        """Return the scaled matrix."""
-        return _Product.apply(self.V, self.u, self.v, self.scale, self.slope)  # pyright: ignore[reportReturnType]
+    return _Product.apply(V, factor.u, factor.v, factor.scale, factor.target)  # pyright: ignore[reportReturnType]
 
 
-class Scaled(Tensor):
-    """A scaled matrix that comes into being when anything but :func:`torch.nn.functional.linear` asks for its numbers.
-
-    Until then it has no memory. Writing into it is refused, as the result of a parametrization it would be lost.
+def scaled_linear(x: Tensor, V: Tensor, bias: Tensor | None, factor: Factor) -> Tensor:
+    """Return the linear map of the scaled matrix, without the matrix.
 
     Args:
-        factors: what it is the product of.
+        x: the input, shape ``(..., n)``.
+        V: the matrix, shape ``(m, n)``.
+        bias: shape ``(m,)``, or None.
+        factor: the number.
 
     Examples:
-        >>> e = torch.ones(1)
-        >>> W = Scaled(Factors(torch.full((1, 1), 3.0), e, e, 0.5, 0.0))
-        >>> F.linear(torch.ones(1), W), W + 0.0
-        (tensor([1.5000]), tensor([[1.5000]]))
+        >>> factor = Factor(0.5, None, torch.ones(1), torch.ones(1))
+        >>> scaled_linear(torch.ones(1, 1), torch.full((1, 1), 3.0), None, factor)
+        tensor([[1.5000]])
     """
-
-    _factors: Factors
-    _dense: Tensor | None
-
-    @staticmethod
-    def __new__(cls, factors: Factors) -> Scaled:  # noqa: D102, PYI034 the type of Tensor.__new__ is not generic
-        V = factors.V
-        make: Any = Tensor._make_wrapper_subclass  # noqa: SLF001 the constructor for tensors without memory
-        self = make(cls, V.shape, dtype=V.dtype, device=V.device)
-        self._factors, self._dense = factors, None
-        return self
-
-    @classmethod
-    def __torch_function__(  # pyright: ignore[reportIncompatibleMethodOverride]
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        """Multiply without the matrix where that is the same, else make the matrix."""
-        kwargs = dict(kwargs or {})
-        if func is F.linear and len(args) >= 2:
-            x, W, bias = args[0], args[1], args[2] if len(args) > 2 else kwargs.get("bias")
-            if type(W) is cls and W._waiting() and _fits(x, W) and (bias is None or _fits(bias, W)):  # noqa: SLF001
-                f = W._factors  # noqa: SLF001
-                return _Linear.apply(x, bias, f.V, f.u, f.v, f.scale, f.slope)
-        arguments: Any = tree_map_only(cls, _computed, (args, kwargs))
-        return func(*arguments[0], **arguments[1])
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Refuse what went around ``__torch_function__``, where the gradient would be lost.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError(
-            f"{func} got a weight that is not computed yet, under disabled torch functions; pass weight.clone()."
-        )
-
-    def _waiting(self) -> bool:
-        return object.__getattribute__(self, "_dense") is None
+    return _Linear.apply(x, bias, V, factor.u, factor.v, factor.scale, factor.target)  # pyright: ignore[reportReturnType]
 
 
-def _computed(W: Scaled) -> Tensor:
-    """Return the matrix, always the same one."""
-    if W._waiting():  # noqa: SLF001
-        W._dense = W._factors.product().as_subclass(_ComputedWeight)  # noqa: SLF001
-    return W._dense  # noqa: SLF001  # pyright: ignore[reportReturnType]
+def scaled_kernel(V: Tensor, step: Direction, scale: float, target: float | None) -> Tensor:
+    r"""Return a kernel times the number :math:`s = t / \sigma`, with the derivative of :math:`\sigma` from a power step.
 
+    Args:
+        V: the kernel.
+        step: the power step.
+        scale: :math:`s`.
+        target: :math:`t`; None for a number that is constant.
 
-def _fits(x: Any, W: Scaled) -> bool:
-    V = W._factors.V  # noqa: SLF001
-    return (
-        isinstance(x, Tensor)
-        and type(x) in _PLAIN
-        and x.dtype == V.dtype
-        and x.device == V.device
-        and x.layout == torch.strided
-        and x.ndim >= 1
-        and not torch.is_autocast_enabled(V.device.type)
-        and not transformed()
-    )
-
-
-_PLAIN = {Tensor, torch.nn.Parameter}
+    Examples:
+        >>> from stableopt.linalg import conv_power_start
+        >>> kernel = torch.tensor([[[0.5, 0.5]]])
+        >>> step = best_direction(kernel, conv_power_start(kernel, tracks=2), {"groups": 1})
+        >>> scaled_kernel(kernel, step, 0.5, None)
+        tensor([[[0.2500, 0.2500]]])
+    """
+    return _Kernel.apply(V, step.left, step.right, scale, target)  # pyright: ignore[reportReturnType]
 
 
 def transformed() -> bool:
-    """Return whether a transform of :mod:`torch.func` is at work.
+    """Return whether a transform of :mod:`torch.func` or a forward derivative is at work.
 
     Examples:
         >>> transformed()
         False
     """
-    return torch._C._are_functorch_transforms_active()  # noqa: SLF001 torch has no public question
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0  # noqa: SLF001 torch has no public question
+
+
+def _in_full_precision(device: str) -> Any:
+    """Autocast is switched off: a backward pass may run where the forward map did not."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+def _recorded() -> bool:
+    """Return whether the derivative that is computed now will itself be differentiated."""
+    return torch.is_grad_enabled() or transformed()
+
+
+def _numbers(scale: float, target: float | None, sigma: Tensor) -> tuple[Any, Any]:
+    r"""Return :math:`s` and :math:`k` as functions of :math:`\sigma`."""
+    return (scale, 0.0) if target is None else (target / sigma, -target / sigma.square())
+
+
+def _slope(scale: float, target: float | None) -> float:
+    return 0.0 if target is None else -scale * scale / target
 
 
 class _Product(torch.autograd.Function):
     r""":math:`sV`."""
 
     @staticmethod
-    def forward(ctx: Any, V: Tensor, u: Tensor, v: Tensor, scale: float, slope: float) -> Tensor:
+    def forward(ctx: Any, V: Tensor, u: Tensor, v: Tensor, scale: float, target: float | None) -> Tensor:
         ctx.save_for_backward(V, u, v)
-        ctx.numbers = scale, slope
-        return V * scale
+        ctx.numbers = scale, target
+        return (V * scale).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        (G,), (V, u, v), (scale, slope) = grads, ctx.saved_tensors, ctx.numbers
-        if torch.is_grad_enabled() or transformed():  # this derivative will be differentiated
+        (G,), (V, u, v), (scale, target) = grads, ctx.saved_tensors, ctx.numbers
+        with _in_full_precision(V.device.type):
             along = torch.dot(G.reshape(-1), V.reshape(-1))
-            return G * scale + torch.outer(u * (along * slope), v), None, None, None, None
-        along = float(torch.dot(G.reshape(-1), V.reshape(-1)))
-        return torch.addr(G, u, v, beta=scale, alpha=along * slope), None, None, None, None
+            if _recorded():
+                s, k = _numbers(scale, target, torch.dot(u, V @ v))
+                return G * s + torch.outer(u * (along * k), v), None, None, None, None
+            return torch.addr(G, u * (along * _slope(scale, target)), v, beta=scale), None, None, None, None
 
 
 class _Linear(torch.autograd.Function):
@@ -170,34 +157,36 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, b: Tensor | None, V: Tensor, u: Tensor, v: Tensor, scale: float, slope: float
+        ctx: Any, x: Tensor, b: Tensor | None, V: Tensor, u: Tensor, v: Tensor, scale: float, target: float | None
     ) -> Tensor:
         ctx.save_for_backward(x, V, u, v)
-        ctx.numbers, ctx.biased = (scale, slope), b is not None
+        ctx.numbers = scale, target
         rows = x.reshape(-1, V.shape[1])
         y = _scaled_product(rows, V.mT, scale) if b is None else torch.addmm(b, rows, V.mT, alpha=scale)
         return y.view(*x.shape[:-1], V.shape[0])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (g,), (x, V, u, v), (scale, slope) = grads, ctx.saved_tensors, ctx.numbers
+        (g,), (x, V, u, v), (scale, target) = grads, ctx.saved_tensors, ctx.numbers
         into_x, into_b, into_V = ctx.needs_input_grad[:3]
         g_rows, rows = g.reshape(-1, V.shape[0]), x.reshape(-1, V.shape[1])
-        gb = g_rows.sum(0) if into_b else None
         gx = gV = None
-        if torch.is_grad_enabled() or transformed():  # this derivative will be differentiated
-            W = _Product.apply(V, u, v, scale, slope)
-            gx = (g_rows @ W).view(x.shape) if into_x else None
+        with _in_full_precision(V.device.type):
+            gb = g_rows.sum(0) if into_b else None
+            if _recorded():
+                s, k = _numbers(scale, target, torch.dot(u, V @ v))
+                if into_x:
+                    gx = (g_rows @ _Product.apply(V, u, v, scale, target)).view(x.shape)
+                if into_V:
+                    G = g_rows.mT @ rows
+                    gV = G * s + torch.outer(u * (torch.dot(G.reshape(-1), V.reshape(-1)) * k), v)
+                return gx, gb, gV, None, None, None, None
+            if into_x:
+                gx = _scaled_product(g_rows, V, scale).view(x.shape)
             if into_V:
-                G = g_rows.mT @ rows
-                gV = G * scale + torch.outer(u * (torch.dot(G.reshape(-1), V.reshape(-1)) * slope), v)
-            return gx, gb, gV, None, None, None, None
-        if into_x:
-            gx = _scaled_product(g_rows, V, scale).view(x.shape)
-        if into_V:
-            gV = _scaled_product(g_rows.mT, rows, scale)
-            along = float(torch.dot(gV.view(-1), V.reshape(-1))) / scale
-            gV.addr_(u, v, alpha=along * slope)
+                gV = _scaled_product(g_rows.mT, rows, scale)
+                along = torch.dot(gV.view(-1), V.reshape(-1))
+                gV.addr_(u * (along * (_slope(scale, target) / scale)), v)
         return gx, gb, gV, None, None, None, None
 
 
@@ -269,29 +258,24 @@ def _unfolded(right: Tensor, V: Tensor, grid: Grid) -> Tensor:
     return result
 
 
-class ScaledKernel(torch.autograd.Function):
-    r""":math:`sV` for a kernel, where :math:`ds = k \langle LR^\top, dV\rangle`."""
+class _Kernel(torch.autograd.Function):
+    r""":math:`sV` for a kernel, where :math:`d\sigma = \langle LR^\top, dV\rangle`, group by group."""
 
     @staticmethod
-    def forward(ctx: Any, V: Tensor, left: Tensor, right: Tensor, scale: float, slope: float) -> Tensor:
-        """Return the scaled kernel."""
+    def forward(ctx: Any, V: Tensor, left: Tensor, right: Tensor, scale: float, target: float | None) -> Tensor:
         ctx.save_for_backward(V, left, right)
-        ctx.numbers = scale, slope
+        ctx.numbers = scale, target
         return (V * scale).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
-        """Return the derivative with respect to the kernel."""
-        (G,), (V, left, right), (scale, slope) = grads, ctx.saved_tensors, ctx.numbers
-        parts = G.reshape(len(left), left.shape[1], -1)
-        if torch.is_grad_enabled() or transformed():  # this derivative will be differentiated
-            along = (G * V).sum()
-            return (parts * scale + along * slope * (left @ right.mT)).view(V.shape), None, None, None, None
-        along = float(torch.dot(G.reshape(-1), V.reshape(-1)))
-        return (
-            torch.baddbmm(parts, left, right.mT, beta=scale, alpha=along * slope).view(V.shape),
-            None,
-            None,
-            None,
-            None,
-        )
+        (G,), (V, left, right), (scale, target) = grads, ctx.saved_tensors, ctx.numbers
+        with _in_full_precision(V.device.type):
+            parts = G.reshape(len(left), left.shape[1], -1)
+            along = torch.dot(G.reshape(-1), V.reshape(-1))
+            if _recorded():
+                sigma = (left * torch.bmm(V.reshape(parts.shape), right)).sum()
+                s, k = _numbers(scale, target, sigma)
+                return (parts * s + along * k * (left @ right.mT)).view(V.shape), None, None, None, None
+            gV = torch.baddbmm(parts, left * (along * _slope(scale, target)), right.mT, beta=scale)
+        return gV.view(V.shape), None, None, None, None
