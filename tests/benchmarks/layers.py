@@ -16,9 +16,7 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.sparse.linalg import LinearOperator, svds
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -118,42 +116,36 @@ def step_of(layer: nn.Module, x: Tensor, target: Tensor, optimizer: torch.optim.
 def singular_values(layer: nn.Module, x: Tensor) -> tuple[float, float]:
     """Return the largest and the smallest singular value of the affine map of a layer on one input like those of x.
 
-    The layer keeps its mode; the smallest value is NaN for images, where only a Lanczos iteration is affordable.
+    The layer keeps its mode. For images the largest comes from 200 power steps, about 0.1 % below, and the smallest is NaN.
     """
     shape, n = x.shape[1:], x[0].numel()
     if len(shape) == 1:
         matrix = (layer(torch.eye(n)) - layer(torch.zeros(1, n))).double()
         values = torch.linalg.svdvals(matrix)
         return float(values[0]), float(values[-1])
-    with torch.enable_grad():
+    with torch.enable_grad():  # one graph of the layer, so that no step of an estimate moves it
         zero = torch.zeros(1, *shape, requires_grad=True)
         y = layer(zero)
-
-    def forward(v: np.ndarray) -> np.ndarray:
-        image = torch.from_numpy(v.reshape(1, *shape)).float()
-        return (frozen(image) - offset).flatten().double().numpy()
-
-    def adjoint(v: np.ndarray) -> np.ndarray:
-        (g,) = torch.autograd.grad(y, zero, torch.from_numpy(v.reshape(y.shape)).float(), retain_graph=True)
-        return g.flatten().double().numpy()
-
-    frozen, offset = _frozen(layer, zero), y.detach()
-    operator = LinearOperator((y.numel(), n), matvec=forward, rmatvec=adjoint, dtype=np.float64)
-    return float(svds(operator, 1, tol=1e-6, return_singular_vectors=False, random_state=0)[0]), float("nan")
-
-
-def _frozen(layer: nn.Module, like: Tensor) -> Callable[[Tensor], Tensor]:
-    """Return the linear map by forward differentiation of one graph, so that no step of an estimate moves it."""
-    with torch.enable_grad():
-        y = layer(like)
         dual = torch.zeros_like(y, requires_grad=True)
-        (g,) = torch.autograd.grad(y, like, dual, create_graph=True)
+        (back,) = torch.autograd.grad(
+            y, zero, dual, create_graph=True
+        )  # linear in dual, so its derivative is the layer
+    v = torch.randn(zero.shape, generator=torch.Generator().manual_seed(0))
+    size = torch.zeros(())
+    for _ in range(200):
+        (image,) = torch.autograd.grad(back, dual, v / v.norm(), retain_graph=True)
+        size = image.norm()
+        (v,) = torch.autograd.grad(y, zero, image, retain_graph=True)
+    return float(size), float("nan")
 
-    def run(image: Tensor) -> Tensor:
-        (out,) = torch.autograd.grad(g, dual, image.view(g.shape), retain_graph=True)
-        return out + y.detach()
 
-    return run
+@torch.no_grad()
+def enlarged(layer: nn.Module) -> nn.Module:
+    """Return the layer with a weight that wants to be three times as large, so that a limit is in force."""
+    chain = getattr(layer, "parametrizations", None)
+    if chain is not None and "weight" in chain and chain["weight"].is_tensor:
+        chain["weight"].original.mul_(3.0)
+    return layer
 
 
 def compare(
@@ -166,7 +158,7 @@ def compare(
     steps: dict[str, Callable[[], object]] = {}
     for name, make in makers.items():
         torch.manual_seed(0)
-        layers[name] = make()
+        layers[name] = enlarged(make())
         steps[name] = step_of(layers[name], x, target, torch.optim.SGD(layers[name].parameters(), 0.05, momentum=0.9))
     times = medians(steps, rounds=rounds)
     base = next(iter(times.values()))
@@ -184,16 +176,16 @@ def compare(
 
 
 class Products(TorchDispatchMode):
-    """Counts matrix products."""
+    """Counts the multiplications in matrix products."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Count a product of two matrices."""
-        if func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.matmul}:
-            self.count += all(t.ndim > 1 and min(t.shape[-2:]) > 1 for t in args[-2:] if isinstance(t, Tensor))
+        """Count the multiplications of a product of two matrices."""
+        if func.overloadpacket in {torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm}:
+            self.count += args[-2].numel() * args[-1].shape[-1]
         return func(*args, **(kwargs or {}))
 
 
@@ -223,7 +215,8 @@ def manifold(n: int, batch: int, rounds: int) -> None:
         f"\northogonal {n} x {n} on the manifold, batch {batch}, {device_name()}: forward and backward x "
         f"{passes[orthogonal] / passes['nn.Linear']:.2f} of a plain layer, whole step x "
         f"{whole[orthogonal] / whole['nn.Linear']:.2f}; "
-        f"{counted.count - plain.count} products more in the step; singular values {values[-1]:.9f} to {values[0]:.9f}"
+        f"{(counted.count - plain.count) / n**3:.2f} products of n x n matrices more in the step; "
+        f"singular values {values[-1]:.9f} to {values[0]:.9f}"
     )
 
 
