@@ -10,9 +10,9 @@ with :math:`u` from the step before and :math:`v \propto V^\top u`,
 .. math:: \|V^\top u\| \;\le\; \|V v\| \;\le\; \|V\| ,
 
 and where the second is more than 0.5 % above the first the vector has not settled. And the quotient of the estimate and the
-Frobenius norm is compared with what it was when the vectors last settled: it does not change when the weight is scaled. A new
-singular value :math:`r` with vectors orthogonal to all others leaves the estimate as it is and adds :math:`r^2` to
-:math:`\|V\|_F^2`, so a change by 2 % shows each :math:`r \ge \|V\|_F / 5`. At either sign the vectors settle anew, by 20 steps. A
+Frobenius norm is compared with the largest since the vectors last settled: it does not change when the weight is scaled, and it
+rises while the direction that is followed grows. A new singular value :math:`r` with vectors orthogonal to all others leaves the
+estimate as it is and adds :math:`r^2` to :math:`\|V\|_F^2`, so a fall by 2 % shows each :math:`r \ge \|V\|_F / 5`. At either sign the vectors settle anew, by 20 steps. A
 fixed direction, mixed into :math:`u` in each step, keeps it from being orthogonal to any new singular vector for good. What is left
 is an excess of a few percent while the largest singular vectors change quickly, and after a jump by less than
 :math:`\|V\|_F / 5` in a direction orthogonal to :math:`u` and :math:`v`, which takes the steps to grow into it.
@@ -53,7 +53,9 @@ _HALF = frozenset({torch.float16, torch.bfloat16})
 _UNSETTLED = 1.005
 """Quotient of the second half of a step to the first, above which the vector has not settled."""
 _CHANGED = 0.02
-"""Relative change of the quotient of estimate and Frobenius norm, above which the vectors settle anew."""
+"""Relative fall of the quotient of estimate and Frobenius norm, above which the vectors settle anew."""
+_RISEN = 1.5
+"""Factor of its rise within a step, above which the same is done: a jump may hide another."""
 _MIXED = 0.01
 _STEPS = 30
 _RENEWED = 20
@@ -267,8 +269,14 @@ class Power(WeightMap):
         return scaled_kernel(V, step, target / step.norm if limited else 1.0, target if limited else None)
 
     def _as_before(self, norm: float, size: float) -> bool:
-        before = float(self.share)
-        return size == 0.0 or abs(norm / size - before) <= _CHANGED * before
+        """Return whether no other singular value shows in the quotient; a quotient that has risen is the next one's measure."""
+        if size == 0.0:
+            return True
+        now, before = norm / size, float(self.share)
+        if before < now <= _RISEN * before:
+            self.share.fill_(now)
+            return True
+        return (1.0 - _CHANGED) * before <= now <= before
 
     def _branchless(self, V: Tensor, target: float) -> Tensor:
         """Return the weight without any decision: an estimate that has not settled gives way to an upper bound."""
