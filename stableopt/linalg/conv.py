@@ -13,6 +13,14 @@ maximum at :math:`x`, then :math:`|p(x+t)| \ge \|p\|_\infty \cos(m_d t)` for :ma
     \le \prod_d \sec\frac{\pi m_d}{N_d} \; \max_{\omega \in \text{grid}} \|\hat W(\omega)\|_2 .
 
 For kernels that are nearly orthogonal the factor is most of the loss; there :mod:`stableopt.linalg.conv_correlation` is better.
+For kernels of one sign it is as well, and there :math:`\|\hat W(\omega)\|_2 \le \bigl\|\sum_j |W_j|\bigr\|_2`, the *modulus bound*,
+is the value at the frequency 0. It is never above the bounds that make use of absolute values alone,
+
+.. math::
+    \Bigl\|\sum_j |W_j|\Bigr\|_2 \le \sqrt{\|T\|_1 \|T\|_\infty}, \qquad
+    \Bigl\|\sum_j |W_j|\Bigr\|_2 \le \sum_j \|W_j\|_F ,
+
+the first of which is Schur's test of the operator :math:`T` of the kernel.
 """
 
 from __future__ import annotations
@@ -21,11 +29,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from stableopt.linalg.bound import Bound, upper
 from stableopt.linalg.conv_correlation import correlation_upper
-from stableopt.linalg.conv_geometry import Axis, Reduced, check_kernel, conv_axes, reductions
-from stableopt.linalg.conv_symbol import fold, riesz_factor, symbol_reach, symbol_upper
-from stableopt.linalg.proved import Array, Matrix, as_matrix, scale_back, scale_to_unit
+from stableopt.linalg.conv_geometry import Axis, Reduced, conv_axes, reductions
+from stableopt.linalg.conv_symbol import (
+    as_kernel,
+    coarse_points,
+    fold,
+    riesz_factor,
+    symbol_exceeds,
+    symbol_peak,
+    symbol_reach,
+    symbol_upper,
+)
+from stableopt.linalg.proved import Array, Matrix, gamma, gram_upper, scale_back, scale_to_unit
 
 __all__ = ["conv_norm", "conv_symbol_norm"]
 
@@ -68,8 +87,9 @@ def conv_norm(
         image_size: pixels of the input per axis, if they are fixed; the bound is then that of a torus where this is
             tighter and costs at most twice as many frequencies per axis. None for a bound that holds for every size.
         oversampling: grid points per tap of the reduced kernel, at least 2; the bound exceeds the supremum of the symbol by at
-            most the factor :math:`\sec(\pi/2\,\cdot\,1/\text{oversampling})` per axis (1.0195 for 8, and 1.0086 for 3 taps).
-            A kernel that is nearly orthogonal needs no grid: its bound exceeds the norm by little more than its rounding.
+            most the factor :math:`\sec(\pi/2\,\cdot\,1/\text{oversampling})` per axis (1.0196 for 8, and 1.0087 for 3 taps).
+            A kernel that is nearly orthogonal, or of one sign, needs no grid: its bound exceeds the norm by little more than its
+            rounding.
 
     Returns:
         ``Bound(0, upper)``, proved, all rounding counted. Called without any option, it holds for zero padding, any stride
@@ -99,8 +119,7 @@ def conv_norm(
         >>> 1.0 <= conv_norm(kernel, padding="same", padding_mode="circular", image_size=8).upper < 1.0 + 1e-12
         True
     """
-    check_kernel(weight.shape, groups)
-    w = as_matrix(weight, ndim=weight.ndim)
+    w = as_kernel(weight, groups)
     if not isinstance(oversampling, int) or oversampling < 2:
         raise ValueError(f"oversampling must be an integer >= 2, got {oversampling!r}.")
     axes = conv_axes(
@@ -153,8 +172,7 @@ def conv_symbol_norm(weight: Matrix, *, groups: int = 1, oversampling: int = 8) 
         >>> bool(2.0 <= conv_symbol_norm(torch.tensor([[[1.0, -1.0]]])).upper < 2.04)
         True
     """
-    check_kernel(weight.shape, groups)
-    w = as_matrix(weight, ndim=weight.ndim)
+    w = as_kernel(weight, groups)
     if not isinstance(oversampling, int) or oversampling < 2:
         raise ValueError(f"oversampling must be an integer >= 2, got {oversampling!r}.")
     if w.size == 0 or not w.any():
@@ -177,8 +195,30 @@ def _bound(w: Array, groups: int, axes: Sequence[Reduced], oversampling: int) ->
     exact = [axis.torus is not None and axis.torus <= 2 * n for axis, n in zip(axes, grid, strict=True)]
     points = [axis.torus if e and n > 1 and axis.torus else n for axis, e, n in zip(axes, exact, grid, strict=True)]
     kernel, copies = fold(w, groups, axes), Bound.point(math.prod(axis.copies for axis in axes)).sqrt()
-    near, loss = correlation_upper(kernel, worthwhile=_WORTHWHILE)
-    if loss < _NO_LOSS:
-        return Bound.point(near) * copies
-    factor = riesz_factor(taps, [None if e else n for e, n in zip(exact, grid, strict=True)])
-    return min(Bound.point(symbol_upper(kernel, points)) * factor, Bound.point(near), key=upper) * copies
+    best, loss = correlation_upper(kernel, worthwhile=_WORTHWHILE)
+    if loss >= _NO_LOSS:
+        factor = riesz_factor(taps, [None if e else n for e, n in zip(exact, grid, strict=True)])
+        high, peak = symbol_peak(kernel, points)
+        best = min(best, (Bound.point(high) * factor).upper)
+        if not any(exact):
+            best = min(best, _coarse_upper(kernel, taps, best, peak))
+    return Bound.point(min(best, _modulus_upper(kernel, best))) * copies
+
+
+def _coarse_upper(kernel: Array, taps: Sequence[int], best: float, peak: Sequence[float]) -> float:
+    """Bound the symbol on the grid of :func:`stableopt.linalg.gram_conv_norm` if that is better, so that it is never below."""
+    points = coarse_points(taps)
+    factor = riesz_factor(taps, points)
+    if symbol_exceeds(kernel, points, best / factor.lower, peak):
+        return math.inf
+    return (Bound.point(symbol_upper(kernel, points)) * factor).upper
+
+
+def _modulus_upper(kernel: Array, best: float) -> float:
+    r"""Bound :math:`\bigl\|\sum_j |W_j|\bigr\|_2`, the largest over the groups, from above; infinity if that is not better."""
+    moduli = np.abs(kernel).reshape(*kernel.shape[:3], -1)
+    matrices = moduli.sum(axis=-1)
+    reach = np.sqrt((matrices.sum(axis=-1) ** 2).sum(axis=-1).max() / matrices.shape[-1])  # at a vector of ones
+    if reach > best:
+        return math.inf
+    return (Bound.point(gram_upper(matrices)) * (1.0 + gamma(moduli.shape[-1]))).upper

@@ -30,12 +30,11 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from stableopt.linalg.bound import Bound
-from stableopt.linalg.conv_geometry import Reduced, check_kernel, conv_axes, reductions
-from stableopt.linalg.conv_symbol import fold
+from stableopt.linalg.conv_geometry import Reduced, conv_axes, reductions
+from stableopt.linalg.conv_symbol import as_kernel, fold
 from stableopt.linalg.proved import (
     Array,
     Matrix,
-    as_matrix,
     gamma,
     largest_eigenvalues_upper,
     scale_back,
@@ -93,8 +92,7 @@ def conv_gram_bound(
         >>> conv_gram_bound(pair, stride=2).upper < 1.0001, conv_gram_bound(pair).upper > 1.39
         (True, True)
     """
-    check_kernel(weight.shape, groups)
-    w = as_matrix(weight, ndim=weight.ndim)
+    w = as_kernel(weight, groups)
     axes = reductions(conv_axes(w.shape[2:], stride=stride, dilation=dilation))[0]
     if w.size == 0 or not w.any():
         return Bound.point(0.0)
@@ -244,13 +242,14 @@ def _symbols(
     """
     axes = [np.arange(grid[0] // 2 + 1), *(np.arange(n) for n in grid[1:])]
     frequencies = np.stack([a.ravel() for a in np.meshgrid(*axes, indexing="ij")])  # (D, F)
-    turns = sum((np.outer(f, lag) % n) / n for f, lag, n in zip(frequencies, np.array(lags).T, grid, strict=True))
-    angle = 2.0 * math.pi * np.asarray(turns)  # (F, lags)
     even = (others + others.swapaxes(-1, -2)).reshape(len(lags), -1)
     odd = (others - others.swapaxes(-1, -2)).reshape(len(lags), -1)
-    for batch in np.array_split(angle, min(len(angle), math.ceil(len(angle) * center.size / _BATCH))):
-        shape = (len(batch), *center.shape)
-        yield center + (np.cos(batch) @ even).reshape(shape), (np.sin(batch) @ odd).reshape(shape)
+    count, entries = frequencies.shape[1], max(center.size, len(lags))
+    for batch in np.array_split(frequencies, min(count, math.ceil(count * entries / _BATCH)), axis=1):
+        turns = sum((np.outer(f, lag) % n) / n for f, lag, n in zip(batch, np.array(lags).T, grid, strict=True))
+        angle = 2.0 * math.pi * np.asarray(turns)  # (frequencies of the batch, lags)
+        shape = (batch.shape[1], *center.shape)
+        yield center + (np.cos(angle) @ even).reshape(shape), (np.sin(angle) @ odd).reshape(shape)
 
 
 def _symbol_norms(real: Array, imag: Array, squarings: int) -> Array:

@@ -131,7 +131,7 @@ def check_kernel(shape: Sequence[int], groups: int) -> None:
         raise ValueError(f"a convolution kernel has 3 to 5 dimensions (out, in, *kernel), got {len(shape)}.")
     if 0 in shape[2:]:
         raise ValueError(f"a convolution kernel has at least one tap per axis, got shape {tuple(shape)}.")
-    if not isinstance(groups, int) or groups < 1 or shape[0] % groups:
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1 or shape[0] % groups:
         raise ValueError(f"groups must be a positive divisor of the {shape[0]} channels of the kernel, got {groups!r}.")
 
 
@@ -149,7 +149,7 @@ def conv_axes(
     r"""Check the options of a convolution layer and return its axes.
 
     Args:
-        kernel: taps per axis.
+        kernel: taps per axis, at least 1 each.
         stride: one positive integer, or one per axis.
         dilation: the same.
         padding: pixels on either side, one or one per axis, or ``"same"`` or ``"valid"``.
@@ -166,6 +166,7 @@ def conv_axes(
         5
     """
     dims = len(kernel)
+    kernel = _per_axis("kernel", kernel, dims, 1)
     strides, dilations = _per_axis("stride", stride, dims, 1), _per_axis("dilation", dilation, dims, 1)
     extra = _per_axis("output_padding", output_padding, dims, 0)
     sizes = (None,) * dims if image_size is None else _per_axis("image_size", image_size, dims, 1)

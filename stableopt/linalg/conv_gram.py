@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stableopt.linalg.conv_grid import Grid, angles, fold_tensor, layer_grids, wide
+from stableopt.linalg.conv_grid import Grid, angles, binary_size, fold_tensor, layer_grids, wide
 from stableopt.linalg.estimate import gram_norm
 
 __all__ = ["gram_conv_norm"]
@@ -86,9 +86,10 @@ def gram_conv_norm(
     w = wide(weight)
     if w.numel() == 0:
         return w.sum().to(weight.dtype)
-    norms = [_grid_norm(fold_tensor(w, groups, grid.axes), grid, steps) for grid in grids]
+    size = binary_size(w)
+    norms = [_grid_norm(fold_tensor(w / size, groups, grid.axes), grid, steps) for grid in grids]
     # NaN if an entry is NaN or infinite, in whichever group and at whichever frequency, and else 0
-    return (torch.stack(norms).amin() + (w.detach() * 0.0).sum()).to(weight.dtype)
+    return (torch.stack(norms).amin() * size + (w.detach() * 0.0).sum()).to(weight.dtype)
 
 
 def _grid_norm(parts: Tensor, grid: Grid, steps: int) -> Tensor:

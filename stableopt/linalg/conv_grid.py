@@ -17,12 +17,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stableopt.linalg.conv_geometry import Reduced, check_kernel, conv_axes, reductions
-from stableopt.linalg.conv_symbol import riesz_factor
+from stableopt.linalg.conv_symbol import coarse_points, riesz_factor
 
-__all__ = ["Grid", "angles", "fold_tensor", "layer_grids", "wide"]
-
-_RIESZ_FACTOR = 1.04
-"""The Riesz factor that the grid is chosen for when no oversampling is given."""
+__all__ = ["Grid", "angles", "binary_size", "block_matrices", "fold_tensor", "layer_grids", "specialized", "wide"]
 
 _FEW = 160
 """So many frequencies have a vector each. A vector that chooses among several may stay at one that is not the largest."""
@@ -66,6 +63,20 @@ def wide(weight: Tensor) -> Tensor:
     return weight.float() if weight.dtype in {torch.float16, torch.bfloat16} else weight
 
 
+def binary_size(V: Tensor) -> Tensor:
+    """Return a constant power of two near the largest absolute entry, by which dividing is exact: squares then fit their dtype.
+
+    Args:
+        V: a tensor; 1 if it is zero, NaN if an entry is infinite.
+
+    Examples:
+        >>> binary_size(torch.tensor([3.0, -5.0])), binary_size(torch.tensor([1e-40])) < 1e-40
+        (tensor(4.), tensor(True))
+    """
+    top = V.detach().abs().amax()
+    return torch.where(top > 0.0, top / (2.0 * torch.frexp(top).mantissa), 1.0)
+
+
 def layer_grids(
     weight: Tensor,
     groups: int,
@@ -94,24 +105,33 @@ def layer_grids(
         image_size: pixels of the input per axis, if they are fixed.
 
     Raises:
+        TypeError: if the weight is no real floating tensor.
         ValueError: if the shape or an option does not fit.
 
     Examples:
         >>> layer_grids(torch.zeros(1, 1, 3, 3), 1, None)[0].points
         (16, 16)
     """
+    if not isinstance(weight, Tensor) or not weight.is_floating_point():
+        kind = f"dtype {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
+        raise TypeError(f"a convolution kernel is a real floating tensor, got {kind}.")
     check_kernel(weight.shape, groups)
     options = (stride, dilation, padding, output_padding, image_size)
     if torch.compiler.is_compiling():
-        options = tuple(_specialized(option) for option in options)
+        options = tuple(specialized(option) for option in options)
     options = tuple(tuple(option) if isinstance(option, list) else option for option in options)
-    return _constant_grids(_specialized(tuple(weight.shape[2:])), oversampling, padding_mode, transposed, *options)
+    return _constant_grids(specialized(tuple(weight.shape[2:])), oversampling, padding_mode, transposed, *options)
 
 
-def _specialized(option: Any) -> Any:
-    """Return an option with plain integers. While compiling they may be symbols; a range must have a length, so it asks them."""
+def specialized(option: Any) -> Any:
+    """Return an option with plain integers. While compiling they may be symbols; a range must have a length, so it asks them.
+
+    Examples:
+        >>> specialized((2, [3], "same"))
+        (2, (3,), 'same')
+    """
     if isinstance(option, tuple | list):
-        return tuple(_specialized(n) for n in option)
+        return tuple(specialized(n) for n in option)
     return len(range(option)) if isinstance(option, int) and not isinstance(option, bool) and option > 0 else option
 
 
@@ -149,10 +169,7 @@ def _grid(kernel: Sequence[int], axes: tuple[Reduced, ...], oversampling: int | 
     if oversampling is not None and (not isinstance(oversampling, int) or oversampling < 2):
         raise ValueError(f"oversampling must be an integer >= 2, got {oversampling!r}.")
     taps = tuple(axis.taps(k) for axis, k in zip(axes, kernel, strict=True))
-    curved = sum(k > 1 for k in taps)
-    angle = 2 * math.acos(_RIESZ_FACTOR ** (-1 / max(curved, 1)))
-    least = [math.ceil(math.pi * (k - 1) / angle) if oversampling is None else oversampling * k for k in taps]
-    plain = [1 if k == 1 else n for k, n in zip(taps, least, strict=True)]
+    plain = coarse_points(taps) if oversampling is None else [1 if k == 1 else oversampling * k for k in taps]
     exact = [axis.torus is not None and axis.torus <= n for axis, n in zip(axes, plain, strict=True)]
     points = tuple(axis.torus if e and axis.torus else n for axis, e, n in zip(axes, exact, plain, strict=True))
     factor = riesz_factor(taps, [None if e else n for e, n in zip(exact, plain, strict=True)]).upper
@@ -188,6 +205,35 @@ def fold_tensor(w: Tensor, groups: int, axes: Sequence[Reduced]) -> Tensor:
         w = w.reshape(*w.shape[:2], *(n for pair in zip(taps, phases, strict=True) for n in pair))
         w = w.permute(0, 1, *(3 + 2 * a for a in range(dims)), *(2 + 2 * a for a in range(dims)))
     return w.reshape(groups, w.shape[0] // groups, -1, math.prod(taps))
+
+
+def block_matrices(parts: Tensor, taps: Sequence[int]) -> tuple[Tensor, float]:
+    r"""Return matrices the largest norm of which, times a number, is an upper bound of the norm of a kernel of stride 1.
+
+    With the taps of some axes along the rows, :math:`W_{jk}`, and those of the others along the columns,
+
+    .. math:: \Bigl\|\sum_{j,k} W_{jk} e^{i(\omega\cdot j + \omega'\cdot k)}\Bigr\|_2 \le
+        \sqrt{\text{number of taps}} \; \bigl\|[W_{jk}]_{j,k}\bigr\|_2 .
+
+    Args:
+        parts: shape ``(groups, out, channels, taps)``.
+        taps: taps per axis.
+
+    Returns:
+        Shape ``(groups, rows, columns)``, as near to square as may be, and the number.
+
+    Examples:
+        >>> block_matrices(torch.ones(1, 1, 1, 4), (2, 2))
+        (tensor([[[1., 1.],
+                 [1., 1.]]]), 2.0)
+    """
+    groups, out, channels, count = parts.shape
+    dims = len(taps)
+    sides = [out * math.prod(taps[:p]) + channels * math.prod(taps[p:]) for p in range(dims + 1)]
+    split = sides.index(min(sides))
+    order = (0, 1, *range(3, 3 + split), 2, *range(3 + split, 3 + dims))
+    blocks = parts.unflatten(-1, tuple(taps)).permute(order)
+    return blocks.reshape(groups, out * math.prod(taps[:split]), -1), math.sqrt(count)
 
 
 def angles(grid: Grid, like: Tensor, ends: Sequence[int]) -> Tensor:

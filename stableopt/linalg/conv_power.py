@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stableopt.linalg.conv_grid import Grid, angles, fold_tensor, layer_grids, wide
+from stableopt.linalg.conv_grid import Grid, angles, binary_size, fold_tensor, layer_grids, wide
 
 __all__ = ["conv_power_start", "conv_power_step"]
 
@@ -76,7 +76,7 @@ def conv_power_start(
     vectors = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(w)
     if w.numel() == 0:
         return vectors
-    kernel = fold_tensor(w, groups, grid.axes)
+    kernel = fold_tensor(w / binary_size(w), groups, grid.axes)
     for _ in range(steps):
         vectors = _ascend(kernel, vectors, grid, free=tracks is not None)[2]
     return vectors
@@ -170,13 +170,14 @@ def conv_power_step(
     w = wide(weight)
     if w.numel() == 0:
         return w.sum().to(weight.dtype), vectors
-    kernel = fold_tensor(w, groups, grid.axes)  # (groups, out, channels, taps)
+    size = binary_size(w)
+    kernel = fold_tensor(w / size, groups, grid.axes)  # (groups, out, channels, taps)
     with torch.no_grad():
         left, right, updated = _ascend(kernel.detach(), vectors.to(w.dtype), grid, free=free)
     largest = (left * (kernel.flatten(2) @ right)).sum((1, 2)).amax()
     if riesz:
         largest = largest * grid.factor
-    return largest.to(weight.dtype), updated.to(vectors.dtype)
+    return (largest * size).to(weight.dtype), updated.to(vectors.dtype)
 
 
 def _choices(grid: Grid, like: Tensor, *, free: bool) -> Tensor:

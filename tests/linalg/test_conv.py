@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from stableopt.linalg import conv_norm, gram_conv_norm
+from stableopt.linalg import conv_norm, gram_conv_norm, padding_multiplicity
+from stableopt.linalg.conv import conv_symbol_norm
+from stableopt.linalg.conv_symbol import symbol_exceeds, symbol_peak, symbol_slack
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -115,7 +118,9 @@ def test_scales_zero_and_empty_kernels() -> None:
 def test_the_training_bound_is_differentiable_and_close_to_the_proved_one() -> None:
     weight = torch.randn(4, 3, 3, 3, requires_grad=True)
     assert torch.autograd.gradcheck(lambda w: gram_conv_norm(w, steps=3), weight, fast_mode=True)
-    ratio = float(gram_conv_norm(weight.detach(), steps=8, oversampling=4)) / conv_norm(weight, oversampling=4).upper
+    ratio = (
+        float(gram_conv_norm(weight.detach(), steps=8, oversampling=4)) / conv_symbol_norm(weight, oversampling=4).upper
+    )
     assert 1 - 1e-9 <= ratio <= 1.02
     assert gram_conv_norm(weight.detach().to(torch.bfloat16)).dtype == torch.bfloat16
 
@@ -130,3 +135,47 @@ def test_kernels_that_are_none_are_refused(norm: object) -> None:
         conv_norm(torch.full((1, 1, 3), math.nan))
     with pytest.raises(ValueError, match="oversampling"):
         conv_norm(torch.ones(1, 1, 3), oversampling=1)
+    with pytest.raises(ValueError, match="groups must be a positive divisor"):
+        norm(torch.ones(1, 1, 3), groups=True)
+    for none in ([[[1.0]]], None, torch.ones(1, 1, 3, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="real floating"):
+            norm(none)
+    for kernel in ((0,), (-1,), (1.5,), (True,)):
+        with pytest.raises(ValueError, match="kernel must be"):
+            padding_multiplicity(kernel)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3, 3), (3, 2, 4), (4, 4, 2, 3)])
+def test_a_kernel_of_one_sign_has_its_value_at_the_frequency_zero(shape: tuple[int, ...]) -> None:
+    weight = torch.rand(shape)
+    true = float(torch.linalg.matrix_norm(weight.flatten(2).sum(-1), 2))
+    assert true * (1 - 1e-14) <= conv_norm(weight).upper <= true * (1 + 1e-11)
+    flipped = weight * (-1.0) ** torch.arange(shape[-1])  # the same at the highest frequency
+    assert true * (1 - 1e-14) <= conv_norm(flipped).upper <= true * (1 + 1e-11)
+
+
+def test_the_memory_does_not_grow_with_the_square_of_the_taps() -> None:
+    weight = torch.randn(1, 1, 21, 21)
+    tracemalloc.start()
+    bound = conv_norm(weight).upper
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 30e6
+    assert bound >= float(torch.fft.fft2(weight[0, 0], s=(64, 64)).abs().max())
+
+
+@settings(max_examples=30)
+@given(
+    m=st.integers(1, 24), n=st.integers(1, 24), k=st.integers(1, 5), seed=st.integers(0, 99), points=st.integers(10, 40)
+)
+def test_the_slack_of_the_grid_is_what_it_says(m: int, n: int, k: int, seed: int, points: int) -> None:
+    kernel = torch.randn(1, m, n, k, generator=torch.Generator().manual_seed(seed))
+    kernel = kernel / kernel.abs().amax()
+    true = float(torch.linalg.svdvals(torch.fft.fft(kernel[0], n=points).permute(2, 0, 1)).max())
+    bound, peak = symbol_peak(kernel.numpy(), (points,))
+    assert true * (1 - 1e-13) <= bound <= true * (1 + symbol_slack(m, n, k) + 1e-13)
+    angle = 2 * math.pi * peak[0] * torch.arange(k)
+    there = torch.linalg.matrix_norm((kernel[0] * torch.polar(torch.ones(k), angle)).sum(-1), 2)
+    assert float(there) == pytest.approx(true, rel=1e-9)
+    assert symbol_exceeds(kernel.numpy(), (points,), 0.999 * true, peak)
+    assert not symbol_exceeds(kernel.numpy(), (points,), 1.001 * true, peak)

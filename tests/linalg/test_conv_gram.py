@@ -205,6 +205,9 @@ def test_numbers_near_the_end_of_the_range_are_numbers() -> None:
     for value in (1e308, 1e-308, 3e-324):
         bound = gram_conv_norm(torch.full((1, 1, 1), value)).item()
         assert bound == pytest.approx(value, rel=1e-12)
+    for value in (1e-40, 1e-30, 1e30):
+        w = torch.full((1, 1, 3), value, dtype=torch.float32)
+        assert 3.0 * value * (1 - 1e-3) <= gram_conv_norm(w).item() <= 3.2 * value
     w = torch.full((2, 2, 3), 6e4, dtype=torch.float16)
     assert gram_conv_norm(w).isinf()  # 3.6e5 is beyond float16, and said so
     assert gram_conv_norm(w.double()).item() == pytest.approx(3.6e5, rel=0.05)

@@ -289,6 +289,18 @@ def test_a_jump_of_the_kernel_is_met_within_a_few_steps() -> None:
     assert 0.99 < ratios[-1] < 1.05
 
 
+@pytest.mark.parametrize("exponent", [-140, -80, -40, 40, 80, 120])
+def test_the_estimate_scales_with_the_kernel_over_the_whole_range_of_float32(exponent: int) -> None:
+    kernel = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+    scaled = (kernel.double() * 2.0**exponent).float()
+    results = []
+    for w in (kernel, scaled):
+        norm, _ = conv_power_step(w, conv_power_start(w, stride=2), stride=2)
+        results.append(float(norm))
+    tolerance = 1e-6 if exponent > -120 else 1e-2  # the numbers themselves have few digits there
+    assert results[1] == pytest.approx(results[0] * 2.0**exponent, rel=tolerance)
+
+
 def test_the_start_is_the_same_every_time_whatever_the_global_generator() -> None:
     w = kernel()
     torch.manual_seed(1)

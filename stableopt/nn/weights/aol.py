@@ -37,8 +37,8 @@ from stableopt.linalg.conv_geometry import Reduced, conv_axes, reductions
 from stableopt.linalg.conv_grid import fold_tensor
 from stableopt.linalg.conv_symbol import riesz_factor
 from stableopt.nn.blocks import full_precision
-from stableopt.nn.weights.base import Geometry, WeightMap, slack
-from stableopt.nn.weights.isometry import HALF, unit_size
+from stableopt.nn.weights.base import Geometry, WeightMap, check_radius, grain, slack
+from stableopt.nn.weights.isometry import HALF, stored, unit_size
 
 __all__ = ["AlmostOrthogonal"]
 
@@ -105,15 +105,18 @@ class AlmostOrthogonal(WeightMap):
 
     def forward(self, V: Tensor) -> Tensor:
         """Return the weight with scaled channels."""
+        self.geometry.check(V)
+        check_radius(self.radius, V.dtype)
         if not V.numel():
             return V
         wide = V.float() if V.dtype in HALF else V
         with full_precision(wide):
             wide = unit_size(wide, V.dtype)
             precision = _PRECISION.get(V.dtype, torch.finfo(wide.dtype).eps)
-            proof = 0.0 if self.geometry.kind == "linear" else 2.0**-44 * math.sqrt(V[0].numel())  # of the symbols
-            target = self.radius * (1.0 - slack(V, wide.dtype) - proof)
-            return (wide * (target / self.bounds(wide, precision))).to(V.dtype).contiguous()
+            lost = slack(wide, wide.dtype) + self.geometry.proof_slack(V)
+            lost += grain(wide.dtype, V.numel(), self.radius, self.geometry.spread(V))
+            target = self.radius * max(0.0, 1.0 - lost)
+            return stored(wide * (target / self.bounds(wide, precision)), V.dtype, self.radius, self.geometry.folded)
 
     def bounds(self, V: Tensor, precision: float = 0.0) -> Tensor:
         r"""Return the numbers :math:`t_i`, for kernels times a constant factor, in a shape that broadcasts to the weight.

@@ -118,8 +118,10 @@ class Geometry:
             >>> Geometry.from_spec('{"kind": "linear"}').kind
             'linear'
         """
-        fields: dict[str, Any] = json.loads(spec)
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        fields: dict[str, Any] = {}
+        for key, value in json.loads(spec).items():
+            fields[key] = tuple(value) if isinstance(value, list) else value
+        return cls(**fields)
 
     def proved(self, W: Tensor, norm: str = "l2") -> Bound:
         """Return a proved bound of the operator norm of the stored numbers; see :mod:`stableopt.linalg`.

@@ -49,6 +49,12 @@ class Layout:
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        """Compute all properties now: their first use takes a lock, which a compiler cannot follow."""
+        for name, member in vars(type(self)).items():
+            if isinstance(member, cached_property):
+                getattr(self, name)
+
     @cached_property
     def _axes(self) -> list[tuple[int, int, int]]:
         return [polyphase_axis(*axis) for axis in zip(self.kernel, self.stride, self.dilation, strict=True)]

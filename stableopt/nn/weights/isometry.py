@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from stableopt.nn.weights.base import WeightMap
+from stableopt.nn.weights.base import WeightMap, check_radius, grain
 
 __all__ = [
     "HALF",
@@ -17,11 +19,14 @@ __all__ = [
     "normal_factor",
     "polar",
     "reduced",
+    "round_by_arithmetic",
     "stored",
     "unit_size",
 ]
 
 _SHIFT = 4.0
+_GROWTH = (1.15, 1.6, 1.0)
+"""By how much the second and the third factor that are tried leave more room than the rounding of the one before takes."""
 HALF = frozenset({torch.float16, torch.bfloat16})
 """The dtypes that are computed in float32."""
 
@@ -105,21 +110,42 @@ def reduced(radius: float, shape: torch.Size | tuple[int, ...], dtype: torch.dty
         >>> 1.0 - 1e-12 < reduced(1.0, (4, 4), torch.float64) < 1.0
         True
     """
+    check_radius(radius, dtype)
     rank, terms = min(shape), sum(shape)
-    return radius * (1.0 - (8.0 + 2.0 * math.sqrt(terms)) * torch.finfo(dtype).eps - 2.0**-52 * rank * terms)
+    lost = grain(dtype, math.prod(shape), radius)
+    return radius * max(
+        0.0, 1.0 - lost - (8.0 + 2.0 * math.sqrt(terms)) * torch.finfo(dtype).eps - 2.0**-52 * rank * terms
+    )
 
 
-def stored(W: Tensor, dtype: torch.dtype, radius: float) -> Tensor:
-    r"""Return a matrix of norm at most the radius in the dtype that is stored, contiguous, with a norm still at most the radius.
+def one_matrix(W: Tensor) -> tuple[Tensor, float]:
+    """Return a matrix as a batch of one, and the factor 1: what :func:`stored` measures by default.
 
-    In half precision the error :math:`E` of rounding a slightly shrunk matrix is known exactly; where
-    :math:`\|E\|_2 \le \|(E^\top E)^2\|_F^{1/4}` is within what it was shrunk by, the result is kept. Otherwise the matrix is
-    shrunk by the worst case, :math:`u\sqrt{\operatorname{rank}}`, which is 20 times more for 1000 columns.
+    Examples:
+        >>> one_matrix(torch.eye(1))
+        (tensor([[[1.]]]), 1.0)
+    """
+    return W[None], 1.0
+
+
+def stored(
+    W: Tensor,
+    dtype: torch.dtype,
+    radius: float | Tensor,
+    folded: Callable[[Tensor], tuple[Tensor, float]] = one_matrix,
+) -> Tensor:
+    r"""Return a weight of norm at most the radius in the dtype that is stored, contiguous, with a norm still at most the radius.
+
+    In half precision the error :math:`E` of rounding a slightly shrunk weight is known exactly; where
+    :math:`\|E\|_2 \le \|(E^\top E)^2\|_F^{1/4}` is within what it was shrunk by, the result is kept. Otherwise the weight is
+    shrunk by the worst case, :math:`u\sqrt{\operatorname{rank}}` for a matrix, which is 20 times more for 1000 columns.
 
     Args:
-        W: the matrix in the dtype of the computation.
+        W: the weight in the dtype of the computation.
         dtype: what is stored.
-        radius: the limit.
+        radius: the limit, positive.
+        folded: a linear map to matrices the largest norm of which, times the number beside them, is an upper bound of the norm, as
+            :meth:`stableopt.nn.weights.Geometry.folded` gives them.
 
     Examples:
         >>> stored(torch.eye(1), torch.float32, 1.0)
@@ -127,18 +153,88 @@ def stored(W: Tensor, dtype: torch.dtype, radius: float) -> Tensor:
     """
     if dtype not in HALF:
         return W.to(dtype).contiguous()
-    kind = torch.finfo(dtype)
-    subnormal = kind.smallest_normal * kind.eps * math.sqrt(W.numel()) / radius
-    result = (max(0.0, 1.0 - 0.51 * kind.eps * math.sqrt(min(W.shape)) - subnormal) * W).to(dtype)
-    for margin in (1.6, 0.8):  # the tightest that is proved
-        shrunk = (1.0 - margin * kind.eps) * W
-        candidate = shrunk.to(dtype)
-        with torch.no_grad():
-            E = (candidate.to(W.dtype) - shrunk) / radius
-            gram = E.mT @ E if W.shape[0] >= W.shape[1] else E @ E.mT
-            size = torch.linalg.vector_norm(gram @ gram) ** 0.25
-        result = torch.where(size <= 0.9 * margin * kind.eps, candidate, result)
-    return result.contiguous()
+    with torch.no_grad():
+        scale = _shrinking(W.detach(), dtype, radius, folded)
+    return (scale * W).to(dtype).contiguous()
+
+
+def _shrinking(
+    W: Tensor, dtype: torch.dtype, radius: float | Tensor, folded: Callable[[Tensor], tuple[Tensor, float]]
+) -> Tensor | float:
+    """Return the factor nearest to 1 that leaves room for its rounding: of the worst case and of a few that are measured."""
+    eps = torch.finfo(dtype).eps
+    matrices, factor = folded(W)
+    lost: Any = grain(dtype, W.numel(), 1.0, factor) / radius
+    # a proof of the norm of a kernel may count its rounding by the Riesz factor of stableopt.linalg.conv_correlation
+    riesz = math.cos(math.pi / 8) ** max(0, W.ndim - 2)
+    worst = 1.0 - 0.51 / riesz * eps * factor * math.sqrt(min(matrices.shape[1:])) - lost
+    if isinstance(worst, float) and worst >= 1.0 - 0.8 * eps:
+        return worst
+    share, branch = 0.9 * riesz, _may_branch(W)
+    scale = W.new_full((), 1.0 - 0.8 * eps)
+    worst = (W.new_full((), worst) if isinstance(worst, float) else worst).clamp_min(0.0)
+    fits, found = torch.zeros_like(worst, dtype=torch.bool), worst
+    for growth in _GROWTH:
+        enough = share * (1.0 - scale)
+        size = _rounding_error(scale * W, dtype, radius, folded, enough)
+        found = torch.where(fits | ~(size <= enough), found, torch.maximum(scale, worst))
+        fits = fits | (size <= enough)
+        if branch and bool(fits):
+            break
+        scale = 1.0 - (growth / share * size).clamp(0.8 * eps, 1.0)
+    return found
+
+
+def _may_branch(W: Tensor) -> bool:
+    """Return whether a number can be read at once: on the CPU, of a plain tensor, outside of compilers and transforms."""
+    plain = type(W) in {Tensor, torch.nn.Parameter} and W.device.type == "cpu"
+    return plain and not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())  # noqa: SLF001 no public question
+
+
+def _rounding_error(
+    W: Tensor,
+    dtype: torch.dtype,
+    radius: float | Tensor,
+    folded: Callable[[Tensor], tuple[Tensor, float]],
+    enough: Tensor,
+) -> Tensor:
+    """Bound the norm of what rounding to a dtype adds to a weight from above, relative to the radius; tightly if not enough."""
+    eps = torch.finfo(dtype).eps
+    E, factor = folded((_rounded(W, dtype) - W) / radius / eps)
+    gram = E.mT @ E if E.shape[-2] >= E.shape[-1] else E @ E.mT
+    size = torch.linalg.vector_norm(gram, dim=(-2, -1)).amax() ** 0.5 * (factor * eps)
+    if _may_branch(W) and bool(size <= enough):
+        return size
+    return torch.linalg.vector_norm(gram @ gram, dim=(-2, -1)).amax() ** 0.25 * (factor * eps)
+
+
+def _rounded(W: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round to a dtype without leaving the wider one.
+
+    Compilers leave the cast out, and find no error then. So while compiling it is computed: the spacing of the numbers around each
+    entry from the bits of its exponent.
+    """
+    if not torch.compiler.is_compiling():
+        return W.to(dtype).to(W.dtype)
+    return round_by_arithmetic(W, dtype)
+
+
+def round_by_arithmetic(W: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round float32 to the nearest number of a half precision dtype, ties to even, by float32 arithmetic alone.
+
+    Args:
+        W: within the range of the dtype.
+        dtype: float16, or bfloat16, of which numbers below 2**-119 are rounded more coarsely.
+
+    Examples:
+        >>> round_by_arithmetic(torch.tensor([1.001, 3e-8]), torch.float16)
+        tensor([1.0010e+00, 5.9605e-08])
+    """
+    digits, least = {torch.float16: (10, -24), torch.bfloat16: (7, -126)}[dtype]
+    exponent = (W.view(torch.int32) >> 23 & 0xFF) - digits
+    exponent = exponent.clamp_min(127 + least)  # of the spacing, in the bits of a number
+    spacing, inverse = ((e << 23).view(torch.float32) for e in (exponent, 254 - exponent))
+    return (W * inverse).round() * spacing
 
 
 def polar(W: Tensor) -> Tensor:

@@ -9,13 +9,15 @@ followed at once. They differ in the bound :math:`U`.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from stableopt.linalg.conv_grid import binary_size
 from stableopt.nn.blocks import full_precision
-from stableopt.nn.weights.base import WeightMap, slack
+from stableopt.nn.weights.base import WeightMap, check_radius, grain, slack
+from stableopt.nn.weights.isometry import HALF, stored
 
 __all__ = ["Frobenius", "Gram", "Rescale", "RowSum", "Schur"]
 
@@ -32,6 +34,10 @@ class Rescale(WeightMap):
         TypeError: as :class:`WeightMap`.
         ValueError: as :class:`WeightMap`.
 
+    Attributes:
+        of_moduli: whether the bound grows with every absolute value of an entry. Then rounding an entry by :math:`u` relative
+            raises it by no more; otherwise the rounding of half precision has to be measured.
+
     Note:
         The result is shrunk further by a small multiple of the machine precision, against rounding in the bound and in the
         product, so that what is stored is within the radius.
@@ -42,14 +48,48 @@ class Rescale(WeightMap):
         True
     """
 
+    of_moduli: ClassVar[bool] = True
+    _target: tuple[tuple[Any, ...], float] | None = None
+
     def forward(self, V: Tensor) -> Tensor:
         """Return the weight, scaled down if its norm may exceed the radius."""
-        wide = V.float() if V.dtype in {torch.float16, torch.bfloat16} else V
+        self.geometry.check(V)
         if not V.numel():
             return V
+        wide = V.float() if V.dtype in HALF else V
         with full_precision(wide):
-            target = self.radius * (1.0 - slack(V, wide.dtype))
-            return (wide * (target / self.bound(wide).clamp_min(target))).to(V.dtype).contiguous()
+            size = binary_size(wide)
+            target = (self.target if torch.compiler.is_compiling() else self._kept_target)(V.shape, V.dtype, wide.dtype)
+            unit = wide / size
+            bound = self.bounds(unit)
+            above = ~(bound <= target / size)  # or no number
+            factor = torch.where(above, target / torch.where(above, bound, 1.0), size)
+            if V.dtype not in HALF or self.of_moduli:
+                return (unit * factor).to(V.dtype).contiguous()
+            return torch.where(above, stored(unit * factor, V.dtype, self.radius, self.geometry.folded), V).contiguous()
+
+    def target(self, shape: torch.Size, dtype: torch.dtype, computed: torch.dtype) -> float:
+        """Return what the computed bound is brought down to: the radius less all rounding that is not measured."""
+        check_radius(self.radius, computed)
+        V = torch.empty(shape, dtype=computed, device="meta")
+        lost = slack(V, computed)
+        if not self.of_moduli:
+            lost += self.geometry.proof_slack(V)
+        elif dtype != computed:
+            lost += 0.51 * torch.finfo(dtype).eps
+        return self.radius * max(
+            0.0, 1.0 - lost - grain(dtype, V.numel(), self.radius, self.geometry.spread(V, self.norm))
+        )
+
+    def _kept_target(self, *key: Any) -> float:
+        key = (self.geometry, self.radius, *key)
+        if self._target is None or self._target[0] != key:
+            self._target = key, self.target(*key[2:])
+        return self._target[1]
+
+    def bounds(self, V: Tensor) -> Tensor:
+        """Return upper bounds of the norms of parts that are scaled on their own, broadcasting to the weight; here of the whole."""
+        return self.bound(V)
 
     @abstractmethod
     def bound(self, V: Tensor) -> Tensor:
@@ -83,6 +123,7 @@ class Gram(Rescale):
     """
 
     name: ClassVar[str] = "gram"
+    of_moduli: ClassVar[bool] = False
 
     def bound(self, V: Tensor) -> Tensor:
         """Return the Gram bound."""
@@ -179,16 +220,6 @@ class RowSum(Rescale):
 
     name: ClassVar[str] = "rowsum"
     norms: ClassVar[frozenset[str]] = frozenset({"linf", "l1"})
-
-    def forward(self, V: Tensor) -> Tensor:
-        """Return the weight with its too long rows (columns) scaled down."""
-        wide = V.float() if V.dtype in {torch.float16, torch.bfloat16} else V
-        if not V.numel():
-            return V
-        target = self.radius * (1.0 - slack(V, wide.dtype))
-        with full_precision(wide):
-            sums = self.bounds(wide)
-            return (wide * (target / sums.clamp_min(target))).to(V.dtype).contiguous()
 
     def bound(self, V: Tensor) -> Tensor:
         """Return the largest sum."""

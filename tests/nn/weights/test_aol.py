@@ -334,6 +334,16 @@ def test_wrong_steps_and_norms_are_refused() -> None:
     assert "steps=2" in repr(AlmostOrthogonal(LINEAR, steps=2))
 
 
+def test_a_bound_that_is_met_on_the_grid_of_the_proof_leaves_room_for_its_rounding() -> None:
+    """Two equal taps that are a Hadamard matrix: the row sums and the symbol at the frequency 0 are the norm."""
+    H = torch.ones(1, 1)
+    while len(H) < 128:
+        H = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]]), H)
+    conv = Geometry("conv")
+    proved = conv.proved(AlmostOrthogonal(conv)(torch.stack([H, H], dim=-1))).upper
+    assert 1.0 - 1e-9 < proved <= 1.0
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_what_is_no_number_stays_none(bad: float) -> None:
     for geometry, shape in ((LINEAR, (3, 4)), (LINEAR, (4, 3)), (Geometry("conv", groups=2), (4, 2, 3))):

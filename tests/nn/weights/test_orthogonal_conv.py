@@ -488,3 +488,35 @@ def test_no_number_in_an_entry_without_a_use_is_loud() -> None:
         broken = V.clone()
         broken.view(-1)[index] = math.nan
         assert not bool(limit(broken).isfinite().any())
+
+
+# Rounding to what is stored.
+
+
+def conference(q: int) -> Tensor:
+    """The squares modulo q: two values per row, of which rounding one up and one down adds up in a single direction."""
+    squares = {x * x % q for x in range(1, q)}
+    return torch.tensor([[(j - i) % q in squares for j in range(q)] for i in range(q)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("up", "down"), [(182.0, 229.0), (229.0, 182.0), (137.0, 171.0)])
+def test_rounding_that_adds_up_stays_within_the_radius(dtype: torch.dtype, up: float, down: float) -> None:
+    V = torch.where(conference(59), up, -down).to(dtype)
+    W = OrthogonalConv(Geometry("conv"), shape=(59, 59, 1))(V)
+    assert float(torch.linalg.matrix_norm(W[..., 0].double(), 2)) <= 1.0
+
+
+@pytest.mark.parametrize(("dtype", "lost"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)])
+@pytest.mark.parametrize("shape", [(16, 16, 3, 3), (16, 16, 5, 5), (16, 32, 9)])
+def test_ordinary_kernels_lose_little_to_rounding(dtype: torch.dtype, lost: float, shape: tuple[int, ...]) -> None:
+    limit = OrthogonalConv(Geometry("conv"), shape=shape)
+    W = limit(torch.randn(limit.layout.shape).to(dtype))
+    assert 1.0 - lost < Geometry("conv").proved(W).upper <= 1.0
+
+
+@pytest.mark.parametrize("radius", [1e-3, 3e-5])
+def test_a_radius_at_the_end_of_float16_is_kept(radius: float) -> None:
+    limit = OrthogonalConv(Geometry("conv"), radius, shape=(32, 32, 3, 3))
+    W = limit(torch.randn(limit.layout.shape).half())
+    assert Geometry("conv").proved(W).upper <= radius

@@ -13,7 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from stableopt.nn.budget import Budgeted, LearnedBudget
 from stableopt.nn.weights import METHODS, NORMS, Geometry
+from stableopt.nn.weights.isometry import round_by_arithmetic
 from tests.nn.weights.catalogue import (
     DTYPES,
     Case,
@@ -478,3 +480,167 @@ def test_the_map_prints_itself(case: Case) -> None:
     assert text.startswith(METHODS[case.method].__name__ + "(")
     assert "radius=0.5" in text
     assert case.norm in text
+
+
+# Rounding to what is stored, and the ends of the range.
+
+CONV = Geometry("conv")
+LINEAR = Geometry("linear")
+HALF = (torch.float16, torch.bfloat16)
+
+
+def stored_norm(method: str, geometry: Geometry, V: Tensor, radius: float = 1.0, norm: str = "l2") -> float:
+    """The proved norm over the radius of what a method makes of an original."""
+    return geometry.proved(METHODS[method](geometry, radius, norm)(V), norm).upper / radius
+
+
+@pytest.mark.parametrize("method", ["frobenius", "schur", "gram", "aol"])
+def test_kernels_of_one_sign_are_proved_within_the_radius(method: str) -> None:
+    for shape in ((1, 1, 3, 3), (2, 3, 4), (8, 8, 2, 2)):
+        for V in (torch.ones(shape), torch.rand(shape), torch.ones(shape).float()):
+            assert stored_norm(method, CONV, 3.0 * V) <= 1.0
+    if method in {"frobenius", "schur"}:
+        assert stored_norm(method, CONV, torch.ones(1, 1, 3, 3)) > 1.0 - 1e-12
+
+
+@pytest.mark.parametrize("turns", [1 / 12, 1 / 8, 0.07, 0.3])
+def test_a_maximum_between_the_points_of_one_grid_is_no_excess_on_the_other(turns: float) -> None:
+    """Training and the proof look at different frequencies; a rotation has its maximum at any given one."""
+    c, s = math.cos(2 * math.pi * turns), math.sin(2 * math.pi * turns)
+    V = torch.stack([torch.eye(2), torch.tensor([[c, -s], [s, c]])], dim=-1)
+    assert 0.95 < stored_norm("gram", CONV, 3.0 * V) <= 1.0
+
+
+@pytest.mark.parametrize("method", ["gram", "frobenius", "schur", "aol"])
+@pytest.mark.parametrize("radius", [1e-3, 1e-4, 1e-5, 1e-7])
+def test_a_radius_near_the_smallest_numbers_of_float16_is_kept(method: str, radius: float) -> None:
+    for geometry, shape in ((LINEAR, (64, 64)), (LINEAR, (3, 500)), (CONV, (8, 8, 3, 3)), (CONV, (1, 1, 50))):
+        for V in (torch.randn(shape), torch.ones(shape)):
+            assert stored_norm(method, geometry, (V * max(radius, 1e-5)).half(), radius) <= 1.0
+
+
+@pytest.mark.parametrize("norm", ["linf", "l1"])
+@pytest.mark.parametrize("radius", [1e-2, 1e-3, 1e-4])
+def test_sums_of_many_numbers_near_the_smallest_are_kept(norm: str, radius: float) -> None:
+    repeats = Geometry("conv", padding=(1,), padding_mode="replicate")
+    for geometry, shape in ((LINEAR, (1, 10000)), (LINEAR, (10000, 1)), (repeats, (3, 7, 300)), (repeats, (300, 7, 3))):
+        V = torch.ones(shape, dtype=torch.float16)
+        assert stored_norm("rowsum", geometry, V, radius, norm) <= 1.0
+    assert stored_norm("rowsum", LINEAR, torch.ones(1, 10000).half(), 1e-2, "linf") > 0.9
+
+
+@pytest.mark.parametrize("method", ["gram", "frobenius", "schur", "aol"])
+@pytest.mark.parametrize("radius", [1.0, 1e-6, 1e-30, 1e-40, 1e30])
+@pytest.mark.parametrize("size", [1e-42, 1e-25, 1e20, 5e37])
+def test_originals_of_any_size_are_limited(method: str, radius: float, size: float) -> None:
+    for geometry, shape in ((LINEAR, (6, 6)), (CONV, (3, 3, 3))):
+        V = torch.rand(shape).float() * size
+        W = METHODS[method](geometry, radius)(V)
+        assert geometry.proved(W).upper <= radius
+        if method != "aol" and geometry.proved(V).upper < 0.2 * radius:
+            assert torch.equal(W, V)
+        if size > 1e10 * radius and radius > 1e-36 and method != "aol":
+            assert geometry.proved(W).upper > 0.5 * radius
+
+
+@pytest.mark.parametrize("method", ["gram", "frobenius", "schur", "aol"])
+def test_one_infinite_entry_leaves_no_finite_weight(method: str) -> None:
+    for geometry, shape in ((LINEAR, (2, 3)), (CONV, (2, 2, 3))):
+        V = torch.randn(shape)
+        V.view(-1)[1] = math.inf
+        assert not bool(METHODS[method](geometry)(V).isfinite().any())
+
+
+def test_a_radius_that_no_number_holds_is_refused() -> None:
+    for method, geometry, V in (
+        ("gram", LINEAR, torch.ones(2, 2)),
+        ("frobenius", CONV, torch.ones(2, 2, 3)),
+        ("rowsum", LINEAR, torch.ones(2, 2)),
+        ("aol", LINEAR, torch.ones(2, 2)),
+        ("cholesky", LINEAR, torch.ones(2, 2)),
+        ("bro", LINEAR, torch.ones(2, 1)),
+    ):
+        limit = METHODS[method](geometry, 1e300, "linf" if method == "rowsum" else "l2")
+        if method == "bro":
+            limit.shape = (2, 2)
+        with pytest.raises(ValueError, match="above the largest number"):
+            limit(V.float())
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_half_precision_reaches_its_radius(dtype: torch.dtype) -> None:
+    """What is lost is a few roundings of one number, not their number times the root of the rank."""
+    unit = torch.finfo(dtype).eps
+    W = METHODS["gram"](LINEAR)(torch.randn(512, 512).to(dtype))
+    gram = 512.0 ** (-1 / 2**7)  # the Gram bound of an isometry
+    assert gram * (1.0 - 3.0 * unit) < float(torch.linalg.matrix_norm(W.double(), 2)) <= 1.0
+    W = METHODS["frobenius"](LINEAR)(3.0 * torch.eye(300).to(dtype))
+    assert 1.0 - 3.0 * unit < float(torch.linalg.matrix_norm(W.double())) <= 1.0
+    W = METHODS["rowsum"](LINEAR, 1.0, "linf")(torch.randn(300, 300).to(dtype))
+    assert 1.0 - 3.0 * unit < LINEAR.proved(W, "linf").upper <= 1.0
+    Q = torch.linalg.qr(torch.randn(200, 200))[0].to(dtype)
+    assert 1.0 - 3.0 * unit < stored_norm("aol", LINEAR, 5.0 * torch.eye(200).to(dtype)) <= 1.0
+    assert stored_norm("gram", LINEAR, 7.0 * Q) > gram * (1.0 - 3.0 * unit)
+
+
+def test_no_rank_turns_the_sign() -> None:
+    huge = torch.Size((10**6, 10**8))
+    for method in ("gram", "frobenius", "schur"):
+        for dtype in (*HALF, torch.float32):
+            assert METHODS[method](LINEAR).target(huge, dtype, torch.float32) >= 0.0
+
+
+def test_rounding_by_arithmetic_is_the_cast() -> None:
+    x = torch.cat([torch.randn(1000, dtype=torch.float32) * 2.0**e for e in range(-30, 9)] + [torch.zeros(3).float()])
+    for dtype in HALF:
+        y = torch.cat([x, (x.to(dtype).float() + x.to(dtype).float().roll(1)) / 2])  # ties as well
+        torch.testing.assert_close(round_by_arithmetic(y, dtype), y.to(dtype).float(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("method", ["gram", "aol", "frobenius", "cholesky", "bcop"])
+def test_half_precision_compiles_to_the_same_bits(method: str, dtype: torch.dtype) -> None:
+    geometry = LINEAR if method == "cholesky" else CONV
+    limit = METHODS[method](geometry)
+    V = limit.right_inverse(torch.randn((6, 6) if geometry is LINEAR else (4, 4, 3, 3)).to(dtype))
+    expected = limit(V)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(limit, backend="eager", fullgraph=True)(V), expected)
+
+
+@pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
+@pytest.mark.parametrize(("method", "norm"), [("gram", "l2"), ("aol", "l2"), ("bcop", "l2"), ("rowsum", "linf")])
+@pytest.mark.parametrize("limit", [1.0, 1e-3, 1e-4, 1e-8])
+def test_a_learned_budget_rounds_within_its_limit(method: str, norm: str, limit: float, dtype: torch.dtype) -> None:
+    unit, V = METHODS[method](CONV, 1.0, norm), torch.randn(8, 8, 3, 3)
+    V = unit.right_inverse(V).to(dtype)
+    W = Budgeted(unit, LearnedBudget(limit, [1]), 0, owner=True)(V)
+    assert W.dtype == dtype
+    assert CONV.proved(W, norm).upper <= limit
+
+
+def test_what_is_no_weight_of_the_layer_is_refused_in_every_norm() -> None:
+    wrong: list[tuple[Geometry, tuple[int, ...], str]] = [
+        (Geometry("conv", groups=3), (4, 1, 3), "divisor"),
+        (CONV, (4, 4), "dimensions"),
+        (LINEAR, (4, 4, 3), "dimensions"),
+        (Geometry("conv", padding_mode="mirror"), (4, 4, 3), "padding_mode"),
+        (Geometry("conv", padding=(-1,)), (4, 4, 3), "padding"),
+        (Geometry("conv", output_padding=(1,)), (4, 4, 3), "output_padding"),
+        (Geometry("conv_transpose", padding_mode="circular"), (4, 4, 3), "transposed"),
+    ]
+    for geometry, shape, message in wrong:
+        for norm in NORMS:
+            for ask in (geometry.proved, geometry.upper):
+                with pytest.raises(ValueError, match=message):
+                    ask(torch.ones(shape), norm)
+        for method, norm in (("aol", "l2"), ("frobenius", "l2"), ("schur", "l2"), ("gram", "l2"), ("rowsum", "linf")):
+            with pytest.raises(ValueError, match=message):
+                METHODS[method](geometry, 1.0, norm)(torch.ones(shape))
+
+
+def test_empty_weights_have_norm_zero() -> None:
+    for geometry, shape in ((LINEAR, (0, 3)), (LINEAR, (3, 0)), (CONV, (0, 2, 3)), (CONV, (2, 0, 3))):
+        for norm in NORMS:
+            assert float(geometry.upper(torch.ones(shape), norm)) == 0.0
+            assert geometry.proved(torch.ones(shape), norm).upper == 0.0
