@@ -209,7 +209,7 @@ def test_69_functional_transforms_of_each_method(method: str, kind: str) -> None
 
 
 @every_method
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_training_of_each_method(method: str, kind: str, backend: str) -> None:
     torch._dynamo.reset()
     model, x = moved(method, kind), inputs()

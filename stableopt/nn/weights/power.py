@@ -11,11 +11,12 @@ with :math:`u` from the step before and :math:`v \propto V^\top u`,
 
 and where the second is more than 0.5 % above the first the vector has not settled. And the quotient of the estimate and the
 Frobenius norm is compared with the largest since the vectors last settled: it does not change when the weight is scaled, and it
-rises while the direction that is followed grows. A new singular value :math:`r` with vectors orthogonal to all others leaves the
-estimate as it is and adds :math:`r^2` to :math:`\|V\|_F^2`, so a fall by 2 % shows each :math:`r \ge \|V\|_F / 5`. At either sign
-the vectors settle anew, by 20 steps. A fixed direction, mixed into :math:`u` in each step, keeps it from being orthogonal to any new singular vector for good. What is left
-is an excess of a few percent while the largest singular vectors change quickly, and after a jump by less than
-:math:`\|V\|_F / 5` in a direction orthogonal to :math:`u` and :math:`v`, which takes the steps to grow into it.
+rises while the direction that is followed grows. A new singular value :math:`r` with vectors orthogonal to all others leaves
+the estimate as it is and adds :math:`r^2` to :math:`\|V\|_F^2`, so a fall by 2 % shows each :math:`r \ge \|V\|_F / 5`. At
+either sign the vectors settle anew, by 20 steps. A fixed direction, mixed into :math:`u` in each step, keeps it from being
+orthogonal to any new singular vector for good. What is left is an excess of a few percent while the largest singular vectors
+change quickly, and after a jump by less than :math:`\|V\|_F / 5` in a direction orthogonal to :math:`u` and :math:`v`, which
+takes the steps to grow into it.
 
 Where a decision costs more than the steps, which is on accelerators, while compiling and under the transforms of
 :mod:`torch.func`, only the halves are compared, and an upper bound takes the place of an estimate that has not settled.

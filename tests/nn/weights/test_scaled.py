@@ -217,7 +217,7 @@ def test_58_writes_that_come_as_keywords_or_lists_are_refused(write: Callable[[A
 
 
 @every_layer
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_a_compiled_model_evaluates_with_the_proof(name: str, backend: str) -> None:
     torch._dynamo.reset()
     layer, x, original = estimated(name)
