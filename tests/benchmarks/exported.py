@@ -54,8 +54,10 @@ def train(layer: nn.Module, rng: torch.Generator, steps: int = 3) -> nn.Module:
 
 @torch.no_grad()
 def witness(layer: nn.Module, dtype: torch.dtype) -> float:
-    """Bound the norm of a peer's stored weight from below."""
+    """Bound the norm of a peer's stored weight from below; infinite for one that has diverged."""
     weight: Tensor = layer.weight.to(dtype).double()
+    if not weight.isfinite().all():
+        return float("inf")
     return float(torch.linalg.matrix_norm(weight, 2))
 
 
