@@ -22,7 +22,7 @@ from stableopt.nn.slots import Slot, find_slots, skipped, slots_of
 from stableopt.nn.structure import branch_constant, branches_of
 from stableopt.nn.uniform import uniform_bound
 from stableopt.nn.weights import WeightMap
-from stableopt.nn.weights.base import KINDS
+from stableopt.nn.weights.geometry import KINDS
 
 __all__ = ["Plan", "Settings", "check_settings", "make_plan"]
 

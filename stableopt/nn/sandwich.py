@@ -17,7 +17,7 @@ from stableopt.linalg import Bound, frobenius_norm, inf_norm, spectral_norm
 from stableopt.nn.blocks import _ACTIVATIONS, _check_activation, full_precision
 from stableopt.nn.dispatch import check_forward, lipschitz_rule
 from stableopt.nn.slope import bounded_exp, check_sizes
-from stableopt.nn.weights.base import Geometry
+from stableopt.nn.weights.geometry import Geometry
 from stableopt.nn.weights.orthogonal import Bjorck, Cayley, Cholesky, Isometry
 
 __all__ = ["FoldedSandwich", "Sandwich"]

@@ -10,7 +10,7 @@ from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
 from stableopt.nn.activations import Scale
 from stableopt.nn.dispatch import lipschitz_rule
-from stableopt.nn.weights.base import Geometry
+from stableopt.nn.weights.geometry import Geometry
 
 __all__: list[str] = []
 

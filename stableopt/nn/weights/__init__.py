@@ -1,7 +1,8 @@
 r"""Weight maps: parametrizations :math:`V \mapsto W` that keep the operator norm of a layer within a radius, by many methods."""
 
 from stableopt.nn.weights.aol import AlmostOrthogonal
-from stableopt.nn.weights.base import NORMS, Geometry, WeightMap
+from stableopt.nn.weights.base import WeightMap
+from stableopt.nn.weights.geometry import NORMS, Geometry
 from stableopt.nn.weights.orthogonal import Bjorck, Cayley, Cholesky, Exponential
 from stableopt.nn.weights.orthogonal_conv import OrthogonalConv
 from stableopt.nn.weights.power import Power

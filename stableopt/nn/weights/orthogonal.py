@@ -25,7 +25,8 @@ from torch import Tensor
 
 from stableopt.linalg import gram_norm
 from stableopt.nn.blocks import full_precision
-from stableopt.nn.weights.base import Geometry, WeightMap
+from stableopt.nn.weights.base import WeightMap
+from stableopt.nn.weights.geometry import Geometry
 from stableopt.nn.weights.isometry import HALF, check_matrix, inward, newton_schulz, normal_factor, polar, unit_size
 
 __all__ = ["Bjorck", "Cayley", "Cholesky", "Exponential", "Isometry"]

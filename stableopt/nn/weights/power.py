@@ -27,18 +27,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections import OrderedDict
-from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
-from stableopt.errors import StabilityError
-from stableopt.linalg import Bound, conv_power_start, conv_power_step
+from stableopt.linalg import Bound, conv_power_step
 from stableopt.nn.blocks import full_precision
-from stableopt.nn.weights.base import Geometry, WeightMap, slack
+from stableopt.nn.weights.base import WeightMap, slack
+from stableopt.nn.weights.geometry import Geometry
+from stableopt.nn.weights.power_proof import HALF, Folded, fold, proved_weight
+from stableopt.nn.weights.power_steps import direction, fresh, half_steps, quick_half_steps, scaled, settled
 from stableopt.nn.weights.scaled import (
     Factor,
     best_direction,
@@ -50,17 +50,13 @@ from stableopt.nn.weights.scaled import (
 
 __all__ = ["Power"]
 
-_HALF = frozenset({torch.float16, torch.bfloat16})
 _UNSETTLED = 1.005
 """Quotient of the second half of a step to the first, above which the vector has not settled."""
 _CHANGED = 0.02
 """Relative fall of the quotient of estimate and Frobenius norm, above which the vectors settle anew."""
 _RISEN = 1.5
 """Factor of its rise within a step, above which the same is done: a jump may hide another."""
-_MIXED = 0.01
-_STEPS = 30
 _RENEWED = 20
-_TRACKS = 8
 _RANGE, _MOST = 24, 100
 """Binary exponents: of a Frobenius norm whose fourth power stays in the range of float32, and of the largest scaling at once."""
 
@@ -114,7 +110,7 @@ class Power(WeightMap):
         super().__init__(geometry, radius, norm)
         self.register_buffer("vectors", None)
         self.register_buffer("share", None)  # estimate / Frobenius norm when the vectors last settled
-        self._folded: _Folded | None = None
+        self._folded: Folded | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Keep the geometry as text as well: equal layers then share a compiled graph."""
@@ -130,7 +126,7 @@ class Power(WeightMap):
             return self._proved(V)
         if self.vectors is None:
             self._start(V)
-        wide = V.float() if V.dtype in _HALF else V
+        wide = V.float() if V.dtype in HALF else V
         keep = slack if torch.compiler.is_compiling() else _kept_slack
         target = self.radius * (1.0 - keep(wide, wide.dtype))
         lowered = not V.is_meta and torch.is_autocast_enabled(V.device.type)
@@ -153,7 +149,7 @@ class Power(WeightMap):
             >>> torch.allclose(limit.multiply(V, torch.ones(1, 3), None), torch.ones(1, 3) @ limit(V).T, rtol=1e-3)
             True
         """
-        plain = self.training and self.geometry.kind == "linear" and V.numel() > 0 and V.dtype not in _HALF
+        plain = self.training and self.geometry.kind == "linear" and V.numel() > 0 and V.dtype not in HALF
         if not (plain and _may_branch(V) and _fits(x, V, bias)):
             return None
         if self.vectors is None:
@@ -188,7 +184,7 @@ class Power(WeightMap):
             True
         """
         vectors, share, mode = self.vectors, self.share, self.training
-        wide = V.float() if V.dtype in _HALF else V
+        wide = V.float() if V.dtype in HALF else V
         target = self.radius * (1.0 - _kept_slack(wide, wide.dtype))
         gaps = []
         try:
@@ -216,19 +212,10 @@ class Power(WeightMap):
         """Make the vectors for a weight of this shape, and let them settle on its numbers."""
         if not W.numel():
             return
-        wide = W.detach().float() if W.dtype in _HALF else W.detach()
+        wide = W.detach().float() if W.dtype in HALF else W.detach()
         with full_precision(wide):
-            self.vectors = self._settled(wide if wide.is_meta else _scaled(wide)[0]).clone().contiguous()
+            self.vectors = settled(wide if wide.is_meta else scaled(wide)[0], self.geometry).clone().contiguous()
         self.share = wide.new_zeros(())  # that of no weight, so the first step settles anew
-
-    def _settled(self, V: Tensor, steps: int = _STEPS) -> Tensor:
-        """Return vectors that know no other than this weight, after so many steps."""
-        if self.geometry.kind != "linear":
-            return conv_power_start(V, **self.geometry.options(V.ndim - 2), tracks=_TRACKS, steps=steps)
-        u = _direction(V)
-        for _ in range(0 if V.is_meta else steps):
-            u = _half_steps(V, u)[0]
-        return u
 
     def _decided(self, V: Tensor, target: float) -> Tensor:
         """Return the weight where a decision costs nothing: a step, and many if the first has not settled."""
@@ -244,11 +231,11 @@ class Power(WeightMap):
     @torch.no_grad()
     def _factor(self, V: Tensor, target: float, size: float) -> Factor:
         """Make a power step for a matrix of that Frobenius norm, and return the number that it is scaled by."""
-        u, v, first, norm = _quick_half_steps(V, self.vectors.to(V.dtype))
+        u, v, first, norm = quick_half_steps(V, self.vectors.to(V.dtype))
         if not (norm <= _UNSETTLED * first and self._as_before(norm, size)):
-            u = _fresh(self.vectors.to(V.dtype), (0,)) + _direction(V)
+            u = fresh(self.vectors.to(V.dtype), (0,)) + direction(V)
             for _ in range(_RENEWED):
-                u, v, first, norm = _quick_half_steps(V, u)
+                u, v, first, norm = quick_half_steps(V, u)
             self.share.fill_(norm / size if size else 0.0)
         self.vectors.copy_(u)
         if not norm <= _UNSETTLED * first:  # not even then, or not finite
@@ -260,7 +247,7 @@ class Power(WeightMap):
             options = self.geometry.options(V.ndim - 2)
             step = best_direction(V, self.vectors, options)
             if not self._as_before(step.norm, size):
-                u = _fresh(self.vectors, (1, 2)) + _fresh(self._settled(V, 0), (1, 2))
+                u = fresh(self.vectors, (1, 2)) + fresh(settled(V, self.geometry, 0), (1, 2))
                 for _ in range(_RENEWED):
                     step = best_direction(V, u, options)
                     u = step.vectors
@@ -283,7 +270,7 @@ class Power(WeightMap):
         """Return the weight without any decision: an estimate that has not settled gives way to an upper bound."""
         if self.geometry.kind == "linear":
             return self._dense(V, target)
-        unit, size = _scaled(V)
+        unit, size = scaled(V)
         return self._conv(unit, target / size) * size
 
     def _move(self, vectors: Tensor) -> None:
@@ -292,7 +279,7 @@ class Power(WeightMap):
 
     def _dense(self, V: Tensor, target: float) -> Tensor:
         with torch.no_grad():
-            u, v, first, second = _half_steps(V, torch.nan_to_num(self.vectors.to(V.dtype)))
+            u, v, first, second = half_steps(V, torch.nan_to_num(self.vectors.to(V.dtype)))
             self._move(u)
             unsettled = ~(second <= _UNSETTLED * first)
             bound = torch.linalg.vector_norm(V, dtype=torch.float64)
@@ -326,12 +313,12 @@ class Power(WeightMap):
             return folded.weight.clone()  # nothing that is done to it must be remembered
         if folded.scale == 1.0:
             return V.clone(memory_format=torch.contiguous_format)
-        wide = V.float() if V.dtype in _HALF else V
+        wide = V.float() if V.dtype in HALF else V
         with full_precision(wide):
-            unit, size = _scaled(wide)
-            norm = self._estimate(unit, self._vectors_of(folded))
-            scaled = (unit * (folded.scale * size * (norm.detach() / norm))).to(V.dtype)
-        return folded.weight + (scaled - scaled.detach())  # the proved numbers, with the derivative of the quotient
+            unit, size = scaled(wide)
+            norm = self._estimate(unit, folded.settled_vectors())
+            moved = (unit * (folded.scale * size * (norm.detach() / norm))).to(V.dtype)
+        return folded.weight + (moved - moved.detach())  # the proved numbers, with the derivative of the quotient
 
     def _proved_in_a_graph(self, V: Tensor) -> Tensor:
         """Leave the proof to one opaque node, which keeps its result as outside of a graph."""
@@ -339,17 +326,17 @@ class Power(WeightMap):
         if self.vectors is None:
             self._start(V)
         like = self.vectors if differentiated else self.vectors.new_empty(0)
-        weight, scale, vectors = _proved_weight(V.detach(), like, self.radius, self._spec)
+        weight, scale, vectors = proved_weight(V.detach(), like, self.radius, self._spec)
         if not differentiated:
             return weight
-        wide = V.float() if V.dtype in _HALF else V
-        unit, size = _scaled(wide)
+        wide = V.float() if V.dtype in HALF else V
+        unit, size = scaled(wide)
         norm = self._estimate(unit, vectors)
         shrinking = torch.where(scale < 1.0, norm.detach() / norm, 1.0)
-        scaled = (unit * (scale * size * shrinking)).to(V.dtype)
-        return weight + (scaled - scaled.detach())
+        moved = (unit * (scale * size * shrinking)).to(V.dtype)
+        return weight + (moved - moved.detach())
 
-    def _kept_below_transforms(self, V: Tensor) -> _Folded:
+    def _kept_below_transforms(self, V: Tensor) -> Folded:
         """Return what is kept for the numbers below the transforms of :mod:`torch.func` that are at work."""
         value = torch.func.debug_unwrap(V.detach(), recurse=True)
         if value.shape != V.shape:
@@ -359,148 +346,24 @@ class Power(WeightMap):
             )
         with temporarily_clear_interpreter_stack():  # a proof reads numbers, which no transform can follow
             folded = self._kept(value.detach())
-            self._vectors_of(folded)
+            folded.settled_vectors()
         return folded
 
-    def _kept(self, V: Tensor) -> _Folded:
+    def _kept(self, V: Tensor) -> Folded:
         kept = self._folded
         if kept is None or not kept.fits(V, self.radius, self.geometry):
-            kept = self._folded = self._fold(V)
+            kept = self._folded = fold(V, self.radius, self.geometry)
         return kept
-
-    @torch.no_grad()
-    def _vectors_of(self, folded: _Folded) -> Tensor:
-        """Return the vectors of a weight that is kept, for a derivative."""
-        if folded.vectors is None:
-            V = folded.original.float() if folded.original.dtype in _HALF else folded.original
-            with full_precision(V):
-                folded.vectors = self._settled(_scaled(V)[0], 10 * _STEPS)
-        return folded.vectors
-
-    @torch.no_grad()
-    def _fold(self, V: Tensor) -> _Folded:
-        """Scale the weight until its stored numbers are proved to be within the radius."""
-        original = V.clone()  # a proof reads numbers through numpy, after which fully_shard cannot free the storage
-        norm = self.geometry.proved(original).upper
-        if norm <= self.radius:
-            return _Folded(original, V.clone(memory_format=torch.contiguous_format), 1.0, self.radius, self.geometry)
-        margin = max(2.0**-48, torch.finfo(V.dtype).eps / 8)
-        for _ in range(24):
-            scale = self.radius / norm * (1.0 - min(margin, 1.0))
-            W = (V.double() * scale).to(V.dtype).contiguous()
-            if self.geometry.proved(W).upper <= self.radius:
-                return _Folded(original, W, scale, self.radius, self.geometry)
-            margin *= 2.0
-        raise StabilityError(
-            f"no scaled weight of shape {tuple(V.shape)} in {V.dtype} is proved to have norm at most {self.radius}; "
-            "use a wider dtype."
-        )
 
     def _estimate(self, V: Tensor, vectors: Tensor) -> Tensor:
         if self.geometry.kind == "linear":
             with torch.no_grad():
-                u, v, _, _ = _half_steps(V, vectors.to(V.dtype))
+                u, v, _, _ = half_steps(V, vectors.to(V.dtype))
             return torch.dot(u, V @ v)
         return self._conv_step(V, vectors)[0]
 
     def _conv_step(self, V: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
         return conv_power_step(V, vectors, **self.geometry.options(V.ndim - 2), riesz=True, free=True)
-
-
-@dataclass
-class _Folded:
-    """A weight for evaluation, the original that it belongs to, and the vectors for a derivative once one is needed."""
-
-    original: Tensor
-    weight: Tensor
-    scale: float
-    radius: float
-    geometry: Geometry
-    vectors: Tensor | None = None
-
-    def fits(self, V: Tensor, radius: float, geometry: Geometry) -> bool:
-        """Return whether it is what these numbers, this radius and this operator give."""
-        mine = self.original
-        return (
-            (self.radius, self.geometry) == (radius, geometry)
-            and (mine.shape, mine.dtype, mine.device) == (V.shape, V.dtype, V.device)
-            and torch.equal(mine, V)
-        )
-
-
-_KEPT: OrderedDict[tuple[Any, ...], _Folded] = OrderedDict()
-"""What compiled graphs keep, by the place of the original in memory; the numbers are compared before each use."""
-_KEPT_BYTES = 2**30
-
-
-@torch.library.custom_op("stableopt::proved_weight", mutates_args=())
-def _proved_weight(V: Tensor, vectors: Tensor, radius: float, geometry: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the proved weight of an original and the scale between the two, and vectors for a derivative in place of some."""
-    folded = _kept_in_graphs(V, radius, geometry)
-    scale = torch.tensor(folded.scale, dtype=_wide(V), device=V.device)
-    if vectors.numel():
-        vectors = Power(folded.geometry, radius)._vectors_of(folded)  # noqa: SLF001 the node is part of the map
-    return folded.weight.clone(), scale, vectors.clone()
-
-
-@_proved_weight.register_fake
-def _(V: Tensor, vectors: Tensor, radius: float, geometry: str) -> tuple[Tensor, Tensor, Tensor]:  # noqa: ARG001 as above
-    weight = torch.empty_like(V, memory_format=torch.contiguous_format)
-    return weight, V.new_empty((), dtype=_wide(V)), torch.empty_like(vectors)
-
-
-def _kept_in_graphs(V: Tensor, radius: float, spec: str) -> _Folded:
-    """Return what is kept for an original, or prove it; the oldest go where there is no room."""
-    key, geometry = (V.data_ptr(), V.shape, V.dtype, radius, spec), Geometry.from_spec(spec)
-    folded = _KEPT.pop(key, None)
-    if folded is None or not folded.fits(V, radius, geometry):
-        folded = Power(geometry, radius)._fold(V)  # noqa: SLF001 the node is part of the map
-    _KEPT[key] = folded
-    while len(_KEPT) > 1 and sum(2 * one.original.nbytes for one in _KEPT.values()) > _KEPT_BYTES:
-        _KEPT.popitem(last=False)
-    return folded
-
-
-def _wide(V: Tensor) -> torch.dtype:
-    return torch.float32 if V.dtype in _HALF else V.dtype
-
-
-def _quick_half_steps(V: Tensor, u: Tensor) -> tuple[Tensor, Tensor, float, float]:
-    """Make a power step as :func:`_half_steps` does, with numbers that are known at once."""
-    tiny = torch.finfo(V.dtype).tiny
-    v = torch.add(u, _direction(V), alpha=_MIXED) @ V
-    first = float(torch.linalg.vector_norm(v))
-    v *= 1.0 / max(first, tiny)
-    image = V @ v
-    second = float(torch.linalg.vector_norm(image))
-    image *= 1.0 / max(second, tiny)
-    return image, v, first, second
-
-
-def _fresh(vectors: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return vectors of length 1, or 0 where there are no numbers: after to_empty() anything can be in there."""
-    length = torch.linalg.vector_norm(vectors, dim=dims, keepdim=True, dtype=torch.float64)
-    return torch.nan_to_num(vectors / length, 0.0, 0.0, 0.0).to(vectors.dtype)
-
-
-def _half_steps(V: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Make a power step; return the new vectors, and the lengths after each half."""
-    z = _direction(V)
-    v, first = _unit(V.mT @ u.add(z, alpha=_MIXED))
-    image, second = _unit(V @ v)
-    return torch.where(second > 0, image, z), v, first, second
-
-
-def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a vector over its length, and the length in float64, where its square cannot overflow; zero stays zero."""
-    length = torch.linalg.vector_norm(x, dtype=torch.float64)
-    return x / length.clamp_min(torch.finfo(x.dtype).tiny), length
-
-
-def _scaled(V: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a tensor over its largest absolute value, and that, as a constant."""
-    size = V.detach().abs().amax().clamp_min(torch.finfo(V.dtype).tiny)
-    return V / size, size
 
 
 def _kept_slack(stored: Tensor, computed: torch.dtype) -> float:
@@ -538,18 +401,3 @@ def _fits(x: Any, V: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or (type(bias) in _PLAIN and bias.dtype == V.dtype))
         and not torch.is_autocast_enabled(V.device.type)
     )
-
-
-def _direction(V: Tensor) -> Tensor:
-    """Return a fixed unit vector without pattern, one entry per row."""
-    make = _make_direction if torch.compiler.is_compiling() else _kept_direction
-    return make(V.shape[0], V.dtype, V.device)
-
-
-def _make_direction(rows: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    i = torch.arange(1, rows + 1, device=device, dtype=torch.float64)
-    z = torch.cos(i * i * 2.399963229728653)
-    return (z / torch.linalg.vector_norm(z)).to(dtype)
-
-
-_kept_direction = functools.lru_cache(maxsize=256)(_make_direction)
