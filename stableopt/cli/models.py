@@ -92,7 +92,7 @@ def build_model(model: str, shape: tuple[int, ...], classes: int, lipschitz: flo
         net = nn.Sequential(nn.Linear(features, 64), *blocks, nn.Linear(64, classes))
     else:
         net = _cnn(shape, classes)
-    # the smooth bound of Gram iteration acts on all large singular values: under a tight limit it learns more than an estimate of one
+    # the smooth bound acts on all large singular values: under a tight limit it learns more than an estimate of one
     stabilize(net.float(), lipschitz=lipschitz, method="gram")
     return net
 
