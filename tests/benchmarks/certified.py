@@ -9,6 +9,7 @@ Every contender is judged alike: its layers are read off as plain matrices, thei
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 import sys
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,19 +45,21 @@ def peer(name: str) -> ModuleType | None:
         return None
 
 
-def limited(method: str) -> Body:
-    """Return a maker of plain layers with one of our weight maps."""
+def limited(method: Any) -> Body:
+    """Return a maker of plain layers with one of our weight maps; without bias at the start, as the peers' have it."""
 
     def make(n: int, m: int) -> nn.Module:
-        return stable.stabilize(nn.Linear(n, m), 1.0, method=method, init="orthogonal")
+        layer = nn.Linear(n, m)
+        nn.init.zeros_(layer.bias)
+        return stable.stabilize(layer, 1.0, method=method, init="orthogonal")
 
     return make
 
 
 def contenders() -> dict[str, tuple[Body, Body, Callable[[], nn.Module]]]:
     """Return for each contender its hidden layer, its head and its activation."""
-    ours = ("cholesky", "bro")
-    found = {f"ours, {m}": (limited(m), UnitRowLinear, stable.GroupSort) for m in ours}
+    ours = {"cholesky": "cholesky", "bro": "bro", "bjorck 12": functools.partial(stable.METHODS["bjorck"], steps=12)}
+    found = {f"ours, {name}": (limited(m), UnitRowLinear, stable.GroupSort) for name, m in ours.items()}
     if torchlip := peer("deel.torchlip"):
         found["torchlip SpectralLinear"] = (torchlip.SpectralLinear, torchlip.FrobeniusLinear, torchlip.GroupSort2)
     if orthogonium := peer("orthogonium.layers"):
