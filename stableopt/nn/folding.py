@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-__all__ = ["folded", "is_foldable", "sources_of"]
+__all__ = ["folded", "is_foldable", "same_numbers", "sources_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +83,7 @@ def folded(chain: nn.Module, compute: Callable[[nn.Module], Tensor]) -> Tensor:
         and kept.settings == settings
         and kept.weight._version == kept.version  # noqa: SLF001 torch has no public access
         and len(kept.sources) == len(sources)
-        and all(map(_same, kept.sources, sources))
+        and all(map(same_numbers, kept.sources, sources))
     ):
         return kept.weight
     with torch.inference_mode(False), torch.no_grad():
@@ -125,6 +125,15 @@ def _settings(chain: nn.Module) -> tuple[Any, ...]:
     )
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Return whether two tensors hold the same numbers; what holds NaN is computed anew."""
+def same_numbers(a: Tensor, b: Tensor) -> bool:
+    """Return whether two tensors hold the same numbers; what holds NaN is computed anew.
+
+    Args:
+        a: a tensor.
+        b: another, on the same device.
+
+    Examples:
+        >>> same_numbers(torch.ones(2), torch.ones(2)), same_numbers(torch.ones(2), torch.ones(3))
+        (True, False)
+    """
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
 from stableopt.constraints.sharding import is_sharded
-from stableopt.nn.folding import folded, is_foldable, sources_of
+from stableopt.nn.folding import folded, is_foldable, same_numbers, sources_of
 from stableopt.nn.sharded import class_of
 
 __all__ = ["adopt", "compute", "plain_class", "remember_order", "restored"]
@@ -228,19 +229,36 @@ def _cached(module: nn.Module, name: str, chain: nn.Module) -> Tensor:
     """Return the weight of this ``P.cached()`` region, computed anew when anything that it depends on has changed."""
     cache: Any = P._cache  # noqa: SLF001 torch has no public access
     key = (id(module), name)
-    if key not in cache or cache.get((*key, "stamp")) != _stamp(chain):
+    sources = sources_of(chain)
+    if key not in cache or not _unchanged(sources, cache[*key, "sources"]):
         cache[key] = compute(chain)
-        cache[*key, "stamp"] = _stamp(chain)  # afterwards, for some maps have a state that moves
+        cache[*key, "sources"] = [_Source.of(t) for t in sources]  # afterwards, for some maps have a state that moves
     return cache[key]
 
 
-def _stamp(chain: nn.Module) -> tuple[Any, ...]:
-    """Return what changes with the numbers that a weight depends on; on the CPU a sum tells of writes past the version."""
-    with torch.no_grad():
-        return tuple(
-            (id(t), t.data_ptr(), t._version, t.dtype, float(t.sum()) if t.device.type == "cpu" and t.numel() else 0.0)  # noqa: SLF001
-            for t in sources_of(chain)
-        )
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """A tensor that a weight of a ``P.cached()`` region depends on, and its numbers where comparing them costs no waiting."""
+
+    tensor: Tensor
+    stamp: tuple[int, int]
+    numbers: Tensor | None
+
+    @classmethod
+    def of(cls, t: Tensor) -> _Source:
+        return cls(t, _stamp(t), t.detach().clone() if t.device.type == "cpu" else None)
+
+    def is_still(self, t: Tensor) -> bool:
+        same = self.tensor is t and self.stamp == _stamp(t)
+        return same and (self.numbers is None or same_numbers(self.numbers, t))
+
+
+def _stamp(t: Tensor) -> tuple[int, int]:
+    return t.data_ptr(), t._version  # noqa: SLF001 torch has no public access
+
+
+def _unchanged(sources: list[Tensor], known: list[_Source]) -> bool:
+    return len(sources) == len(known) and all(one.is_still(t) for one, t in zip(known, sources, strict=True))
 
 
 class _ComputedWeight(Tensor):
@@ -299,9 +317,8 @@ _LOST = (
 
 
 def _writes(func: Callable[..., Any], name: str) -> bool:
-    if name == "__set__":
-        return getattr(func, "__self__", None) is _DATA
-    return name == "__setitem__" or (name.endswith("_") and not name.endswith("__") and name not in _HARMLESS)
+    """Return whether a method assigns to its tensor."""
+    return name == "__setitem__" or (name == "__set__" and getattr(func, "__self__", None) is _DATA)
 
 
 def _writes_into(cls: type, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

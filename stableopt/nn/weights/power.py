@@ -37,7 +37,8 @@ from stableopt.linalg import Bound, conv_power_step
 from stableopt.nn.blocks import full_precision
 from stableopt.nn.weights.base import WeightMap, slack
 from stableopt.nn.weights.geometry import Geometry
-from stableopt.nn.weights.power_proof import HALF, Folded, fold, proved_weight
+from stableopt.nn.weights.isometry import HALF
+from stableopt.nn.weights.power_proof import Folded, fold, proved_weight
 from stableopt.nn.weights.power_steps import direction, fresh, half_steps, quick_half_steps, scaled, settled
 from stableopt.nn.weights.scaled import (
     Factor,
@@ -313,12 +314,7 @@ class Power(WeightMap):
             return folded.weight.clone()  # nothing that is done to it must be remembered
         if folded.scale == 1.0:
             return V.clone(memory_format=torch.contiguous_format)
-        wide = V.float() if V.dtype in HALF else V
-        with full_precision(wide):
-            unit, size = scaled(wide)
-            norm = self._estimate(unit, folded.settled_vectors())
-            moved = (unit * (folded.scale * size * (norm.detach() / norm))).to(V.dtype)
-        return folded.weight + (moved - moved.detach())  # the proved numbers, with the derivative of the quotient
+        return self._differentiable(V, folded.weight, folded.scale, folded.settled_vectors())
 
     def _proved_in_a_graph(self, V: Tensor) -> Tensor:
         """Leave the proof to one opaque node, which keeps its result as outside of a graph."""
@@ -327,13 +323,18 @@ class Power(WeightMap):
             self._start(V)
         like = self.vectors if differentiated else self.vectors.new_empty(0)
         weight, scale, vectors = proved_weight(V.detach(), like, self.radius, self._spec)
-        if not differentiated:
-            return weight
+        return self._differentiable(V, weight, scale, vectors) if differentiated else weight
+
+    def _differentiable(self, V: Tensor, weight: Tensor, scale: float | Tensor, vectors: Tensor) -> Tensor:
+        """Return the proved numbers, with the derivative of the quotient; of a scale in a graph it is not known to be below 1."""
         wide = V.float() if V.dtype in HALF else V
-        unit, size = scaled(wide)
-        norm = self._estimate(unit, vectors)
-        shrinking = torch.where(scale < 1.0, norm.detach() / norm, 1.0)
-        moved = (unit * (scale * size * shrinking)).to(V.dtype)
+        with full_precision(wide):
+            unit, size = scaled(wide)
+            norm = self._estimate(unit, vectors)
+            shrinking = norm.detach() / norm
+            if isinstance(scale, Tensor):
+                shrinking = torch.where(scale < 1.0, shrinking, 1.0)
+            moved = (unit * (scale * size * shrinking)).to(V.dtype)
         return weight + (moved - moved.detach())
 
     def _kept_below_transforms(self, V: Tensor) -> Folded:

@@ -12,11 +12,10 @@ from torch import Tensor
 from stableopt.errors import StabilityError
 from stableopt.nn.blocks import full_precision
 from stableopt.nn.weights.geometry import Geometry
+from stableopt.nn.weights.isometry import HALF
 from stableopt.nn.weights.power_steps import STEPS, scaled, settled
 
-__all__ = ["HALF", "Folded", "fold", "proved_weight"]
-
-HALF = frozenset({torch.float16, torch.bfloat16})
+__all__ = ["Folded", "fold", "proved_weight"]
 
 
 @dataclass

@@ -38,19 +38,14 @@ class Factor:
         v: shape of its rows.
 
     Examples:
-        >>> Factor(0.5, 1.0, torch.ones(1), torch.ones(1)).slope, Factor(1.0, None, torch.ones(1), torch.ones(1)).slope
-        (-0.25, 0.0)
+        >>> Factor(0.5, 1.0, torch.ones(1), torch.ones(1)).scale
+        0.5
     """
 
     scale: float
     target: float | None
     u: Tensor
     v: Tensor
-
-    @property
-    def slope(self) -> float:
-        """The number :math:`k`."""
-        return 0.0 if self.target is None else -self.scale * self.scale / self.target
 
 
 def scaled_matrix(V: Tensor, factor: Factor) -> Tensor:
@@ -129,6 +124,7 @@ def _numbers(scale: float, target: float | None, sigma: Tensor) -> tuple[Any, An
 
 
 def _slope(scale: float, target: float | None) -> float:
+    """Return the number :math:`k`."""
     return 0.0 if target is None else -scale * scale / target
 
 

@@ -384,5 +384,9 @@ def test_a_cached_region_sees_every_write() -> None:
         _ = model[1].weight  # type: ignore[index]
         budget.shares.copy_(torch.tensor([0.5, -0.5]))
         assert norm(model[0].weight) * norm(model[1].weight) <= 1.0  # type: ignore[index, arg-type]
-        model[0].parametrizations.weight.original.data.mul_(0.1)  # type: ignore[index, union-attr]
+        before = model[0].weight.clone()  # type: ignore[index, operator]
+        original: Any = model[0].parametrizations.weight.original  # type: ignore[index, union-attr]
+        original.data.copy_(original.flip(0))  # the same numbers in another order
+        assert not torch.equal(model[0].weight, before)  # type: ignore[index, arg-type]
+        original.data.mul_(0.1)
         assert norm(model[0].weight) < 0.2  # type: ignore[index, arg-type]
