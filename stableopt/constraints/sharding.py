@@ -12,7 +12,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-__all__ = ["Sharding", "is_sharded", "on_whole", "part_like"]
+__all__ = ["Sharding", "is_sharded", "on_whole", "part_like", "whole"]
 
 
 def is_sharded(x: object) -> bool:
@@ -86,6 +86,19 @@ class Sharding:
         replicas = [Replicate()] * self.mesh.ndim
         spread = DTensor.from_local(whole.contiguous(), self.mesh, replicas, run_check=False)
         return spread.redistribute(placements=self.placements).to_local()
+
+
+def whole(x: Tensor) -> Tensor:
+    """Return a tensor with all its numbers; of one that is spread over processes, all of them must ask together.
+
+    Args:
+        x: a tensor.
+
+    Examples:
+        >>> whole(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return x.full_tensor() if is_sharded(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def on_whole(owner: str, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stableopt.constraints.sharding import is_sharded
+from stableopt.constraints.sharding import whole
 from stableopt.optim import rule_for
 from stableopt.optim.rules import step_sums, weighted_square
 
@@ -69,7 +69,7 @@ class Start:
     def motion(self) -> Motion:
         """Compare with the parameters and buffers now, after the step."""
         rows = [
-            torch.stack([_whole(x).to("cpu", torch.float64) for x in self._row(p, group)])
+            torch.stack([whole(x).to("cpu", torch.float64) for x in self._row(p, group)])
             for group in self._optimizer.param_groups
             for p in group["params"]
             if p.grad is not None
@@ -92,11 +92,6 @@ class Start:
         state = self._optimizer.state.get(p, {})
         before, after, _, predicted, square = step_sums(rule, group, start, self._buffers[p], p.detach(), state)
         return square, before, after, predicted
-
-
-def _whole(x: Tensor) -> Tensor:
-    """Return a sum over all processes, where each of them holds a part of the terms."""
-    return x.full_tensor() if is_sharded(x) else x  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def direction(optimizer: Optimizer) -> float:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.utils.parametrize as P
 from torch import Tensor, nn
 
-from stableopt.constraints.sharding import is_sharded
+from stableopt.constraints.sharding import whole
 from stableopt.nn.budget import Budgeted
 from stableopt.nn.limits import Stacked
 from stableopt.nn.weights import WeightMap
@@ -53,7 +53,7 @@ def norm_gap(module: nn.Module, name: str = "weight") -> float | None:
     if any(not isinstance(one, WeightMap) or one.by_construction for one in maps):
         return None
     with torch.no_grad():
-        values = [_whole(p) for p in ([chain.original] if chain.is_tensor else _originals(chain))]
+        values = [whole(p) for p in ([chain.original] if chain.is_tensor else _originals(chain))]
         if inner:  # of somebody else's, on which the limit acts; copies, for some of them keep a state
             first, *others = copy.deepcopy(inner)
             values = [first(*values)]
@@ -65,10 +65,6 @@ def norm_gap(module: nn.Module, name: str = "weight") -> float | None:
         flat = isinstance(unit, Stacked) and unit.flat
         parts = [part.flatten(1) if flat else part for part in V.chunk(len(maps))]
         return max(one.gap(part).upper for one, part in zip(maps, parts, strict=True))
-
-
-def _whole(p: Tensor) -> Tensor:
-    return p.full_tensor() if is_sharded(p) else p  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _originals(chain: Any) -> list[Tensor]:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_map_only
 
-from stableopt.constraints.sharding import is_sharded
+from stableopt.constraints.sharding import is_sharded, whole
 from stableopt.nn.folding import folded, is_foldable, same_numbers, sources_of
 from stableopt.nn.sharded import class_of
 
@@ -105,8 +105,8 @@ def compute(chain: nn.Module) -> Tensor:
     own: Any = chain._parameters  # noqa: SLF001 the originals, without building a list
     if all(type(p) is nn.Parameter for p in own.values()):
         return chain()
-    whole = {name: p.full_tensor() for name, p in chain.named_parameters() if is_sharded(p)}  # pyright: ignore[reportAttributeAccessIssue]
-    return functional_call(chain, whole, ())
+    gathered = {name: whole(p) for name, p in chain.named_parameters() if is_sharded(p)}
+    return functional_call(chain, gathered, ())
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
