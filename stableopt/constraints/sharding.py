@@ -22,6 +22,8 @@ def is_sharded(x: object) -> bool:
         >>> is_sharded(torch.ones(2))
         False
     """
+    if type(x) is Tensor or type(x) is torch.nn.Parameter:  # at once for what nearly every tensor is
+        return False
     if not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor

@@ -1,10 +1,13 @@
-"""What the guarded optimizers share: settings, prox with realised displacement, the guarded step, state dicts."""
+"""What the guarded optimizers share: groups with settings and regularizers, the step, copies and state dicts."""
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, overload
 
@@ -12,21 +15,32 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stableopt.constraints import Constraint, Regularizer, attached, from_spec
-from stableopt.constraints.reuse import project_tracked
-from stableopt.optim.guard import Settings, guarded_step, scaled
+from stableopt.constraints import Constraint, Regularizer
+from stableopt.errors import StabilityError
+from stableopt.optim.agree import GroupChoice, Processes
+from stableopt.optim.ladder import guarded_step, unguarded_step
+from stableopt.optim.lazy import Pending, lazy_step
+from stableopt.optim.regularize import decoded, encoded, gather_attached, regularize_all, regularized
 from stableopt.optim.report import StepReport
 from stableopt.optim.rules import UpdateRule, rule_for
+from stableopt.optim.rules.unknown import Unknown
+from stableopt.optim.scaling import refuse_closure_of_scaler, scaled
+from stableopt.optim.settings import Settings, check_lr, check_number
+from stableopt.optim.snapshot import Snapshot, stamp
 from stableopt.optim.trial import as_loss
 
 __all__ = ["GuardedOptimizer"]
 
-_SETTINGS = ("guard", "max_shrinks", "shrink", "grow", "armijo")
-_OWN = ("prox", "constraint", *_SETTINGS, "step_scale", "step_count")
+_SETTINGS = Settings.names()
+_PER_GROUP = ("prox", "constraint", "smoothness")
+_COUNTERS = {"step_scale": 1.0, "step_count": 0, "skipped": 0}
+_FALLBACK: dict[str, Any] = dict.fromkeys(_PER_GROUP) | vars(Settings()) | _COUNTERS
+_RUNTIME = ("last_step", "_versions", "_memory", "_pending", "_process_group", "_warned")
+"""What a copy begins anew."""
 
 
 class GuardedOptimizer(Optimizer):
-    """What the guarded optimizers share; use :class:`SGD` or :class:`AdamW`.
+    """What the guarded optimizers share; use :class:`SGD`, :class:`AdamW` and their like, or :func:`guard`.
 
     Attributes:
         last_step: the :class:`StepReport` of the last step, None before the first.
@@ -38,19 +52,48 @@ class GuardedOptimizer(Optimizer):
         True
     """
 
-    rule: ClassVar[UpdateRule]
+    rule: UpdateRule
     torch_class: ClassVar[type[Optimizer]]
+    needs_closure: ClassVar[bool] = False
+    """Whether the step of the class evaluates the closure itself, as that of LBFGS does."""
     last_step: StepReport | None = None
-    _versions: dict[Tensor, int]
+    _process_group: GroupChoice = "auto"
+    _versions: dict[Tensor, tuple[Any, Constraint]]
+    _memory: Snapshot | None = None
+    _pending: Pending | None = None
+    _warned: frozenset[str] = frozenset()
 
-    def set_up(self, own: dict[str, Any]) -> None:
-        """Keep our settings for the groups that torch's constructor is about to add."""
-        Settings(**{k: own[k] for k in _SETTINGS})
-        self._own = own | {"step_scale": 1.0, "step_count": 0}
-        self._versions = {}
+    @contextmanager
+    def set_up(self, settings: Mapping[str, Any]) -> Iterator[None]:
+        """Keep our settings for the groups that the constructor of torch's class adds inside the context.
+
+        Raises:
+            TypeError: if a setting is unknown or has the wrong type.
+            ValueError: if a setting is out of range.
+        """
+        unknown = sorted(set(settings) - {*_PER_GROUP, *_SETTINGS})
+        if unknown:
+            known = ", ".join((*_PER_GROUP, *_SETTINGS))
+            raise TypeError(f"{type(self).__name__} got unknown settings {unknown}; beside torch's it takes {known}.")
+        own = _FALLBACK | settings
+        Settings.of(own)
+        self._own = own
+        self._versions, self.last_step = {}, None
+        yield
+        self.defaults |= self.__dict__.pop("_own")
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether gradients may come scaled: only if the step is torch's alone; otherwise GradScaler unscales them before it calls."""
+        plain = all(g["guard"] == "off" and g["prox"] is None and g["constraint"] is None for g in self.param_groups)
+        return plain and bool(self.__dict__.get("_supports_amp_scaling", False))
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        self.__dict__["_supports_amp_scaling"] = value
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as torch does; ``prox=`` and ``constraint=`` belong to the group.
+        """Add a group, as torch does; ``prox=``, ``constraint=`` and ``smoothness=`` belong to the group.
 
         Args:
             param_group: ``{"params": ..., "lr": ..., "prox": ..., ...}``.
@@ -60,12 +103,12 @@ class GuardedOptimizer(Optimizer):
             ValueError: if a value is out of range, both ``prox`` and ``constraint`` are given, a parameter was constrained to
                 another set, or the group brings its own settings of the guard, which belong to the whole optimizer.
         """
-        own = self.__dict__.get("_own") or {k: self.defaults[k] for k in _OWN}
+        own = self.__dict__.get("_own") or {k: self.defaults[k] for k in _FALLBACK}
         given = dict(param_group)
         if "prox" in given or "constraint" in given:  # a group's own regularizer replaces the default of either kind
             own = own | {"prox": None, "constraint": None}
         if self.param_groups:
-            own = own | {k: self.param_groups[0][k] for k in _OWN[2:]}
+            own = own | {k: self.param_groups[0][k] for k in (*_SETTINGS, *_COUNTERS)}
         for key in _SETTINGS:
             if given.get(key, own[key]) != own[key]:
                 raise ValueError(
@@ -73,79 +116,113 @@ class GuardedOptimizer(Optimizer):
                 )
         super().add_param_group(own | given)
         try:
-            self._check_group(self.param_groups[-1])
+            self.check_group(self.param_groups[-1])
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
 
-    def _check_group(self, group: dict[str, Any]) -> None:
-        prox, constraint = group["prox"], group["constraint"]
-        if prox is not None and constraint is not None:
-            raise ValueError(
-                f"a group takes prox= or constraint=, got both ({prox!r}, {constraint!r}): "
-                "the prox of a sum is not the one after the other."
-            )
-        if prox is not None and not isinstance(prox, Regularizer):
-            raise TypeError(f"prox must be a Regularizer such as stableopt.constraints.L1(0.1), got {prox!r}.")
-        if constraint is not None and not isinstance(constraint, Constraint):
-            raise TypeError(
-                f"constraint must be a Constraint such as stableopt.constraints.Box(0, 1), got {constraint!r}; "
-                "a penalty goes to prox=."
-            )
-        if isinstance(prox, Constraint):
-            group["prox"], group["constraint"] = None, prox
-        check_lr(group["lr"])
-        decay = float(group["weight_decay"])
-        if not (math.isfinite(decay) and decay >= 0):
-            raise ValueError(f"weight_decay must be a finite number >= 0, got {decay!r}.")
+    def check_group(self, group: dict[str, Any], others: Sequence[dict[str, Any]] | None = None) -> None:
+        """Refuse a group that makes no sense; take over the sets to which its parameters are attached.
+
+        Args:
+            group: with its parameters.
+            others: the groups beside it, by default those of the optimizer.
+
+        Raises:
+            TypeError: as :meth:`add_param_group`.
+            ValueError: as :meth:`add_param_group`.
+        """
+        self._check_rate(group)
+        for name in ("weight_decay", "eps"):
+            if name in group and not isinstance(group[name], Tensor | tuple):
+                check_number(name, group[name])
+        if group["smoothness"] is not None:
+            check_number("smoothness", group["smoothness"])
+            self.rule.energy_limit(group["smoothness"], group)  # refuses where no limit is known
         for p in group["params"]:
             if not (p.dtype.is_floating_point or p.dtype.is_complex):
                 raise TypeError(
                     f"an optimizer needs floating parameters, got one of dtype {p.dtype} and shape {tuple(p.shape)}."
                 )
-            tied = attached(p)
-            if tied is not None and tied != group["constraint"]:
-                raise ValueError(
-                    f"a parameter of shape {tuple(p.shape)} was constrained to {tied!r}, but its group has "
-                    f"constraint={group['constraint']!r}: pass stableopt.parameter_groups(model) to the optimizer."
-                )
-        if any(g["maximize"] != group["maximize"] for g in self.param_groups) and group["guard"] != "off":
+        _check_regularizers(group)
+        gather_attached(group)
+        for _, _, regularizer in regularized([group]):
+            refusal = self.rule.takes(group, regularizer)
+            if refusal is not None:
+                raise ValueError(refusal)
+        busy = group["guard"] != "off" or group["prox"] is not None or group["constraint"] is not None
+        if busy and not self.rule.complex_too and any(p.dtype.is_complex for p in group["params"]):
+            raise TypeError(
+                f"{type(self).__name__} has no real metric for complex parameters: use torch.view_as_real, "
+                "or guard='off' without prox or constraint."
+            )
+        signs = {bool(g.get("maximize")) for g in (*(self.param_groups if others is None else others), group)}
+        if len(signs) > 1 and group["guard"] != "off":
             raise ValueError(
                 "all groups must maximize or all minimize: otherwise they have no common energy; use guard='off'."
             )
-        if group["differentiable"] and (group["guard"] != "off" or group["prox"] or group["constraint"]):
+        if busy and group.get("differentiable"):
             raise ValueError(
                 "differentiable=True is torch's step alone: use it with guard='off' and without prox or constraint."
             )
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(
+        self, closure: None = None, *, trial: Callable[[], Any] | None = None, loss: Tensor | float | None = None
+    ) -> None: ...
     @overload
-    def step(self, closure: Callable[[], Any]) -> Any: ...
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+    def step(
+        self, closure: Callable[[], Any], *, trial: Callable[[], Any] | None = None, loss: Tensor | float | None = None
+    ) -> Any: ...
+    def step(
+        self,
+        closure: Callable[[], Any] | None = None,
+        *,
+        trial: Callable[[], Any] | None = None,
+        loss: Tensor | float | None = None,
+    ) -> Any:
         """Do one step: torch's, then prox or projection, then the check of the guard.
 
         Args:
-            closure: as torch asks for it: zero the gradients, evaluate, call ``backward``, return the loss. Without one the step
-                cannot be checked: it is torch's step with prox or projection, and the report says ``unobserved``.
+            closure: as torch asks for it: zero the gradients, evaluate, call ``backward``, return the loss.
+            trial: returns the loss of the same batch (with gradient accumulation: of all its parts, averaged as the gradients were) at the
+                current parameters, forward only. With it the guard works without a closure, so also under
+                ``torch.amp.GradScaler``: ``scaler.step(optimizer, trial=...)``. With a closure, it replaces its second evaluation.
+            loss: the loss at the current parameters, where gradients are there already: spares one evaluation of ``trial``, if nothing
+                in the model is random. Without ``trial`` it is only looked at for NaN and infinity.
 
         Returns:
             What the closure returned, None without one.
 
+        Note:
+            Without closure and trial no energy is checked. What is guaranteed then: a step whose gradients (or given loss) are not finite is
+            skipped, parameters end in their sets, and learning rates keep the scale that earlier checks have found. The report says
+            ``unobserved``.
+
         Raises:
-            ValueError: if the closure does not return one real number or None, or a learning rate has become invalid.
+            TypeError: if ``closure`` or ``trial`` cannot be called.
+            ValueError: if they do not return one real number (a closure may return None), or a learning rate has become invalid.
+            RuntimeError: if ``torch.amp.GradScaler`` passes a closure, whose gradients it would not unscale.
+            StabilityError: if lr is above the limit that ``smoothness`` gives, or with ``on_nonfinite="raise"`` something is not finite.
         """
-        for group in self.param_groups:
-            check_lr(group["lr"])
+        if torch.compiler.is_compiling() and self.param_groups[0]["guard"] == "off":
+            return self._compiled_step(closure)
+        return self._step(closure, trial, loss)
+
+    @torch.compiler.disable
+    def _step(
+        self, closure: Callable[[], Any] | None, trial: Callable[[], Any] | None, loss: Tensor | float | None
+    ) -> Any:
         first = self.param_groups[0]
-        settings = Settings(*(first[k] for k in _SETTINGS))
+        settings = Settings.of(first)
+        _check_callables(closure, trial)
+        if closure is not None:
+            refuse_closure_of_scaler()
+        factor = self._rate_factor(settings)
         outside = self._enter()
         try:
-            with torch.no_grad():
-                if closure is not None and settings.guard != "off":
-                    value, report = guarded_step(self, closure, settings)
-                else:
-                    value, report = self._unguarded_step(closure)
+            with torch.no_grad(), self.scaled_learning_rates(factor) if factor != 1.0 else nullcontext():
+                value, report = self._judged(settings, closure, trial, loss)
         except BaseException:
             with torch.no_grad():
                 for p, kept in outside:
@@ -155,21 +232,93 @@ class GuardedOptimizer(Optimizer):
             report = replace(
                 report, reason=f"{report.reason}; parameters that were outside their sets had been projected before"
             )
-        self._versions = {p: p._version for p, _ in self._constrained()}  # noqa: SLF001 - the documented way to see a change in place
+        self._versions = {
+            p: (stamp(p), c)
+            for p, _, c in regularized(self.param_groups)
+            if isinstance(c, Constraint) and p.requires_grad
+        }
         self.last_step = report
-        first["step_count"] += 1
+        if closure is not None or trial is not None or not self._at_rest():
+            first["step_count"] += 1
+        if report.verdict == "nonfinite" and report.action == "undone":
+            first["skipped"] += 1
+            if settings.on_nonfinite == "raise":
+                raise StabilityError(
+                    f"step {report.step}: {report.reason}; on_nonfinite='skip' goes on without the step."
+                )
         return value
 
-    def _unguarded_step(self, closure: Callable[[], Any] | None) -> tuple[Any, StepReport]:
+    def _judged(
+        self,
+        settings: Settings,
+        closure: Callable[[], Any] | None,
+        trial: Callable[[], Any] | None,
+        loss: Tensor | float | None,
+    ) -> tuple[Any, StepReport]:
+        if settings.guard == "lazy" and closure is not None:
+            return lazy_step(self, settings, closure)
+        self.drop_pending()  # what has waited for a verdict is not what the next loss will be of
+        if settings.guard == "off" or (closure is None and trial is None):
+            return unguarded_step(self, settings, closure, loss)
+        return guarded_step(self, settings, closure, trial, loss)
+
+    def _compiled_step(self, closure: Callable[[], Any] | None) -> Any:
+        """Do what a compiler can trace: torch's step with prox or projection, without guard and report."""
         value = None
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
         self.advance()
-        off = self.param_groups[0]["guard"] == "off"
-        reason = "guard='off'" if off else "the guard needs a closure: step(closure); nothing was checked"
-        lr = tuple(g["lr"] if not isinstance(g["lr"], Tensor) else math.nan for g in self.param_groups)
-        return value, StepReport.unobserved(step=self.count, lr=lr, reason=reason)
+        return value
+
+    def _rate_factor(self, settings: Settings) -> float:
+        """Check all learning rates; return by what they are too large, as a factor of at most 1, if they are to be clipped."""
+        factor = 1.0
+        for i, group in enumerate(self.param_groups):
+            self._check_rate(group)
+            if group["smoothness"] is None:
+                continue
+            lr, limit = float(group["lr"]), self.rule.energy_limit(group["smoothness"], group)
+            if lr <= limit:
+                continue
+            what = (
+                f"lr {lr:.6g} of group {i} exceeds {limit:.6g}, the largest one for which the energy of {type(self.rule).__name__} provably "
+                f"falls with smoothness {group['smoothness']:.6g}"
+            )
+            if settings.over_limit == "raise":
+                raise StabilityError(f"{what}; lower it, or use over_limit='clip' or 'warn'.")
+            if settings.over_limit == "clip":
+                factor = min(factor, limit / lr)
+            else:
+                self.warn_once("limit", f"{what}; the guard checks the energy all the same.")
+        return factor
+
+    def _check_rate(self, group: dict[str, Any]) -> None:
+        """Check the learning rate of a group; None is right only for an optimizer that takes None."""
+        if group.get("lr") is not None or self.defaults.get("lr") is not None:
+            check_lr(group.get("lr"))
+
+    def warn_once(self, topic: str, message: str) -> None:
+        """Warn, but of the same topic only once in the life of this object."""
+        if topic not in self._warned:
+            self._warned = self._warned | {topic}
+            warnings.warn(message, stacklevel=_level_outside())
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Project every parameter that lies outside its set onto it, now; each step does so as well before anything is evaluated.
+
+        For parameters that somebody else has moved: a checkpoint, ``model.to(torch.bfloat16)``, an average of weights.
+
+        Examples:
+            >>> from stableopt.constraints import NonNegative
+            >>> from stableopt.optim import SGD
+            >>> w = torch.nn.Parameter(torch.tensor([-1.0]))
+            >>> SGD([w], lr=0.1, constraint=NonNegative()).project_()
+            >>> w.item()
+            0.0
+        """
+        self._enter()
 
     @torch.no_grad()
     def _enter(self) -> list[tuple[Tensor, Tensor]]:
@@ -179,51 +328,42 @@ class GuardedOptimizer(Optimizer):
         ball of radius 1 and, in the next step, out on the other side. What nobody has changed since our last step is inside.
         """
         moved: list[tuple[Tensor, Tensor]] = []
-        for p, constraint in self._constrained():
-            if self._versions.get(p) == p._version or not p.requires_grad:  # noqa: SLF001
+        for p, _, constraint in regularized(self.param_groups):
+            if not isinstance(constraint, Constraint) or not p.requires_grad:
+                continue
+            if self._versions.get(p) == (stamp(p), constraint):
                 continue
             inside = constraint.project(p.detach())
-            if not torch.equal(inside, p):
+            if inside is not p and not torch.equal(inside, p):
                 moved.append((p, p.detach().clone()))
                 p.copy_(inside)
+        self._versions = {}  # until the step has ended in the sets
         return moved
 
-    def _constrained(self) -> Iterator[tuple[Tensor, Constraint]]:
-        for group in self.param_groups:
-            if group["constraint"] is not None:
-                for p in group["params"]:
-                    yield p, group["constraint"]
-
     @torch.no_grad()
-    def advance(self) -> None:
-        """Do torch's own step, then prox or projection with the momentum set to the realised displacement; check nothing."""
-        regularized = [
-            (p, group, regularizer, self.rule.buffer(self.state.get(p, {})) is None)
-            for group in self.param_groups
-            if (regularizer := group["prox"] or group["constraint"]) is not None
-            for p in group["params"]
+    def advance(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Do torch's own step, then prox or projection with the momentum set to the realised displacement; check nothing.
+
+        Args:
+            closure: for a step that evaluates it itself.
+
+        Returns:
+            What torch's step returns.
+        """
+        rule = self.rule
+        todo = [
+            (p, group, regularizer, rule.buffer(self.state.get(p, {})) is None)
+            for p, group, regularizer in regularized(self.param_groups)
             if p.grad is not None
         ]
         step = self.torch_class.step
         # torch wraps the step of a class when its first instance is made; the hooks of this step have run already.
         if getattr(step, "hooked", False):
             step = step.__wrapped__  # type: ignore[attr-defined]
-        step(self)
-        for p, group, regularizer, first in regularized:
-            self._regularize(p, group, regularizer, first=first)
-
-    def _regularize(self, p: Tensor, group: dict[str, Any], regularizer: Regularizer, *, first: bool) -> None:
-        state = self.state.get(p, {})
-        metric = self.rule.metric(state, group)
-        eta = self.rule.effective_lr(group, first=first)
-        step = eta / metric if isinstance(metric, Tensor) and regularizer.diagonal else eta
-        reached = p.detach().clone()
-        if isinstance(regularizer, Constraint) and not isinstance(step, Tensor):
-            p.copy_(project_tracked(regularizer, p, reached))
-        else:
-            p.copy_(regularizer.prox(reached, step))
-        if self.rule.momentum(group):
-            self.rule.realign(reached - p, state, metric, group)
+        value = step(self, closure) if self.needs_closure else step(self)  # type: ignore[call-arg]
+        if todo:
+            regularize_all(rule, todo, self.state)
+        return value
 
     @contextmanager
     def scaled_learning_rates(self, scale: float) -> Iterator[None]:
@@ -233,7 +373,70 @@ class GuardedOptimizer(Optimizer):
 
     def learning_rates(self) -> tuple[float, ...]:
         """Return the learning rate of each group as a float."""
-        return tuple(float(group["lr"]) for group in self.param_groups)
+        return tuple(float(group.get("lr", math.nan)) for group in self.param_groups)
+
+    def decide_with(self, group: GroupChoice = "auto") -> None:
+        """Say which processes train the model together: energies are summed over them, so that all take the same step.
+
+        Args:
+            group: ``"auto"`` (all processes, where ``torch.distributed`` is set up), a process group, or None for this process alone.
+
+        Examples:
+            >>> from stableopt.optim import SGD
+            >>> SGD([torch.nn.Parameter(torch.ones(1))]).decide_with(None)
+        """
+        self._process_group = group
+
+    def processes(self) -> Processes:
+        """Return the processes with which this optimizer decides."""
+        device = next((p.device for g in self.param_groups for p in g["params"]), torch.device("cpu"))
+        return Processes.of(self._process_group, device)
+
+    def snapshot(self) -> Snapshot:
+        """Return a snapshot of now, in the memory of the last one."""
+        lazy = self.param_groups[0]["guard"] == "lazy"
+        if self._memory is None or self._memory.with_gradients != lazy:
+            self._memory = Snapshot(self, everything=not self.contained, gradients=lazy)
+        else:
+            self._memory.take()
+        return self._memory
+
+    def _at_rest(self) -> bool:
+        """Whether all learning rates are 0, as torch.distributed.checkpoint sets them to have the state made: that is no step."""
+        rates = [group.get("lr") for group in self.param_groups]
+        return all(not (isinstance(lr, Tensor) and lr.device.type != "cpu") and lr == 0 for lr in rates)
+
+    @property
+    def pending(self) -> Pending | None:
+        """The step that waits for its verdict (``guard="lazy"``)."""
+        return self._pending
+
+    @pending.setter
+    def pending(self, value: Pending | None) -> None:
+        self._pending = value
+
+    def drop_pending(self) -> None:
+        """Forget the step that waits for its verdict: it stays as it is."""
+        self._pending = None
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        """Do a plain gradient step with projection, whatever the optimizer: what remains if its own step cannot be trusted."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.add_(p.grad, alpha=-self.sign * float(group.get("lr", 0.0)))
+        self._enter()
+
+    @property
+    def known(self) -> bool:
+        """Whether a rule is known, so that setting the momentum to zero leaves a step that goes downhill."""
+        return not isinstance(self.rule, Unknown)
+
+    @property
+    def contained(self) -> bool:
+        """Whether the step is one of torch's, which changes nothing but parameters with a gradient and their state."""
+        return self.torch_class.__module__.startswith(("torch.optim", "stableopt.optim")) and not self.needs_closure
 
     @property
     def count(self) -> int:
@@ -243,7 +446,7 @@ class GuardedOptimizer(Optimizer):
     @property
     def sign(self) -> float:
         """-1 if the optimizer maximizes: the energy is then that of the negative loss."""
-        return -1.0 if self.param_groups[0]["maximize"] else 1.0
+        return -1.0 if self.param_groups[0].get("maximize") else 1.0
 
     @staticmethod
     def loss_of(value: Any) -> float:
@@ -256,38 +459,65 @@ class GuardedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; our settings are in the groups, regularizers as plain data."""
-        state = super().state_dict()
-        for group in state["param_groups"]:
-            for key in ("prox", "constraint"):
-                group[key] = None if group[key] is None else group[key].spec()
-        return state
+        handle = self.register_state_dict_post_hook(_encode_groups, prepend=True)  # before those of the user see it
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of ours or of torch's class; what the latter lacks stays as it is.
+        """Load a state dict of ours or of torch's class; what the latter lacks stays as it is. Parameters are moved into their sets.
 
         Args:
             state_dict: as returned by :meth:`state_dict`.
 
         Raises:
-            ValueError: if the groups do not match, or a regularizer is unknown.
+            ValueError: if the groups do not match or lack hyper-parameters, as those of another optimizer do, or a regularizer is
+                unknown; nothing has changed then.
         """
-        saved = state_dict["param_groups"]
-        if len(saved) == len(self.param_groups):
-            saved = [
-                {k: mine[k] for k in _OWN} | _decoded(group)
-                for mine, group in zip(self.param_groups, saved, strict=True)
-            ]
-        super().load_state_dict(state_dict | {"param_groups": saved})
-        self.last_step = None
+        super().load_state_dict(state_dict)
+        self.project_()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep what torch keeps and, of other attributes, what the class behind has set; the report of the last step is not kept."""
+        state = super().__getstate__()
+        if self._process_group is None:  # a process group is no data; to decide alone is
+            state["_process_group"] = None
+        if not self.contained:
+            kept = {
+                k: v
+                for k, v in vars(self).items()
+                if k not in _RUNTIME and not k.startswith(("_optimizer_", "_zero_grad_profile")) and k != "step"
+            }
+            state = kept | state
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Fill in what older states and torch's own lack; the report of the last step is not kept."""
-        self._versions = {}
-        super().__setstate__(state)
-        fallback = {"prox": None, "constraint": None, **Settings().__dict__, "step_scale": 1.0, "step_count": 0}
-        for group in self.param_groups:
-            for key in _OWN:
-                group.setdefault(key, self.defaults.get(key, fallback[key]))
+        """Take over a state, from a copy or a checkpoint, and fill in what older ones and torch's own lack."""
+        before = self.__dict__.get("param_groups")
+        groups = [
+            _filled(group, before[i] if before is not None and i < len(before) else self.__dict__.get("defaults", {}))
+            for i, group in enumerate(state["param_groups"])
+        ]
+        if before is not None:
+            self._refuse_foreign(groups)
+            for group in groups:
+                self.check_group(group, groups)
+        self._versions, self._memory = {}, None
+        super().__setstate__(state | {"param_groups": groups})
+        self.defaults = _FALLBACK | self.defaults
+        self.last_step, self._pending = None, None
+
+    def _refuse_foreign(self, groups: list[dict[str, Any]]) -> None:
+        """Raise for groups that lack a number which the constructor of this class takes."""
+        mine = {k: v for k, v in self.defaults.items() if k not in _FALLBACK}
+        for i, group in enumerate(groups):
+            missing = sorted(set(mine) - set(group))
+            if any(not isinstance(mine[k], bool | str | None) for k in missing):  # flags may be younger than the state
+                raise ValueError(
+                    f"the state is not one of {type(self).__name__}: its group {i} lacks {', '.join(missing)}; load the state of the same "
+                    "optimizer class."
+                )
 
 
 @rule_for.register
@@ -295,30 +525,71 @@ def _(optimizer: GuardedOptimizer) -> UpdateRule | None:
     return optimizer.rule
 
 
-def check_lr(lr: object) -> None:
-    """Refuse what is no learning rate; a number on another device is not read, which would wait for it.
+def _encode_groups(_optimizer: Optimizer, state: dict[str, Any]) -> None:
+    for group in state["param_groups"]:
+        for key in ("prox", "constraint"):
+            group[key] = encoded(group.get(key))
 
-    Raises:
-        TypeError: if it is no number.
-        ValueError: if it is negative, NaN, infinite, or a tensor with several elements.
+
+def _level_outside() -> int:
+    """Return the stack level, for the caller, of the first frame that is neither ours nor torch's."""
+    level, frame = 1, sys._getframe(1)  # noqa: SLF001
+    while frame is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in {
+        "stableopt",
+        "torch",
+        "contextlib",
+    }:
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _filled(group: dict[str, Any], fallback: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a group with our settings, regularizers as objects; what it lacks comes from the fallback."""
+    mine = {k: fallback.get(k, default) for k, default in _FALLBACK.items()}
+    return mine | group | {k: decoded(group[k]) for k in ("prox", "constraint") if k in group}
+
+
+def _check_callables(closure: object, trial: object) -> None:
+    for name, value in (("closure", closure), ("trial", trial)):
+        if value is not None and not callable(value):
+            raise TypeError(f"{name} must be a function that returns the loss, or None, got {type(value).__name__}.")
+
+
+def _check_regularizers(group: dict[str, Any]) -> None:
+    prox, constraint = group["prox"], group["constraint"]
+    if prox is not None and constraint is not None:
+        raise ValueError(
+            f"a group takes prox= or constraint=, got both ({prox!r}, {constraint!r}): "
+            "the prox of a sum is not the one after the other."
+        )
+    if prox is not None and not isinstance(prox, Regularizer):
+        raise TypeError(f"prox must be a Regularizer such as stableopt.constraints.L1(0.1), got {prox!r}.")
+    if isinstance(prox, Constraint):
+        group["prox"], group["constraint"] = None, prox
+        return
+    if isinstance(constraint, list | tuple):
+        if len(constraint) != len(group["params"]):
+            raise ValueError(
+                f"a list of constraints needs one entry for each of the {len(group['params'])} parameters of the group "
+                f"(None for none), got {len(constraint)}."
+            )
+        group["constraint"] = sets = list(constraint)
+    else:
+        sets = [constraint]
+    for one in sets:
+        if one is not None and not isinstance(one, Constraint):
+            raise TypeError(
+                f"constraint must be a Constraint such as stableopt.constraints.Box(0, 1), got {one!r}; "
+                "a penalty goes to prox=."
+            )
+
+
+def closure_is_required(cls: type[Optimizer]) -> bool:
+    """Return whether the step of an optimizer class cannot be called without a closure.
 
     Examples:
-        >>> check_lr(float("nan"))
-        Traceback (most recent call last):
-        ValueError: lr must be a finite number >= 0, got nan.
+        >>> closure_is_required(torch.optim.LBFGS), closure_is_required(torch.optim.SGD)
+        (True, False)
     """
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"a tensor lr must have one element, got shape {tuple(lr.shape)}.")
-        if lr.device.type != "cpu":
-            return
-        lr = lr.item()
-    if isinstance(lr, bool) or not isinstance(lr, int | float):
-        raise TypeError(f"lr must be a number, got {lr!r} ({type(lr).__name__}).")
-    if not (math.isfinite(lr) and lr >= 0):
-        raise ValueError(f"lr must be a finite number >= 0, got {lr!r}.")
-
-
-def _decoded(group: dict[str, Any]) -> dict[str, Any]:
-    specs = {key: group[key] for key in ("prox", "constraint") if isinstance(group.get(key), dict)}
-    return group | {key: from_spec(spec) for key, spec in specs.items()}
+    parameter = inspect.signature(inspect.unwrap(cls.step)).parameters.get("closure")
+    return parameter is not None and parameter.default is inspect.Parameter.empty

@@ -26,7 +26,7 @@ class StepReport:
         energy_after: energy after it on the same batch.
         dissipation: ``energy_before - energy_after``.
         predicted: :math:`\sum (1-\beta)/\eta' \|d\|_P^2`, what the law of the rule promises without curvature.
-        required: :math:`\sum c/\eta' \|d\|_P^2`, what the guard asks for (``armijo`` is c).
+        required: ``armijo * predicted``, what the guard asks for.
         tolerance: the rounding of the two energies that the verdict allows for.
         displacement: Euclidean norm of :math:`d = \theta^+ - \theta` over all parameters.
         scale: factor on all learning rates in this step.
@@ -57,7 +57,9 @@ class StepReport:
     reason: str
 
     @classmethod
-    def unobserved(cls, *, step: int, lr: tuple[float, ...], reason: str, loss: float = math.nan) -> StepReport:
+    def unobserved(
+        cls, *, step: int, lr: tuple[float, ...], reason: str, loss: float = math.nan, scale: float = 1.0
+    ) -> StepReport:
         """Return the report of a step that was taken without measuring anything.
 
         Examples:
@@ -65,7 +67,7 @@ class StepReport:
             1
         """
         nan = math.nan
-        return cls(step, "unguarded", "unobserved", loss, nan, nan, nan, nan, nan, nan, nan, 1.0, 1, lr, reason)
+        return cls(step, "unguarded", "unobserved", loss, nan, nan, nan, nan, nan, nan, nan, scale, 1, lr, reason)
 
 
 def energy_tolerance(before: float, after: float, eps: float) -> float:

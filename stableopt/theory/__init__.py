@@ -70,6 +70,8 @@ from stableopt.theory.gradient import (
     nesterov_edge,
     newton_schulz_norm,
     rmsprop_edge,
+    sam_edge,
+    schedule_free_edge,
     sgd_edge,
 )
 from stableopt.theory.infinity_norm import (
@@ -106,6 +108,7 @@ from stableopt.theory.one_step import (
     nadam_matrix,
     nesterov_matrix,
     rmsprop_matrix,
+    schedule_free_matrix,
     sgd_matrix,
 )
 from stableopt.theory.profile import (
@@ -163,6 +166,9 @@ from stableopt.theory.skew_damped import (
     skew_damped_max_step,
 )
 from stableopt.theory.stochastic import (
+    accumulated_convex_stability,
+    accumulated_nonsmooth_displacement,
+    accumulated_stability,
     convex_growth,
     convex_stability,
     nonconvex_growth,
@@ -277,6 +283,8 @@ __all__ = [
     "nesterov_edge",
     "newton_schulz_norm",
     "rmsprop_edge",
+    "sam_edge",
+    "schedule_free_edge",
     "sgd_edge",
     "adam_matrix",
     "adamw_matrix",
@@ -284,6 +292,7 @@ __all__ = [
     "nadam_matrix",
     "nesterov_matrix",
     "rmsprop_matrix",
+    "schedule_free_matrix",
     "sgd_matrix",
     "gradient_descent_decrease",
     "gradient_descent_energy_limit",
@@ -311,6 +320,9 @@ __all__ = [
     "mean_square_factor",
     "mean_square_max_lr",
     "second_moment_operator",
+    "accumulated_convex_stability",
+    "accumulated_nonsmooth_displacement",
+    "accumulated_stability",
     "convex_growth",
     "convex_stability",
     "nonconvex_growth",

@@ -18,6 +18,7 @@ __all__ = [
     "nadam_matrix",
     "nesterov_matrix",
     "rmsprop_matrix",
+    "schedule_free_matrix",
     "sgd_matrix",
 ]
 
@@ -209,6 +210,33 @@ def rmsprop_matrix(lr: float, curvature: float, momentum: float = 0.0) -> Array:
                [ 1. ,  0. ]])
     """
     return sgd_matrix(lr, curvature, momentum=momentum)
+
+
+def schedule_free_matrix(lr: float, curvature: float, beta: float = 0.9, weight: float = 0.0) -> Array:
+    r"""Return one step of schedule-free gradient descent on (average, base point).
+
+    :math:`y = (1-\beta)z+\beta x`, :math:`z^+ = z-\eta\lambda y`, :math:`x^+ = (1-c)x+cz^+`.
+
+    Args:
+        lr: :math:`\eta`.
+        curvature: :math:`\lambda`, of either sign.
+        beta: :math:`\beta` in [0, 1).
+        weight: c in [0, 1].
+
+    Returns:
+        The matrix on (x, z), ``(2, 2)``.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Examples:
+        >>> schedule_free_matrix(1.0, curvature=1.0, beta=0.5, weight=0.5)
+        array([[ 0.25,  0.25],
+               [-0.5 ,  0.5 ]])
+    """
+    b, c = fraction("beta", beta), fraction("weight", weight, closed=True)
+    h = _number("lr", lr) * _number("curvature", curvature)
+    return np.array([[1 - c - c * h * b, c * (1 - h * (1 - b))], [-h * b, 1 - h * (1 - b)]])
 
 
 def _number(name: str, x: Real) -> float:

@@ -11,6 +11,9 @@ from stableopt.linalg.bound import Real, upper
 from stableopt.theory._arguments import exact_upper, joined, limit, listed, nonnegative, positive, real_sqrt
 
 __all__ = [
+    "accumulated_convex_stability",
+    "accumulated_nonsmooth_displacement",
+    "accumulated_stability",
     "convex_growth",
     "convex_stability",
     "nonconvex_growth",
@@ -121,7 +124,63 @@ def convex_stability(lipschitz: Real, samples: int, lrs: Iterable[Real], smoothn
         if upper(eta) > largest:
             raise ValueError(f"lrs[{t}] must be at most 2 / smoothness = {largest:.6g}, got {eta!r}.")
         total = total + eta
-    return 2.0 * nonnegative("lipschitz", lipschitz) ** 2 * total / _samples(samples)
+    return accumulated_stability(lipschitz, samples, total)
+
+
+def accumulated_convex_stability(lipschitz: Real, samples: int, total: Real, largest: Real, smoothness: Real) -> Real:
+    r"""Return :func:`convex_stability` from what a run needs to remember: the sum and the largest of its learning rates.
+
+    Args:
+        lipschitz: G >= 0.
+        samples: n >= 1.
+        total: :math:`\sum_t\eta_t \ge 0`.
+        largest: :math:`\max_t\eta_t`, at most :math:`2/L`.
+        smoothness: L >= 0.
+
+    Returns:
+        :math:`\varepsilon`, in units of the loss; a Bound if an operand is one.
+
+    Raises:
+        ValueError: if an argument is out of range or the largest learning rate exceeds 2/L.
+
+    Examples:
+        >>> accumulated_convex_stability(1.0, samples=4, total=1.0, largest=0.5, smoothness=4.0)
+        0.5
+    """
+    allowed = limit(2, exact_upper(nonnegative("smoothness", smoothness)))
+    if upper(nonnegative("largest", largest)) > allowed:
+        raise ValueError(f"the largest lr must be at most 2 / smoothness = {allowed:.6g}, got {largest!r}.")
+    return accumulated_stability(lipschitz, samples, total)
+
+
+def accumulated_stability(lipschitz: Real, samples: int, drift: Real) -> Real:
+    r"""Bound the uniform stability of SGD from its propagated learning rates: :math:`\varepsilon \le \frac{2G^2}{n}S_T`.
+
+    :math:`S_{t+1} = \gamma_tS_t+\eta_t` from :math:`S_0 = 0`, with :math:`\gamma_t` a bound of the growth of step t
+    (:func:`convex_growth`, :func:`strongly_convex_growth`, :func:`nonconvex_growth`). No learning rate is too large for it.
+
+    Args:
+        lipschitz: G >= 0.
+        samples: n >= 1.
+        drift: :math:`S_T \ge 0`; the sum of the learning rates if all growths are 1.
+
+    Returns:
+        :math:`\varepsilon`, in units of the loss; a Bound if an operand is one. Batches of any size, drawn uniformly.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    References:
+        Hardt, Recht and Singer, Lemma 2.5, 2016. *Proof:* write
+        :math:`\theta^+-\theta'^+ = [\theta-\eta\nabla f(\theta)-\theta'+\eta\nabla f(\theta')]-\eta[\nabla f(\theta')-\nabla
+        f'(\theta')]`, f and f' the losses of the two batches. The first bracket is at most :math:`\gamma\|\theta-\theta'\|`, the
+        second vanishes unless the replaced sample is drawn: with probability B/n, and then at most 2G/B. Take the mean.
+
+    Examples:
+        >>> accumulated_stability(2.0, samples=4, drift=0.5)
+        1.0
+    """
+    return 2.0 * nonnegative("lipschitz", lipschitz) ** 2 * nonnegative("drift", drift) / _samples(samples)
 
 
 def strongly_convex_stability(lipschitz: Real, samples: int, strong: Real) -> Real:
@@ -212,6 +271,29 @@ def nonsmooth_displacement(lipschitz: Real, samples: int, lrs: Iterable[Real]) -
     squares: Real = 0.0
     for eta in listed("lrs", lrs):
         total, squares = total + eta, squares + eta**2
+    return accumulated_nonsmooth_displacement(lipschitz, samples, total, squares)
+
+
+def accumulated_nonsmooth_displacement(lipschitz: Real, samples: int, total: Real, squares: Real) -> Real:
+    r"""Return :func:`nonsmooth_displacement` from the sum and the sum of squares of the learning rates.
+
+    Args:
+        lipschitz: G >= 0.
+        samples: n >= 1.
+        total: :math:`\sum_t\eta_t \ge 0`.
+        squares: :math:`\sum_t\eta_t^2 \ge 0`.
+
+    Returns:
+        The bound, in units of the parameters; a Bound if an operand is one.
+
+    Raises:
+        ValueError: if an argument is out of range.
+
+    Examples:
+        >>> accumulated_nonsmooth_displacement(1.0, samples=4, total=2.0, squares=1.0)
+        4.0
+    """
+    total, squares = nonnegative("total", total), nonnegative("squares", squares)
     return nonnegative("lipschitz", lipschitz) * (2.0 * real_sqrt(squares) + 4.0 * total / _samples(samples))
 
 

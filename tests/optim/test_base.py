@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from stableopt.constraints import L1, Box, L2Ball, NonNegative, SpectralBall, attach
-from stableopt.optim import SGD, AdamW
+from stableopt.optim import SGD, AdamW, RMSprop
 from tests.optim.problems import closure_of, quadratic
 
 PAIRS = [(SGD, torch.optim.SGD, {"momentum": 0.9}), (AdamW, torch.optim.AdamW, {})]
@@ -237,12 +237,25 @@ def test_groups_that_make_no_sense_are_refused_and_leave_the_optimizer_as_it_was
         assert len(optimizer.param_groups) == 1
 
 
-def test_a_projected_parameter_must_come_with_its_constraint() -> None:
+def test_a_parameter_attached_to_a_set_brings_it_along() -> None:
+    w, free = nn.Parameter(-torch.ones(2)), nn.Parameter(-torch.ones(2))
+    attach(w, NonNegative())
+    optimizer = SGD([w, free], lr=0.1)
+    assert optimizer.param_groups[0]["constraint"] == [NonNegative(), None]
+    w.grad, free.grad = torch.ones(2), torch.ones(2)
+    optimizer.step()
+    assert w.tolist() == [0.0, 0.0]
+    assert free.tolist() == [-1.1, -1.1]
+    assert SGD([w], lr=0.1).param_groups[0]["constraint"] == NonNegative()
+    assert SGD([w], lr=0.1, constraint=NonNegative()).param_groups[0]["constraint"] == NonNegative()
+
+
+@pytest.mark.parametrize("own", [{"constraint": Box(-1.0, 1.0)}, {"prox": L1(0.1)}])
+def test_a_parameter_attached_to_one_set_is_refused_with_another(own: dict) -> None:
     w = nn.Parameter(torch.ones(2))
     attach(w, NonNegative())
-    with pytest.raises(ValueError, match="parameter_groups"):
-        SGD([w], lr=0.1)
-    assert SGD([{"params": [w], "constraint": NonNegative()}], lr=0.1).param_groups[0]["constraint"] == NonNegative()
+    with pytest.raises(ValueError, match="constrained to"):
+        SGD([w], lr=0.1, **own)
 
 
 def test_a_regularizer_of_the_constructor_is_the_default_of_the_groups() -> None:
@@ -294,21 +307,26 @@ def test_settings_of_the_guard_belong_to_the_whole_optimizer(cls: type) -> None:
     assert optimizer.param_groups[1]["guard"] == "monitor"
 
 
-def test_complex_parameters_are_right_or_refused() -> None:
-    """SGD on z is SGD on (re, im), energies included; AdamW has no real metric for z."""
-    z, pair = nn.Parameter(torch.tensor([2.0 + 1.0j])), nn.Parameter(torch.tensor([2.0, 1.0]))
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(SGD, {"momentum": 0.9, "weight_decay": 0.1}), (AdamW, {"weight_decay": 0.1}), (RMSprop, {"momentum": 0.5})],
+)
+def test_complex_parameters_are_pairs_of_real_ones(cls: type, options: dict) -> None:
+    """A step on z is the step on (re, im), energies included; adaptive steps take no regularizer for it."""
+    z, pair = nn.Parameter(torch.tensor([2.0 + 1.0j, -1.0j])), nn.Parameter(torch.tensor([[2.0, 1.0], [0.0, -1.0]]))
     reports = []
     for w in (z, pair):
-        optimizer = SGD([w], lr=0.1, momentum=0.9, weight_decay=0.1, guard="strict")
+        optimizer = cls([w], lr=0.1, guard="strict", **options)
         for _ in range(5):
-            optimizer.step(closure_of(optimizer, w, lambda w: (w * w.conj()).real.sum() if w.is_complex() else w @ w))
+            optimizer.step(
+                closure_of(optimizer, w, lambda w: (w * w.conj()).real.sum() if w.is_complex() else w.square().sum())
+            )
         reports.append(optimizer.last_step)
-    torch.testing.assert_close(torch.view_as_real(z.detach())[0], pair.detach())
-    assert reports[0].energy_after == pytest.approx(reports[1].energy_after, rel=1e-12)
-    assert reports[0].predicted == pytest.approx(reports[1].predicted, rel=1e-12)
-    with pytest.raises(TypeError, match="view_as_real"):
-        AdamW([nn.Parameter(torch.ones(1, dtype=torch.complex128))])
-    assert AdamW([nn.Parameter(torch.ones(1, dtype=torch.complex128))], guard="off").count == 0
+    torch.testing.assert_close(torch.view_as_real(z.detach()), pair.detach())
+    assert reports[0].energy_after == pytest.approx(reports[1].energy_after, rel=1e-9)
+    assert reports[0].predicted == pytest.approx(reports[1].predicted, rel=1e-9)
+    with pytest.raises(ValueError, match="view_as_real"):
+        AdamW([nn.Parameter(torch.ones(1, dtype=torch.complex128))], prox=L1(0.1))
 
 
 @pytest.mark.parametrize(("ours", "theirs", "options"), [(SGD, torch.optim.SGD, {"weight_decay": 0.1}), PAIRS[1]])

@@ -80,7 +80,7 @@ class _Norm(Regularizer):
 
 def test_adamw_refuses_a_penalty_without_a_prox_in_its_metric() -> None:
     w = nn.Parameter(torch.ones(2))
-    with pytest.raises(ValueError, match="metric of AdamW"):
+    with pytest.raises(ValueError, match="no exact prox in the metric of an adaptive optimizer"):
         AdamW([w], prox=_Norm())
     assert AdamW([w], constraint=L2Ball(1.0)).param_groups[0]["constraint"] == L2Ball(1.0)
 

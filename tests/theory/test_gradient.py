@@ -53,6 +53,48 @@ def test_the_spectral_radius_is_one_at_the_edge_and_beyond_one_past_it(
     assert th.spectral_radius(matrix(-0.01 * lr, lam, beta)) > 1
 
 
+@given(lam=curvatures, beta=betas, c=st.floats(0.001, 1.0))
+@example(lam=1.0, beta=0.9, c=0.05)
+@example(lam=1.0, beta=0.0, c=1.0)
+def test_schedule_free_is_stable_up_to_its_edge_for_every_averaging_weight(lam: float, beta: float, c: float) -> None:
+    lr = th.schedule_free_edge(lam, beta, c)
+    assert abs(np.linalg.det(th.schedule_free_matrix(lr, lam, beta, c) + np.eye(2))) <= 1e-12
+    for part in (0.05, 0.5, 0.9, 0.99):
+        assert th.spectral_radius(th.schedule_free_matrix(part * lr, lam, beta, c)) < 1
+    assert th.spectral_radius(th.schedule_free_matrix(1.01 * lr, lam, beta, c)) > 1
+    assert th.spectral_radius(th.schedule_free_matrix(-0.01 * lr, lam, beta, c)) > 1
+    assert lr <= th.schedule_free_edge(lam, beta, c / 2) <= th.schedule_free_edge(lam, beta)
+    assert th.schedule_free_edge(lam, beta) == pytest.approx(2 / ((1 - beta) * lam))
+    assert th.schedule_free_edge(lam, beta, 1.0) == pytest.approx(2 / lam)
+
+
+def test_the_schedule_free_matrix_is_its_recursion() -> None:
+    eta, lam, beta, c, x, z = 0.7, 1.3, 0.6, 0.2, 0.4, -1.1
+    y = (1 - beta) * z + beta * x
+    z_next = z - eta * lam * y
+    expected = [(1 - c) * x + c * z_next, z_next]
+    np.testing.assert_allclose(th.schedule_free_matrix(eta, lam, beta, c) @ [x, z], expected, rtol=1e-14)
+
+
+@given(st.floats(0.01, 100), st.floats(0.01, 100), st.floats(0.0, 10))
+def test_one_step_of_sam_shrinks_a_component_up_to_its_edge_and_not_beyond(lam: float, norm: float, rho: float) -> None:
+    """In two dimensions, the other eigenvalue 0.3 lam: the gradient is not the eigenvector."""
+    H = np.diag([lam, 0.3 * lam])
+    gradient = norm * np.array([0.6, 0.8])
+    theta = np.linalg.solve(H, gradient)
+
+    def ratio(lr: float) -> float:
+        return abs((theta - lr * H @ (theta + rho * gradient / np.linalg.norm(gradient)))[0] / theta[0])
+
+    edge = th.sam_edge(lam, norm, rho)
+    assert ratio(edge) == pytest.approx(1.0, rel=1e-9)
+    assert ratio(0.99 * edge) < 1 < ratio(1.01 * edge)
+    assert edge <= th.gradient_descent_edge(lam)
+    # solved for the curvature it is the formula of Long and Bartlett
+    root = norm / (2 * rho) * (math.sqrt(1 + 8 * rho / (edge * norm)) - 1) if rho > 1e-3 else lam
+    assert root == pytest.approx(lam, rel=1e-6)
+
+
 def growth(make: Callable[[list[torch.Tensor]], torch.optim.Optimizer], lam: float) -> float:
     """Run a real torch optimizer on lam/2 theta^2; return the growth, the bias correction having faded before."""
     theta, at = torch.nn.Parameter(torch.tensor([0.0])), []
@@ -221,3 +263,37 @@ def test_the_newton_schulz_direction_has_norm_1_2024() -> None:
     assert th.newton_schulz_norm((2.0, 0.0, 0.0), steps=3) == 8.0
     with pytest.raises(ValueError, match="steps"):
         th.newton_schulz_norm(steps=-1)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-5, 5), st.floats(-30, 30), st.floats(-20, 20)), min_size=1, max_size=4),
+    st.floats(0, 0.2),
+)
+def test_the_norm_of_a_composite_is_an_upper_bound_and_tight(
+    triples: list[tuple[float, float, float]], slack: float
+) -> None:
+    """With any polynomials and any growth of each step below the slack; attained when every step grows by all of it."""
+    bound, reach = th.newton_schulz_norm(triples, slack=slack), 1.0
+    for a, b, c in triples:
+        s = np.linspace(0, reach * (1 + slack), 20001)
+        p = np.abs(s * (a + s * s * (b + c * s * s)))
+        reach = p.max()
+    assert bound >= reach * (1 - 1e-12)
+    if reach > 1e-3:
+        assert bound == pytest.approx(reach, rel=1e-3)
+
+
+def test_the_norm_of_a_composite_is_exact_where_numbers_are() -> None:
+    assert th.newton_schulz_norm((1.5, -0.5, 0.0), steps=9) == 1.0
+    assert th.newton_schulz_norm([(2.0, 0.0, 0.0), (0.0, 0.0, 1.0)]) == 32.0
+    assert th.newton_schulz_norm([(2.0, 0.0, 0.0), (0.0, 0.0, 1.0)], steps=1) == 2.0
+    assert th.newton_schulz_norm([]) == 1.0
+    assert th.newton_schulz_norm([(2.0, 0.0, 0.0)], slack=0.25) == 2.5
+    third = th.newton_schulz_norm((1 / 3, 0.0, 0.0), steps=1)
+    assert third >= 1 / 3
+    for wrong in ({"steps": 3}, {"slack": -0.1}, {"steps": -1}):
+        with pytest.raises(ValueError, match=r"steps|slack"):
+            th.newton_schulz_norm([(1.0, 0.0, 0.0)], **wrong)
+    assert th.newton_schulz_norm((1e300, 1.0, 1.0), steps=2) == math.inf
+    with pytest.raises(ValueError, match="triples"):
+        th.newton_schulz_norm([(1.0, 0.0)])

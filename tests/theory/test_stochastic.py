@@ -54,6 +54,34 @@ def test_convex_stability_is_attained_by_linear_losses(G: float, n: int, lrs: li
     assert expected <= th.nonsmooth_stability(G, n, lrs) + 1e-12
 
 
+@given(st.floats(0.1, 3), st.integers(1, 20), st.lists(st.floats(0, 1), min_size=1, max_size=6))
+def test_accumulated_laws_are_the_laws_of_the_list(G: float, n: int, lrs: list[float]) -> None:
+    total, squares = sum(lrs), sum(lr * lr for lr in lrs)
+    assert th.accumulated_convex_stability(G, n, total, max(lrs), 2.0) == pytest.approx(
+        th.convex_stability(G, n, lrs, 2.0), abs=1e-14
+    )
+    assert th.accumulated_nonsmooth_displacement(G, n, total, squares) == pytest.approx(
+        th.nonsmooth_displacement(G, n, lrs), abs=1e-14
+    )
+    with pytest.raises(ValueError, match="largest lr must be at most"):
+        th.accumulated_convex_stability(G, n, 5.0, 1.01, 2.0)
+
+
+@settings(max_examples=30)
+@given(st.floats(0.1, 3), st.integers(1, 4), st.floats(-2, 2), st.lists(st.floats(0, 1), min_size=1, max_size=4))
+def test_propagated_learning_rates_are_attained_by_quadratics(G: float, n: int, h: float, lrs: list[float]) -> None:
+    """f_i = h x^2 / 2 + G x, one replaced by h x^2 / 2 - G x: enumerate every sequence of samples; h of either sign."""
+    drift, expected = 0.0, 0.0
+    for lr in lrs:
+        drift = abs(1 - lr * h) * drift + lr
+    for drawn in itertools.product(range(n), repeat=len(lrs)):
+        d = 0.0
+        for i, lr in zip(drawn, lrs, strict=True):
+            d = abs(1 - lr * h) * d + 2 * lr * G * (i == 0)
+        expected += G * d / n ** len(lrs)
+    assert th.accumulated_stability(G, n, drift) == pytest.approx(expected, abs=1e-12)
+
+
 def test_convex_stability_refuses_a_learning_rate_beyond_its_hypothesis() -> None:
     assert th.convex_stability(1.0, 2, [0.5], 4.0) == 0.5
     with pytest.raises(ValueError, match=r"lrs\[1\]"):

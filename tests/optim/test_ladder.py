@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from stableopt.constraints import L1, Box, L2Ball, NonNegative
 from stableopt.optim import SGD, AdamW
-from stableopt.optim.guard import Settings, Snapshot
+from stableopt.optim.settings import Settings
+from stableopt.optim.snapshot import Snapshot
 from tests.optim.problems import Network, closure_of, network_closure, quadratic, wavy
 
 FAMILY = [
@@ -69,7 +70,8 @@ def test_below_the_proved_limit_every_step_is_accepted_at_once(beta: float, pena
         w, f, smoothness = problem()
         with torch.no_grad():
             w.copy_(options["constraint"].project(w)) if "constraint" in options else None
-        optimizer = SGD([w], lr=0.999 * 2 * (1 - beta) / smoothness, momentum=beta, guard="strict", **options)
+        limit = 2 * (1 - beta) / smoothness
+        optimizer = SGD([w], lr=0.999 * limit, momentum=beta, guard="strict", armijo=0.0, **options)
         closure = closure_of(optimizer, w, f)
         for _ in range(300):
             optimizer.step(closure)
