@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -301,10 +301,10 @@ def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
 
 
 def _optimizer(settings: Settings, model: nn.Module) -> optim.SGD | optim.AdamW:
-    lr = settings.lr or 0.0
+    lr, guard = settings.lr or 0.0, cast("optim.GuardMode", settings.guard)
     if settings.optimizer == "sgd":
-        return optim.SGD(model.parameters(), lr=lr, momentum=0.9, guard=settings.guard)
-    return optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, guard=settings.guard)
+        return optim.SGD(model.parameters(), lr=lr, momentum=0.9, guard=guard)
+    return optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, guard=guard)
 
 
 def _description(settings: Settings, data: Dataset) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from stableopt.optim.rules import (
     UpdateRule,
     rule_for,
 )
-from stableopt.optim.settings import GuardSettings
+from stableopt.optim.settings import GuardMode, GuardSettings
 from stableopt.optim.sharpness import Sharpness, SharpnessReading
 from stableopt.optim.trial import RandomState, as_loss, evaluate_again
 from stableopt.optim.wrap import guard
@@ -32,6 +32,7 @@ __all__ = [
     "Adaptive",
     "AdaptiveNesterov",
     "EdgeLR",
+    "GuardMode",
     "GuardSettings",
     "GuardedOptimizer",
     "HeavyBall",

@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, overload
+from typing import Any, ClassVar, cast, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stableopt.constraints import Constraint, Regularizer
+from stableopt.constraints import Constraint
 from stableopt.errors import StabilityError
 from stableopt.optim.agree import GroupChoice, Processes
+from stableopt.optim.callers import check_callables, level_outside, refuse_closure_of_scaler
+from stableopt.optim.groups import (
+    COUNTERS,
+    DEFAULTS,
+    PER_GROUP,
+    SETTINGS,
+    check_group,
+    check_rate,
+    encode_groups,
+    filled,
+    refuse_foreign,
+)
 from stableopt.optim.ladder import guarded_step, unguarded_step
 from stableopt.optim.lazy import Pending, lazy_step
-from stableopt.optim.regularize import decoded, encoded, gather_attached, regularize_all, regularized
+from stableopt.optim.regularize import regularize_all, regularized
 from stableopt.optim.report import StepReport
 from stableopt.optim.rules import UpdateRule, rule_for
 from stableopt.optim.rules.unknown import Unknown
-from stableopt.optim.scaling import refuse_closure_of_scaler, scaled
-from stableopt.optim.settings import Settings, check_lr, check_number
+from stableopt.optim.scaling import scaled
+from stableopt.optim.settings import Settings
 from stableopt.optim.snapshot import Snapshot, stamp
 from stableopt.optim.trial import as_loss
 
 __all__ = ["GuardedOptimizer"]
 
-_SETTINGS = Settings.names()
-_PER_GROUP = ("prox", "constraint", "smoothness")
-_COUNTERS = {"step_scale": 1.0, "step_count": 0, "skipped": 0}
-_FALLBACK: dict[str, Any] = dict.fromkeys(_PER_GROUP) | vars(Settings()) | _COUNTERS
 _RUNTIME = ("last_step", "_versions", "_memory", "_pending", "_process_group", "_warned")
 """What a copy begins anew."""
 
@@ -71,11 +77,11 @@ class GuardedOptimizer(Optimizer):
             TypeError: if a setting is unknown or has the wrong type.
             ValueError: if a setting is out of range.
         """
-        unknown = sorted(set(settings) - {*_PER_GROUP, *_SETTINGS})
+        unknown = sorted(set(settings) - {*PER_GROUP, *SETTINGS})
         if unknown:
-            known = ", ".join((*_PER_GROUP, *_SETTINGS))
+            known = ", ".join((*PER_GROUP, *SETTINGS))
             raise TypeError(f"{type(self).__name__} got unknown settings {unknown}; beside torch's it takes {known}.")
-        own = _FALLBACK | settings
+        own = DEFAULTS | dict(settings)
         Settings.of(own)
         self._own = own
         self._versions, self.last_step = {}, None
@@ -84,7 +90,7 @@ class GuardedOptimizer(Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Whether gradients may come scaled: only if the step is torch's alone; otherwise GradScaler unscales them before it calls."""
+        """Whether gradients may come scaled: only if the step is torch's alone; else GradScaler unscales them before it calls."""
         plain = all(g["guard"] == "off" and g["prox"] is None and g["constraint"] is None for g in self.param_groups)
         return plain and bool(self.__dict__.get("_supports_amp_scaling", False))
 
@@ -103,13 +109,13 @@ class GuardedOptimizer(Optimizer):
             ValueError: if a value is out of range, both ``prox`` and ``constraint`` are given, a parameter was constrained to
                 another set, or the group brings its own settings of the guard, which belong to the whole optimizer.
         """
-        own = self.__dict__.get("_own") or {k: self.defaults[k] for k in _FALLBACK}
+        own = self.__dict__.get("_own") or {k: self.defaults[k] for k in DEFAULTS}
         given = dict(param_group)
         if "prox" in given or "constraint" in given:  # a group's own regularizer replaces the default of either kind
             own = own | {"prox": None, "constraint": None}
         if self.param_groups:
-            own = own | {k: self.param_groups[0][k] for k in (*_SETTINGS, *_COUNTERS)}
-        for key in _SETTINGS:
+            own = own | {k: self.param_groups[0][k] for k in (*SETTINGS, *COUNTERS)}
+        for key in SETTINGS:
             if given.get(key, own[key]) != own[key]:
                 raise ValueError(
                     f"{key} belongs to the whole optimizer, which has {own[key]!r}; a group asks for {given[key]!r}."
@@ -132,39 +138,7 @@ class GuardedOptimizer(Optimizer):
             TypeError: as :meth:`add_param_group`.
             ValueError: as :meth:`add_param_group`.
         """
-        self._check_rate(group)
-        for name in ("weight_decay", "eps"):
-            if name in group and not isinstance(group[name], Tensor | tuple):
-                check_number(name, group[name])
-        if group["smoothness"] is not None:
-            check_number("smoothness", group["smoothness"])
-            self.rule.energy_limit(group["smoothness"], group)  # refuses where no limit is known
-        for p in group["params"]:
-            if not (p.dtype.is_floating_point or p.dtype.is_complex):
-                raise TypeError(
-                    f"an optimizer needs floating parameters, got one of dtype {p.dtype} and shape {tuple(p.shape)}."
-                )
-        _check_regularizers(group)
-        gather_attached(group)
-        for _, _, regularizer in regularized([group]):
-            refusal = self.rule.takes(group, regularizer)
-            if refusal is not None:
-                raise ValueError(refusal)
-        busy = group["guard"] != "off" or group["prox"] is not None or group["constraint"] is not None
-        if busy and not self.rule.complex_too and any(p.dtype.is_complex for p in group["params"]):
-            raise TypeError(
-                f"{type(self).__name__} has no real metric for complex parameters: use torch.view_as_real, "
-                "or guard='off' without prox or constraint."
-            )
-        signs = {bool(g.get("maximize")) for g in (*(self.param_groups if others is None else others), group)}
-        if len(signs) > 1 and group["guard"] != "off":
-            raise ValueError(
-                "all groups must maximize or all minimize: otherwise they have no common energy; use guard='off'."
-            )
-        if busy and group.get("differentiable"):
-            raise ValueError(
-                "differentiable=True is torch's step alone: use it with guard='off' and without prox or constraint."
-            )
+        check_group(self, group, self.param_groups if others is None else others)
 
     @overload
     def step(
@@ -185,17 +159,20 @@ class GuardedOptimizer(Optimizer):
 
         Args:
             closure: as torch asks for it: zero the gradients, evaluate, call ``backward``, return the loss.
-            trial: returns the loss of the same batch (with gradient accumulation: of all its parts, averaged as the gradients were) at the
+            trial: returns the loss of the same batch (with gradient accumulation: of all its parts, averaged as the gradients
+                were) at the
                 current parameters, forward only. With it the guard works without a closure, so also under
                 ``torch.amp.GradScaler``: ``scaler.step(optimizer, trial=...)``. With a closure, it replaces its second evaluation.
-            loss: the loss at the current parameters, where gradients are there already: spares one evaluation of ``trial``, if nothing
+            loss: the loss at the current parameters, where gradients are there already: spares one evaluation of ``trial``, if
+                nothing
                 in the model is random. Without ``trial`` it is only looked at for NaN and infinity.
 
         Returns:
             What the closure returned, None without one.
 
         Note:
-            Without closure and trial no energy is checked. What is guaranteed then: a step whose gradients (or given loss) are not finite is
+            Without closure and trial no energy is checked. What is guaranteed then: a step whose gradients (or given loss) are
+            not finite is
             skipped, parameters end in their sets, and learning rates keep the scale that earlier checks have found. The report says
             ``unobserved``.
 
@@ -203,19 +180,19 @@ class GuardedOptimizer(Optimizer):
             TypeError: if ``closure`` or ``trial`` cannot be called.
             ValueError: if they do not return one real number (a closure may return None), or a learning rate has become invalid.
             RuntimeError: if ``torch.amp.GradScaler`` passes a closure, whose gradients it would not unscale.
-            StabilityError: if lr is above the limit that ``smoothness`` gives, or with ``on_nonfinite="raise"`` something is not finite.
+            StabilityError: if lr is above the limit that ``smoothness`` gives, or with ``on_nonfinite="raise"`` something is not
+                finite.
         """
         if torch.compiler.is_compiling() and self.param_groups[0]["guard"] == "off":
             return self._compiled_step(closure)
-        return self._step(closure, trial, loss)
+        return self._do_step(closure, trial, loss)
 
-    @torch.compiler.disable
-    def _step(
+    def _do_step(
         self, closure: Callable[[], Any] | None, trial: Callable[[], Any] | None, loss: Tensor | float | None
     ) -> Any:
         first = self.param_groups[0]
         settings = Settings.of(first)
-        _check_callables(closure, trial)
+        check_callables(closure, trial)
         if closure is not None:
             refuse_closure_of_scaler()
         factor = self._rate_factor(settings)
@@ -275,14 +252,15 @@ class GuardedOptimizer(Optimizer):
         """Check all learning rates; return by what they are too large, as a factor of at most 1, if they are to be clipped."""
         factor = 1.0
         for i, group in enumerate(self.param_groups):
-            self._check_rate(group)
+            check_rate(self, group)
             if group["smoothness"] is None:
                 continue
             lr, limit = float(group["lr"]), self.rule.energy_limit(group["smoothness"], group)
             if lr <= limit:
                 continue
             what = (
-                f"lr {lr:.6g} of group {i} exceeds {limit:.6g}, the largest one for which the energy of {type(self.rule).__name__} provably "
+                f"lr {lr:.6g} of group {i} exceeds {limit:.6g}, the largest one for which the energy of "
+                f"{type(self.rule).__name__} provably "
                 f"falls with smoothness {group['smoothness']:.6g}"
             )
             if settings.over_limit == "raise":
@@ -293,16 +271,11 @@ class GuardedOptimizer(Optimizer):
                 self.warn_once("limit", f"{what}; the guard checks the energy all the same.")
         return factor
 
-    def _check_rate(self, group: dict[str, Any]) -> None:
-        """Check the learning rate of a group; None is right only for an optimizer that takes None."""
-        if group.get("lr") is not None or self.defaults.get("lr") is not None:
-            check_lr(group.get("lr"))
-
     def warn_once(self, topic: str, message: str) -> None:
         """Warn, but of the same topic only once in the life of this object."""
         if topic not in self._warned:
             self._warned = self._warned | {topic}
-            warnings.warn(message, stacklevel=_level_outside())
+            warnings.warn(message, stacklevel=level_outside())
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -356,11 +329,11 @@ class GuardedOptimizer(Optimizer):
             for p, group, regularizer in regularized(self.param_groups)
             if p.grad is not None
         ]
-        step = self.torch_class.step
+        step = cast("Any", self.torch_class.step)
         # torch wraps the step of a class when its first instance is made; the hooks of this step have run already.
         if getattr(step, "hooked", False):
-            step = step.__wrapped__  # type: ignore[attr-defined]
-        value = step(self, closure) if self.needs_closure else step(self)  # type: ignore[call-arg]
+            step = step.__wrapped__
+        value = step(self, closure) if self.needs_closure else step(self)
         if todo:
             regularize_all(rule, todo, self.state)
         return value
@@ -379,7 +352,8 @@ class GuardedOptimizer(Optimizer):
         """Say which processes train the model together: energies are summed over them, so that all take the same step.
 
         Args:
-            group: ``"auto"`` (all processes, where ``torch.distributed`` is set up), a process group, or None for this process alone.
+            group: ``"auto"`` (all processes, where ``torch.distributed`` is set up), a process group, or None for this process
+                alone.
 
         Examples:
             >>> from stableopt.optim import SGD
@@ -413,6 +387,7 @@ class GuardedOptimizer(Optimizer):
 
     @pending.setter
     def pending(self, value: Pending | None) -> None:
+        """Let a step wait."""
         self._pending = value
 
     def drop_pending(self) -> None:
@@ -459,14 +434,14 @@ class GuardedOptimizer(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """Return torch's state dict; our settings are in the groups, regularizers as plain data."""
-        handle = self.register_state_dict_post_hook(_encode_groups, prepend=True)  # before those of the user see it
+        handle = self.register_state_dict_post_hook(encode_groups, prepend=True)  # before those of the user see it
         try:
             return super().state_dict()
         finally:
             handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of ours or of torch's class; what the latter lacks stays as it is. Parameters are moved into their sets.
+        """Load a state dict of ours or of torch's class; what the latter lacks stays as it is. Parameters enter their sets.
 
         Args:
             state_dict: as returned by :meth:`state_dict`.
@@ -479,7 +454,7 @@ class GuardedOptimizer(Optimizer):
         self.project_()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep what torch keeps and, of other attributes, what the class behind has set; the report of the last step is not kept."""
+        """Keep what torch keeps and, of other attributes, what the class behind has set; the last report is not kept."""
         state = super().__getstate__()
         if self._process_group is None:  # a process group is no data; to decide alone is
             state["_process_group"] = None
@@ -496,100 +471,23 @@ class GuardedOptimizer(Optimizer):
         """Take over a state, from a copy or a checkpoint, and fill in what older ones and torch's own lack."""
         before = self.__dict__.get("param_groups")
         groups = [
-            _filled(group, before[i] if before is not None and i < len(before) else self.__dict__.get("defaults", {}))
+            filled(group, before[i] if before is not None and i < len(before) else self.__dict__.get("defaults", {}))
             for i, group in enumerate(state["param_groups"])
         ]
         if before is not None:
-            self._refuse_foreign(groups)
+            refuse_foreign(self, groups)
             for group in groups:
                 self.check_group(group, groups)
         self._versions, self._memory = {}, None
         super().__setstate__(state | {"param_groups": groups})
-        self.defaults = _FALLBACK | self.defaults
+        self.defaults = DEFAULTS | self.defaults
         self.last_step, self._pending = None, None
 
-    def _refuse_foreign(self, groups: list[dict[str, Any]]) -> None:
-        """Raise for groups that lack a number which the constructor of this class takes."""
-        mine = {k: v for k, v in self.defaults.items() if k not in _FALLBACK}
-        for i, group in enumerate(groups):
-            missing = sorted(set(mine) - set(group))
-            if any(not isinstance(mine[k], bool | str | None) for k in missing):  # flags may be younger than the state
-                raise ValueError(
-                    f"the state is not one of {type(self).__name__}: its group {i} lacks {', '.join(missing)}; load the state of the same "
-                    "optimizer class."
-                )
+
+# What a compiler must not trace: the guard decides by numbers, and regularizers are applied in pieces.
+setattr(GuardedOptimizer, "_do_step", torch.compiler.disable(GuardedOptimizer._do_step))  # noqa: B010, SLF001
 
 
 @rule_for.register
 def _(optimizer: GuardedOptimizer) -> UpdateRule | None:
     return optimizer.rule
-
-
-def _encode_groups(_optimizer: Optimizer, state: dict[str, Any]) -> None:
-    for group in state["param_groups"]:
-        for key in ("prox", "constraint"):
-            group[key] = encoded(group.get(key))
-
-
-def _level_outside() -> int:
-    """Return the stack level, for the caller, of the first frame that is neither ours nor torch's."""
-    level, frame = 1, sys._getframe(1)  # noqa: SLF001
-    while frame is not None and str(frame.f_globals.get("__name__", "")).split(".")[0] in {
-        "stableopt",
-        "torch",
-        "contextlib",
-    }:
-        level, frame = level + 1, frame.f_back
-    return level
-
-
-def _filled(group: dict[str, Any], fallback: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a group with our settings, regularizers as objects; what it lacks comes from the fallback."""
-    mine = {k: fallback.get(k, default) for k, default in _FALLBACK.items()}
-    return mine | group | {k: decoded(group[k]) for k in ("prox", "constraint") if k in group}
-
-
-def _check_callables(closure: object, trial: object) -> None:
-    for name, value in (("closure", closure), ("trial", trial)):
-        if value is not None and not callable(value):
-            raise TypeError(f"{name} must be a function that returns the loss, or None, got {type(value).__name__}.")
-
-
-def _check_regularizers(group: dict[str, Any]) -> None:
-    prox, constraint = group["prox"], group["constraint"]
-    if prox is not None and constraint is not None:
-        raise ValueError(
-            f"a group takes prox= or constraint=, got both ({prox!r}, {constraint!r}): "
-            "the prox of a sum is not the one after the other."
-        )
-    if prox is not None and not isinstance(prox, Regularizer):
-        raise TypeError(f"prox must be a Regularizer such as stableopt.constraints.L1(0.1), got {prox!r}.")
-    if isinstance(prox, Constraint):
-        group["prox"], group["constraint"] = None, prox
-        return
-    if isinstance(constraint, list | tuple):
-        if len(constraint) != len(group["params"]):
-            raise ValueError(
-                f"a list of constraints needs one entry for each of the {len(group['params'])} parameters of the group "
-                f"(None for none), got {len(constraint)}."
-            )
-        group["constraint"] = sets = list(constraint)
-    else:
-        sets = [constraint]
-    for one in sets:
-        if one is not None and not isinstance(one, Constraint):
-            raise TypeError(
-                f"constraint must be a Constraint such as stableopt.constraints.Box(0, 1), got {one!r}; "
-                "a penalty goes to prox=."
-            )
-
-
-def closure_is_required(cls: type[Optimizer]) -> bool:
-    """Return whether the step of an optimizer class cannot be called without a closure.
-
-    Examples:
-        >>> closure_is_required(torch.optim.LBFGS), closure_is_required(torch.optim.SGD)
-        (True, False)
-    """
-    parameter = inspect.signature(inspect.unwrap(cls.step)).parameters.get("closure")
-    return parameter is not None and parameter.default is inspect.Parameter.empty

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from stableopt.constraints.sharding import is_sharded
-from stableopt.optim.trial import RandomState, buffers_put_back
+from stableopt.optim.modules import buffers_put_back
+from stableopt.optim.trial import RandomState
 
 __all__ = ["Curvature", "Difference", "Exact", "dot", "no_second_derivative"]
 

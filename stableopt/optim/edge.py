@@ -16,6 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from stableopt.errors import StabilityError
 from stableopt.optim.agree import Processes
+from stableopt.optim.base import GuardedOptimizer
 from stableopt.optim.limits import check_fraction, known_limits
 from stableopt.optim.sharpness import Sharpness, SharpnessReading
 
@@ -58,8 +59,8 @@ class EdgeLR(LRScheduler):
     Note:
         The loss is evaluated once when the scheduler is made, so that already the first step is capped. Where that gives no reading
         (an adaptive optimizer has no metric before its first step), each step tries again. The sharpness is estimated from below:
-        the cap is no guarantee, which only a guard gives. In several processes the mean over the processes decides, the same on
-        each.
+        the cap is no guarantee, which only a guard gives. In several processes the mean over those decides with which the
+        optimizer decides (:meth:`GuardedOptimizer.decide_with`, for others all), the same on each.
 
     Examples:
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
@@ -234,15 +235,19 @@ class EdgeLR(LRScheduler):
 
     def _agreed(self, reading: SharpnessReading) -> SharpnessReading:
         """Return the mean over the processes, so that all of them use one learning rate."""
-        parameter = next((p for group in self.optimizer.param_groups for p in group["params"]), torch.empty(0))
-        processes = Processes.of("auto", parameter.device)
+        optimizer = self.optimizer
+        if isinstance(optimizer, GuardedOptimizer):  # it knows with whom it decides
+            processes = optimizer.processes()
+        else:
+            parameter = next((p for group in optimizer.param_groups for p in group["params"]), torch.empty(0))
+            processes = Processes.of("auto", parameter.device)
         if processes.size == 1:
             return reading
         weights = reading.weights or (math.nan,) * len(self.optimizer.param_groups)
-        mine = torch.tensor(
+        numbers = torch.tensor(
             [reading.edge, reading.sharpness, reading.plain, reading.curvature, *weights], dtype=torch.float64
         )
-        edge, sharpness, plain, curvature, *weights = (processes.total(mine) / processes.size).tolist()
+        edge, sharpness, plain, curvature, *weights = (processes.total(numbers) / processes.size).tolist()
         if not math.isfinite(curvature):
             return SharpnessReading.missing("at least one process has measured nothing", edge=edge)
         return SharpnessReading(

@@ -123,8 +123,9 @@ def regularize_entries(rule: UpdateRule, lines: list[Line], group: dict[str, Any
         values = [line.values for line in batch]
         sizes = [v.numel() for v in values]
         reached = torch.cat(values) if len(values) > 1 else values[0]
-        if isinstance(metrics[0], Tensor) and not isinstance(regularizer, Constraint):
-            step = step / (torch.cat(metrics) if len(metrics) > 1 else metrics[0])
+        if not isinstance(regularizer, Constraint):
+            joined = torch.cat(metrics) if len(metrics) > 1 and isinstance(metrics[0], Tensor) else metrics[0]
+            step = step / joined
         if (
             isinstance(regularizer, L1) and reached.dtype in _NATIVE
         ):  # the prox is this difference; nothing else is written
@@ -148,7 +149,9 @@ def regularize_entries(rule: UpdateRule, lines: list[Line], group: dict[str, Any
 def _clamped(x: Tensor, bound: float | Tensor) -> Tensor:
     """Return the projection on the box of a bound, which is what a soft threshold takes off."""
     bound = in_range(bound, x.dtype)  # an infinite one would make NaN of an infinite entry
-    return x.clamp(-bound, bound)
+    low: Any = -bound
+    high: Any = bound
+    return x.clamp(low, high)
 
 
 def _batches(lines: list[Line]) -> Iterator[list[Line]]:

@@ -2,11 +2,11 @@ r"""The guard: propose torch's own step, check the energy of its rule on the sam
 
 A step from :math:`\theta` to :math:`\theta^+` with displacement d is accepted if
 
-.. math:: V(\theta^+) \le V(\theta) - \sum_{groups} \frac{c}{\eta'} \|d\|_P^2 + \text{rounding},
+.. math:: V(\theta^+) \le V(\theta) - c \sum_{groups} \frac{1-\beta}{\eta'} \|d\|_P^2 + \text{rounding},
 
 V the energy of the rule (loss, regularizer, decay, kinetic energy of the momentum). Otherwise the learning rates of all groups
-shrink jointly and the step is tried again from the same point, with V taken at the learning rates of the try; then without
-momentum; then it is undone. The law of the rules says that small enough learning rates pass.
+shrink jointly and the step is tried again from the same point, with V taken at the learning rates of the try; then, or at once if
+the try led uphill, without momentum; then it is undone. The law of the rules says that small enough learning rates pass.
 
 A start outside its set has infinite energy, so that any feasible point would pass. The optimizer therefore projects such a start
 before it evaluates anything. Where several processes train together, every number that decides is summed over them.
@@ -178,7 +178,8 @@ def _look_for_surprises(optimizer: GuardedOptimizer, here: float, again: Callabl
     if not abs(here - there) <= 64 * eps * max(1.0, abs(here)):
         optimizer.warn_once(
             "differs",
-            f"the closure gave {here:.6g} and, at the same parameters with the same random numbers, {there:.6g}: the energies that the guard "
+            f"the closure gave {here:.6g} and, at the same parameters with the same random numbers, "
+            f"{there:.6g}: the energies that the guard "
             "compares are not of the same function; draw the batch outside of the closure.",
         )
 
@@ -186,7 +187,8 @@ def _look_for_surprises(optimizer: GuardedOptimizer, here: float, again: Callabl
 class _Ladder:
     """The tries of one step, all from the same point on the same batch.
 
-    A try that fails is followed by a shorter one. If it leads uphill, no shorter one does better: it is the momentum that does, so it
+    A try that fails is followed by a shorter one. If it leads uphill, no shorter one does better: it is the momentum that does,
+    so it
     is set to zero. After ``max_shrinks`` it is set to zero in any case.
     """
 
@@ -364,7 +366,7 @@ def finite_gradients(optimizer: torch.optim.Optimizer) -> bool:
     if not grads:
         return True
     dense = [g.coalesce().values() if g.is_sparse else g for g in grads]
-    norms = torch._foreach_norm(dense)  # noqa: SLF001 - public in all but name
+    norms = torch._foreach_norm(dense)  # noqa: SLF001  # pyright: ignore[reportPrivateImportUsage]
     total = float(torch.stack([n.to(norms[0].device, torch.float64) for n in norms]).sum())
     if math.isfinite(total):  # a norm keeps every NaN and infinity
         return True

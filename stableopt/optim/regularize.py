@@ -72,6 +72,9 @@ def regularize_all(
     together: dict[tuple[int, Regularizer], tuple[dict[str, Any], list[Line]]] = {}
     for p, group, regularizer, first in todo:
         state = states.get(p, {})
+        for name, value in state.items():  # of sparse gradients SGD's momentum is sparse; what a prox takes off is not
+            if isinstance(value, Tensor) and value.is_sparse:
+                state[name] = value.to_dense()
         line = Line.of(p, state, first=first) if acts_on_entries(regularizer) else None
         if line is None:
             regularize(rule, p, group, regularizer, state, first=first)
@@ -117,7 +120,7 @@ def regularize(
         else:
             moved = regularizer.project(reached)
     else:
-        moved = regularizer.prox(reached, step / metric if isinstance(metric, Tensor) else step)
+        moved = regularizer.prox(reached, step / metric)
     p.copy_(moved)
     if realign:
         rule.realign(reached - p, state, metric, group)

@@ -14,6 +14,9 @@ from stableopt.constraints.sharding import is_sharded
 
 __all__ = ["Snapshot", "local", "stamp"]
 
+_TORCH: Any = torch
+"""The kernels for lists of tensors, which torch exports without types."""
+
 _NOT_KEPT = {"params", "lr", "prox", "constraint", "step_scale", "step_count", "skipped"}
 _NOT_KEPT |= {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
 """What belongs to the user, to a scheduler, or to the guard, which counts and scales on whether a step is undone or not."""
@@ -211,7 +214,7 @@ class _Copies:
         """Copy."""
         if self._pairs:
             # parts of sharded tensors: _foreach_copy_ has no sharding strategy; complex and mixed ones take its slow path
-            torch._foreach_copy_([local(t) for t, _ in self._pairs], [local(s) for _, s in self._pairs])
+            _TORCH._foreach_copy_([local(t) for t, _ in self._pairs], [local(s) for _, s in self._pairs])
 
 
 def _same_kind(x: Tensor, y: Tensor) -> bool:

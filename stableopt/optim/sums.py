@@ -114,7 +114,9 @@ def _flat(one: Moved) -> Moved:
 
     def line(x: Any) -> Any:
         x = local(x) if isinstance(x, Tensor) else x
-        return x.reshape(-1) if isinstance(x, Tensor) and x.shape == shape else x
+        if not (isinstance(x, Tensor) and x.shape == shape):
+            return x
+        return (x.to_dense() if x.is_sparse else x).reshape(-1)  # SGD's momentum of sparse gradients is sparse
 
     # a parameter with one number could be mistaken for its step count: such a state is passed on as it is
     state = {k: line(v) for k, v in one.state.items()} if math.prod(shape) != 1 else _scalar_state(one)
@@ -122,7 +124,7 @@ def _flat(one: Moved) -> Moved:
     return Moved(
         group,
         start.reshape(-1),
-        None if one.buffer is None else local(one.buffer).reshape(-1),
+        None if one.buffer is None else line(one.buffer),
         local(one.end).reshape(-1),
         state,
         one.share,

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import random
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_pre_hook
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from stableopt.optim.agree import put_away
+from stableopt.optim.modules import buffers_put_back
 
-__all__ = ["RandomState", "as_loss", "buffers_put_back", "evaluate_again", "modules_at_hand"]
+__all__ = ["RandomState", "as_loss", "evaluate_again"]
 
 _GRAD: Any = Tensor.grad  # a descriptor on the class, whatever its annotation says
 _GRAD_GET, _GRAD_SET, _GRAD_DELETE = _GRAD.__get__, _GRAD.__set__, _GRAD.__delete__
@@ -129,7 +126,7 @@ def evaluate_again(closure: Callable[[], Any], start: RandomState | None = None)
         each call gives another function each time: draw the batch outside of it.
 
     Examples:
-        >>> w = nn.Parameter(torch.tensor(3.0))
+        >>> w = torch.nn.Parameter(torch.tensor(3.0))
         >>> def closure():
         ...     w.grad = None
         ...     loss = w * w
@@ -198,123 +195,3 @@ class _NoBackward(TorchFunctionMode):
             given = torch.zeros_like(tensor) if self._called and tensor.is_leaf and tensor.requires_grad else None
             self._grads[id(tensor)] = tensor, given
         return self._grads[id(tensor)][1]
-
-
-@contextmanager
-def buffers_put_back(closure: Callable[[], Any]) -> Iterator[None]:
-    """Put back values and objects of the buffers of all modules that are called inside, at the end.
-
-    A hook on all modules sees the first call of each. Compiled ones are not called one by one, and such a hook would have them compiled anew:
-    where one is at hand in the closure, the buffers of all modules at hand are kept from the start instead.
-
-    Examples:
-        >>> norm = nn.BatchNorm1d(2)
-        >>> closure = lambda: norm(torch.rand(4, 2)).sum()
-        >>> with buffers_put_back(closure):
-        ...     _ = closure()
-        >>> int(norm.num_batches_tracked)
-        0
-    """
-    kept: dict[int, tuple[nn.Module, dict[str, tuple[Tensor | None, Tensor | None]]]] = {}
-
-    sharded: dict[int, nn.Module] = {}
-    synchronized: dict[int, tuple[nn.parallel.DistributedDataParallel, bool]] = {}
-
-    def keep(module: nn.Module, _arguments: Any) -> None:
-        if isinstance(module, nn.parallel.DistributedDataParallel):
-            synchronized.setdefault(id(module), (module, module.require_forward_param_sync))
-            for inner in module.module.modules():  # it overwrites the buffers inside before those are called
-                keep(inner, None)
-        if id(module) not in sharded and put_away(module):  # other weights have been gathered, or none
-            sharded[id(module)] = module
-        if id(module) not in kept and module._buffers:  # noqa: SLF001 - named_buffers would skip shared ones
-            buffers = module._buffers.items()  # noqa: SLF001
-            kept[id(module)] = module, {name: (b, None if b is None else b.detach().clone()) for name, b in buffers}
-
-    at_hand = modules_at_hand(closure)
-    if any(_is_compiled(module) for module in at_hand):
-        for module in at_hand:
-            keep(module, None)
-        handle = None
-    else:
-        handle = register_module_forward_pre_hook(keep)
-    try:
-        yield
-    finally:
-        if handle is not None:
-            handle.remove()
-        for module in sharded.values():
-            put_away(module)
-        for (
-            module,
-            flag,
-        ) in synchronized.values():  # a forward pass without gradients lets the next one keep its own buffers
-            module.require_forward_param_sync = flag
-        with torch.no_grad():
-            for module, buffers in kept.values():
-                for name, (buffer, value) in buffers.items():
-                    module._buffers[name] = buffer  # noqa: SLF001
-                    if buffer is not None and value is not None:
-                        buffer.data.copy_(
-                            value
-                        )  # graphs that others have built stay valid; always: batch_norm changes its statistics without counting a new version
-
-
-_DEPTH = 4
-"""How far modules are looked for: functions that a closure calls, and objects that these are methods of."""
-
-
-def modules_at_hand(closure: object) -> list[nn.Module]:
-    """Return the modules that a function can reach: as itself, in its cells, globals, defaults and ``self``, and in functions there.
-
-    Examples:
-        >>> layer = nn.Linear(2, 2)
-        >>> modules_at_hand(lambda: layer(torch.ones(2))) == [layer]
-        True
-    """
-    found: dict[int, nn.Module] = {}
-    seen: set[int] = set()
-
-    def look(thing: object, depth: int) -> None:
-        if id(thing) in seen or depth > _DEPTH:
-            return
-        seen.add(id(thing))
-        if isinstance(thing, nn.Module):
-            found.update({id(m): m for m in thing.modules()})
-        elif isinstance(thing, functools.partial):
-            for part in (thing.func, *thing.args, *thing.keywords.values()):
-                look(part, depth + 1)
-        elif isinstance(thing, MethodType):
-            look(thing.__self__, depth + 1)
-            look(thing.__func__, depth + 1)
-        elif isinstance(thing, FunctionType):
-            names = (thing.__globals__.get(name) for name in thing.__code__.co_names)
-            for part in (
-                *_contents(thing),
-                *(thing.__defaults__ or ()),
-                *(thing.__kwdefaults__ or {}).values(),
-                *names,
-            ):
-                look(part, depth + 1)
-        elif isinstance(thing, list | tuple):
-            for part in thing:
-                look(part, depth + 1)
-        elif depth and not isinstance(thing, type | ModuleType | Tensor) and hasattr(thing, "__dict__"):
-            for part in vars(thing).values():
-                if isinstance(part, nn.Module):
-                    look(part, depth + 1)
-
-    look(closure, 0)
-    return list(found.values())
-
-
-def _contents(function: FunctionType) -> Iterator[object]:
-    for cell in function.__closure__ or ():
-        try:
-            yield cell.cell_contents
-        except ValueError:  # a name that has no value yet
-            continue
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return getattr(module, "_compiled_call_impl", None) is not None or type(module).__name__ == "OptimizedModule"

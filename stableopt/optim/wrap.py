@@ -9,7 +9,8 @@ from typing import Any, TypeVar, Unpack, cast, overload
 from torch.optim import Optimizer
 
 from stableopt.optim import family
-from stableopt.optim.base import GuardedOptimizer, closure_is_required
+from stableopt.optim.base import GuardedOptimizer
+from stableopt.optim.groups import closure_is_required
 from stableopt.optim.rules import UpdateRule, rule_for
 from stableopt.optim.rules.unknown import Unknown
 from stableopt.optim.settings import GuardSettings, check_lr
@@ -30,12 +31,14 @@ def guard(optimizer: Any, **settings: Any) -> Any:
     """Return a guarded form of any torch optimizer, or of its class.
 
     Args:
-        optimizer: an instance, or a class. A guarded instance shares parameter groups and state with the one given, which must not step any
+        optimizer: an instance, or a class. A guarded instance shares parameter groups and state with the one given, which must
+            not step any
             more. A guarded class is a subclass of the one given; its constructor takes the settings beside the arguments of that.
         **settings: for an instance: see :class:`GuardSettings`; prox, constraint and smoothness hold for all groups.
 
     Returns:
-        For one of torch's classes of which the package knows the rule, the class of this package; for any other a subclass that is judged
+        For SGD, Adam, AdamW, NAdam, RAdam and RMSprop of torch, the class of this package; for any other a subclass that
+        is judged
         by the loss alone (:class:`stableopt.optim.rules.unknown.Unknown`), or by the rule registered for it with
         :func:`stableopt.optim.rule_for`.
 
@@ -45,8 +48,10 @@ def guard(optimizer: Any, **settings: Any) -> Any:
             rate scheduler does: make it after guarding), or groups or constructor use a name of a setting for something else.
 
     Note:
-        A step of an optimizer of which nothing is known is undone by putting back all parameters and gradients, all of its state, and
-        the numbers and tensors in its groups and among its attributes. One whose step needs the closure (LBFGS) evaluates it itself; the guard adds one evaluation
+        A step of an optimizer of which nothing is known is undone by putting back all parameters and gradients, all of its
+        state, and
+        the numbers and tensors in its groups and among its attributes. One whose step needs the closure (LBFGS) evaluates it
+        itself; the guard adds one evaluation
         before and one after it.
 
     Examples:
@@ -77,7 +82,9 @@ def guard(optimizer: Any, **settings: Any) -> Any:
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"guard needs a torch.optim.Optimizer or a class of such, got {optimizer!r}.")
     if isinstance(optimizer, GuardedOptimizer):
-        raise ValueError(f"this {type(optimizer).__name__} is guarded already; change its param_groups instead.")
+        raise ValueError(  # noqa: TRY004 - its type is right
+            f"this {type(optimizer).__name__} is guarded already; change its param_groups instead."
+        )
     if "step" in vars(optimizer):
         raise ValueError(
             "the step of this optimizer has been replaced, as a learning rate scheduler does: guard it first, then make the "
@@ -100,18 +107,18 @@ def guarded_class(base: type[Optimizer]) -> type[GuardedOptimizer]:
     if base in _FAMILY:
         return _FAMILY[base]
 
-    def __init__(self: GuardedOptimizer, *args: Any, **kwargs: Any) -> None:
+    def construct(self: GuardedOptimizer, *args: Any, **kwargs: Any) -> None:
         own = {name: kwargs.pop(name) for name in GuardSettings.__annotations__ if name in kwargs}
         _check_rate(base, args, kwargs)
         with self.set_up(own):
             base.__init__(self, *args, **kwargs)
 
-    def __reduce__(self: GuardedOptimizer) -> tuple[Any, ...]:
+    def reduce(self: GuardedOptimizer) -> tuple[Any, ...]:
         return _rebuilt, (base,), self.__getstate__()
 
     body = {
-        "__init__": __init__,
-        "__reduce__": __reduce__,
+        "__init__": construct,
+        "__reduce__": reduce,
         "__doc__": f"{base.__name__} under the guard; made by stableopt.optim.guard.",
         "__module__": __name__,
         "torch_class": base,
@@ -155,6 +162,13 @@ def _rule_of(optimizer: GuardedOptimizer) -> UpdateRule:
     return Unknown() if rule is None else rule
 
 
+def _refuse_clash(optimizer: Optimizer, clash: set[str]) -> None:
+    if clash:
+        raise ValueError(
+            f"groups of this {type(optimizer).__name__} have keys {sorted(clash)} of their own, which the guard needs for itself."
+        )
+
+
 def _take_over(optimizer: Optimizer, settings: dict[str, Any]) -> GuardedOptimizer:
     cls = guarded_class(type(optimizer))
     guarded = cls.__new__(cls)
@@ -166,11 +180,7 @@ def _take_over(optimizer: Optimizer, settings: dict[str, Any]) -> GuardedOptimiz
         with guarded.set_up(settings):
             own = vars(guarded)["_own"]
             for group in groups:
-                clash = sorted(set(own) & set(group))
-                if clash:
-                    raise ValueError(
-                        f"groups of this {type(optimizer).__name__} have keys {clash} of their own, which the guard needs for itself."
-                    )
+                _refuse_clash(optimizer, set(own) & set(group))
                 group.update(own)
                 guarded.check_group(group)
                 guarded.param_groups.append(group)

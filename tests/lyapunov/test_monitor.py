@@ -149,7 +149,7 @@ def test_the_penalty_of_a_guard_that_is_off_belongs_to_the_energy():
 
 def test_without_a_rule_the_energy_is_the_loss_and_the_record_says_so():
     model = Parabola()
-    optimizer = torch.optim.RMSprop(model.parameters(), lr=0.1, momentum=0.9)
+    optimizer = torch.optim.Rprop(model.parameters(), lr=0.1)
     with Monitor(model, optimizer) as monitor:
         for _ in range(3):
             optimizer.step(parabola_closure(model, optimizer))

@@ -384,7 +384,7 @@ def test_a_hook_for_all_modules_is_refused_while_it_is_there(register: object) -
 
 
 def test_a_hook_of_this_package_only_looks_on() -> None:
-    from stableopt.optim.trial import buffers_put_back
+    from stableopt.optim.modules import buffers_put_back
 
     with buffers_put_back(lambda: None):
         assert lipschitz(nn.ReLU()).upper == 1.0

@@ -17,6 +17,7 @@ from torch.optim import lr_scheduler as schedulers
 import stableopt as so
 from stableopt.errors import StabilityError
 from stableopt.optim import limits
+from stableopt.optim.agree import Alone
 from stableopt.optim.edge import EdgeLR
 from stableopt.optim.sharpness import Sharpness
 from tests.optim.test_sharpness import problem, train
@@ -384,3 +385,30 @@ def test_torch_does_not_complain_about_the_order_of_calls() -> None:
         optimizer.step()
         scheduler.step()
     assert math.isfinite(float(scheduler.get_lr()[0]))
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_the_mean_is_over_the_processes_with_which_the_optimizer_decides(
+    ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An optimizer that decides alone must not wait for others."""
+
+    class Three:
+        size = 3
+
+        @staticmethod
+        def total(values: Tensor) -> Tensor:
+            return 6 * values  # the others have measured 2.5 times as much
+
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        "stableopt.optim.agree.Processes.of", lambda choice, _device: asked.append(choice) or (Three if choice else Alone)
+    )
+    w, loss = quadratic()
+    optimizer = so.optim.SGD([w], lr=0.01) if ours else torch.optim.SGD([w], lr=0.01)
+    if isinstance(optimizer, so.optim.SGD):
+        optimizer.decide_with(None)
+    reading = EdgeLR(optimizer, loss).reading
+    assert set(asked) == ({None} if ours else {"auto"})
+    assert reading is not None
+    assert reading.plain == pytest.approx(10.0 if ours else 20.0, rel=1e-3)

@@ -1,4 +1,5 @@
-"""The energy of SGD with momentum, prox and projection never rises below its limit, and does past it; in the naive order it does anyway.
+"""The energy of SGD with momentum, prox and projection never rises below its limit, and does past it; in the naive order it does
+anyway.
 
 Nothing here uses the guard: the energies are computed from the definition, V = f + g + βη/2 ‖buf‖², after each step.
 """
@@ -7,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -86,10 +88,8 @@ def violations(
     constraint = options.get("constraint")
     w = nn.Parameter(start.clone() if constraint is None else constraint.project(start).clone())
     lr = factor * 2 * (1 - beta) / smoothness
-    if naive:
-        optimizer = torch.optim.SGD([w], lr=lr, momentum=beta)
-    else:
-        optimizer = SGD([w], lr=lr, momentum=beta, guard="off", **options)
+    plain = {"lr": lr, "momentum": beta}
+    optimizer = torch.optim.SGD([w], **plain) if naive else SGD([w], guard="off", **plain, **options)
     count, energy, path = 0, float(f(w.detach())) + penalty(options, w.detach()), [w.detach().clone()]
     for _ in range(steps):
         optimizer.zero_grad()
@@ -110,7 +110,7 @@ def violations(
 
 def largest_curvature(f: Function, path: list[Tensor]) -> float:
     """Return the largest eigenvalue of the Hessian in modulus on the segments of a path."""
-    points = [a + t * (b - a) for a, b in zip(path, path[1:], strict=False) for t in (0.0, 0.25, 0.5, 0.75)]
+    points = [a + t * (b - a) for a, b in pairwise(path) for t in (0.0, 0.25, 0.5, 0.75)]
     hessian = torch.func.jacrev(torch.func.grad(lambda v: f(v.reshape(path[0].shape))))
     hessians = torch.func.vmap(hessian)(torch.stack([p.flatten() for p in points]))
     return float(torch.linalg.eigvalsh(hessians).abs().max())

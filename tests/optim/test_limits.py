@@ -523,3 +523,12 @@ def test_what_has_no_limits_is_refused_with_a_sentence() -> None:
         energy_limit(sgd, -1.0)
     with pytest.raises(ValueError, match="one per group, of which there are 1, got 2"):
         max_lr(sgd, [1.0, 2.0])
+
+
+def test_the_numbers_of_an_optimizer_may_be_tensors() -> None:
+    w = torch.nn.Parameter(torch.ones(2))
+    plain = so.optim.AdamW([w], lr=0.1, betas=(0.9, 0.99), weight_decay=0.5)
+    betas = torch.tensor(0.9), torch.tensor(0.99)
+    tensors = so.optim.AdamW([w], lr=torch.tensor(0.1), betas=betas, weight_decay=0.5, foreach=False)
+    for ask in (sharpness_limit, lambda o: energy_limit(o, 1.0), lambda o: max_lr(o, 3.0)):
+        assert ask(tensors) == pytest.approx(ask(plain), rel=1e-9)

@@ -265,3 +265,25 @@ def test_a_state_whose_sets_do_not_fit_is_refused() -> None:
     state["param_groups"][0] |= {"prox": None, "constraint": [None, None]}
     with pytest.raises(ValueError, match="one entry for each"):
         target.load_state_dict(state)
+
+
+@pytest.mark.parametrize("options", [{"constraint": Box(-1.0, 1.0)}, {"constraint": L2Ball(1.0)}, {"prox": L1(0.01)}])
+@pytest.mark.parametrize("mode", ["off", "lazy", "strict"])
+def test_momentum_of_sparse_gradients_is_that_of_dense_ones(options: dict, mode: str) -> None:
+    ends = []
+    for sparse in (True, False):
+        torch.manual_seed(0)
+        table = nn.Embedding(6, 3, sparse=sparse)
+        optimizer = SGD(table.parameters(), lr=0.7, momentum=0.9, guard=mode, **options)  # pyright: ignore[reportArgumentType]
+
+        def closure(table: nn.Embedding = table, optimizer: SGD = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = table(torch.tensor([1, 2, 2])).pow(2).sum()
+            loss.backward()
+            return loss
+
+        with torch.sparse.check_sparse_tensor_invariants(enable=True):
+            for _ in range(8):
+                optimizer.step(closure)
+        ends.append(table.weight.detach())
+    torch.testing.assert_close(*ends)

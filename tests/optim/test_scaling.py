@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from stableopt.constraints import Box
 from stableopt.optim import SGD, AdamW, guard
-from stableopt.optim.scaling import refuse_closure_of_scaler, scaled
+from stableopt.optim.callers import refuse_closure_of_scaler
+from stableopt.optim.scaling import scaled
 from tests.optim.problems import Network, closure_of, quadratic
 
 ALL = [(SGD, {"momentum": 0.9}), (AdamW, {}), (AdamW, {"fused": True}), (guard(torch.optim.Adagrad), {})]

@@ -173,3 +173,17 @@ def test_sums_of_a_guarded_step_are_those_of_the_rule() -> None:
         assert report.energy_after == pytest.approx(float(closure().detach()) + after, rel=1e-12)
         assert report.predicted == pytest.approx(predicted, rel=1e-12)
         assert report.displacement == pytest.approx(math.sqrt(square), rel=1e-12)
+
+
+def test_a_sparse_momentum_counts_like_a_dense_one() -> None:
+    """torch's SGD keeps the momentum of sparse gradients sparse."""
+    rule = rule_for(torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1, momentum=0.9))
+    assert rule is not None
+    start, end, buffer = torch.randn(4, 3), torch.randn(4, 3), torch.zeros(4, 3)
+    buffer[1] = 2.0
+    group, later = {"lr": 0.1, "momentum": 0.9}, (start - end) / 0.1
+    device = torch.device("cpu")
+    dense = energy_sums(rule, [Moved(group, start, buffer, end, {"momentum_buffer": later})], device)
+    with torch.sparse.check_sparse_tensor_invariants(enable=True):
+        moved = Moved(group, start, buffer.to_sparse(1), end, {"momentum_buffer": later.to_sparse(1)})
+        assert torch.equal(energy_sums(rule, [moved], device), dense)

@@ -60,7 +60,8 @@ class Muon(GuardedOptimizer, PolarMuon):
     .. math::
         b^+ = \mu b + (1-\mu)\nabla f(\theta), \quad \theta^+ = P_C\bigl((1-\eta\omega)\theta - \eta a\, O(b^+)\bigr),
 
-    :math:`O` the approximate polar factor of :func:`stableopt.optim.orthogonalize`, a the adjustment for the shape. Its spectral norm is at
+    :math:`O` the approximate polar factor of :func:`stableopt.optim.orthogonalize`, a the adjustment for the shape. Its spectral
+    norm is at
     most 1, rounding included, where that of torch's polynomial reaches 1.2024; so :math:`\|\theta\|_2 \le a/\omega` is kept for
     :math:`\eta\omega \le 1`. To have the norm below a bound as stored, whatever the decay, use
     ``constraint=stableopt.constraints.SpectralBall(...)``.
@@ -75,7 +76,8 @@ class Muon(GuardedOptimizer, PolarMuon):
         eps: smallest norm of a momentum that is normalized.
         ns_steps: number of polynomials.
         adjust_lr_fn: as for torch.
-        **settings: of the guard, and sets: see :class:`GuardSettings`. It takes no penalty: a normalized step has no metric in which a prox
+        **settings: of the guard, and sets: see :class:`GuardSettings`. It takes no penalty: a normalized step has no metric in
+            which a prox
             would solve the penalized problem. The energy is the loss.
 
     Raises:
@@ -119,12 +121,14 @@ class Muon(GuardedOptimizer, PolarMuon):
         check_lr(lr)
         if ns_coefficients is not None:
             raise ValueError(
-                f"Muon chooses its coefficients so that the spectral norm of a step is proved, got ns_coefficients={ns_coefficients!r}: "
+                "Muon chooses its coefficients so that the spectral norm of a step is proved, got "
+                f"ns_coefficients={ns_coefficients!r}: "
                 "leave them out, or use torch.optim.Muon, which stableopt.optim.guard can guard."
             )
         with self.set_up(settings):
+            rate: Any = lr  # torch takes a tensor as well, whatever its annotation says
             PolarMuon.__init__(
-                self, params, lr, weight_decay, momentum, nesterov, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn
+                self, params, rate, weight_decay, momentum, nesterov, eps=eps, ns_steps=ns_steps, adjust_lr_fn=adjust_lr_fn
             )  # fmt: skip
 
     def check_group(self, group: dict[str, Any], others: Sequence[dict[str, Any]] | None = None) -> None:

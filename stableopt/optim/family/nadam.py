@@ -17,11 +17,14 @@ __all__ = ["NAdam"]
 class NAdam(GuardedOptimizer, torch.optim.NAdam):
     r"""torch's NAdam with a guard on its energy.
 
-    The step is Adam's with the gradient mixed into the momentum once more. No energy is proved for it; the one of Adam,
+    The step :math:`\theta^+ = \theta - \eta P^{-1}(a\nabla f + b m^+)`, :math:`P = \sqrt{\hat v} + \epsilon`, is Adam's with the
+    gradient mixed into
+    the momentum once more. No energy is proved for it; that of a heavy ball with the same gains,
 
-    .. math:: V = f + \frac{\omega}{2}\|\theta\|^2 + \frac{\beta}{2\eta'}\|d\|_P^2,
+    .. math:: V = f + g_\omega + \frac{\eta b^2}{2\kappa}\|m\|_{P^{-1}}^2, \qquad \kappa = a + b(1-\beta_1),
 
-    is checked. Gradients are taken at an extrapolated point, which a set need not contain: it takes no prox and no constraint.
+    :math:`g_\omega` the energy of the decay, is checked. Gradients are taken at an extrapolated point, which a set need not
+    contain: it takes no prox and no constraint.
 
     Args:
         params: parameters, named parameters or groups, as for torch.

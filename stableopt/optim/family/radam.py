@@ -19,7 +19,7 @@ class RAdam(GuardedOptimizer, torch.optim.RAdam):
 
     As long as the variance of the second moment is too large, the metric is :math:`P = 1-\beta_1^t`; then it is
     :math:`P = (1-\beta_1^t)(\sqrt{\hat v} + \epsilon)/r_t`, up to torch's place of :math:`\epsilon`, :math:`r_t` the rectification.
-    Everything else is as for :class:`Adam`.
+    Everything else is as for :class:`Adam`, with a decoupled decay as for :class:`AdamW`.
 
     Args:
         params: parameters, named parameters or groups, as for torch.

@@ -13,8 +13,8 @@ from torch import Tensor
 from stableopt.constraints import Constraint, Regularizer
 from stableopt.constraints.sharding import is_sharded
 from stableopt.optim.rules.base import (
-    Scratch,
     Group,
+    Scratch,
     State,
     UpdateRule,
     inner,
@@ -88,7 +88,7 @@ class Moments(UpdateRule):
             ValueError: if ``smoothness`` is negative or not finite.
         """
         omega = self._omega(group) if self._decoupled(group) else 0.0  # a coupled decay belongs to the loss
-        proved = adamw_energy_limit(smoothness, beta1=group["betas"][0], weight_decay=omega)
+        proved = adamw_energy_limit(smoothness, beta1=number(group["betas"][0]), weight_decay=omega)
         return min(proved, math.nextafter(1 / omega, 0.0)) if omega else proved
 
     def momentum(self, group: Group) -> float:
@@ -113,7 +113,11 @@ class Moments(UpdateRule):
     def motion(
         self, parameter: Tensor, buffer: Tensor, metric: Tensor | float, group: Group, state: State | None = None
     ) -> Tensor:
-        r"""Return :math:`\|d\|_P^2 = \eta^2(\langle m, P^{-1}m\rangle + 2\omega\langle\theta, m\rangle + \omega^2\|\theta\|_P^2)/(1-\eta\omega)^2`."""
+        r"""Return :math:`\|d\|_P^2` of the displacement, without writing it down.
+
+        .. math:: \frac{\eta^2}{(1-\eta\omega)^2}
+            \bigl(\langle m, P^{-1}m\rangle + 2\omega\langle\theta, m\rangle + \omega^2\|\theta\|_P^2\bigr).
+        """
         lr, kept = number(group["lr"]), self._kept(group)
         if kept <= 0 or parameter.is_complex() or is_sharded(parameter):
             return super().motion(parameter, buffer, metric, group, state)

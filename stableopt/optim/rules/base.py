@@ -222,7 +222,7 @@ class UpdateRule(ABC):
     def quick_sums(
         self, group: Group, start: Tensor, buffer: Tensor | None, end: Tensor, state: State, scratch: Scratch
     ) -> tuple[float, ...] | None:
-        """Return what :func:`step_sums` does, as numbers, for lines of real float32 or float64 on a CPU, without writing to new memory.
+        """Return what :func:`step_sums` does, as numbers, for lines of float32 or float64 on a CPU, in memory that is given.
 
         Args:
             group: as for :func:`step_sums`.
@@ -333,7 +333,7 @@ def weighted_square(x: Tensor, metric: Tensor | float) -> Tensor:
 
 
 def inner(x: Tensor, y: Tensor) -> Tensor:
-    r"""Return :math:`\sum_i x_i y_i` of real tensors in float64; float32 is summed in pieces, without writing a conversion to memory.
+    r"""Return :math:`\sum_i x_i y_i` of real tensors in float64; float32 is summed in pieces.
 
     Examples:
         >>> inner(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0])).item()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stableopt.constraints import Regularizer
-from stableopt.optim.rules.base import Scratch, Group, State, UpdateRule, number, weighted_square, zero_energy
+from stableopt.optim.rules.base import Group, Scratch, State, UpdateRule, number, weighted_square, zero_energy
 from stableopt.theory import sgd_energy_limit
 
 __all__ = ["HeavyBall"]

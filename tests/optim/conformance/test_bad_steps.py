@@ -90,6 +90,8 @@ def test_row_18_zero_gradients_leave_the_energy_and_are_undecided(case: Case) ->
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
 @cases(*JUDGING)
 def test_row_19_a_gradient_that_is_not_finite_touches_nothing(case: Case, value: float) -> None:
+    if case.mode == "lazy" and case.needs_closure:
+        pytest.skip("a step that evaluates the closure itself meets the gradient within: row 20")
     for policy in ("skip", "raise"):
         problem = problem_for(case)
         optimizer = case.make(problem.params, on_nonfinite=policy)
