@@ -17,6 +17,7 @@ from stableopt.constraints import Constraint
 from stableopt.errors import StabilityError
 from stableopt.optim.agree import GroupChoice, Processes
 from stableopt.optim.callers import check_callables, level_outside, refuse_closure_of_scaler
+from stableopt.optim.compiled import traced_step
 from stableopt.optim.groups import (
     COUNTERS,
     DEFAULTS,
@@ -245,7 +246,8 @@ class GuardedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 value = closure()
-        self.advance()
+        if not traced_step(self):
+            self.advance()
         return value
 
     def _rate_factor(self, settings: Settings) -> float:
@@ -335,7 +337,7 @@ class GuardedOptimizer(Optimizer):
             step = step.__wrapped__
         value = step(self, closure) if self.needs_closure else step(self)
         if todo:
-            regularize_all(rule, todo, self.state)
+            regularize_all(rule, todo, self.state)  # pyright: ignore[reportCallIssue] - its decorator has no types
         return value
 
     @contextmanager

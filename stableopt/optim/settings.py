@@ -83,8 +83,8 @@ class Settings:
     every: int = 1
     max_shrinks: int = 10
     shrink: float = 0.5
-    grow: float = 1.01
-    armijo: float = 0.5
+    grow: float = 1.02
+    armijo: float = 0.25
     on_nonfinite: str = "skip"
     over_limit: str = "raise"
     debug: bool = False

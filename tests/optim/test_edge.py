@@ -402,7 +402,8 @@ def test_the_mean_is_over_the_processes_with_which_the_optimizer_decides(
 
     asked: list[Any] = []
     monkeypatch.setattr(
-        "stableopt.optim.agree.Processes.of", lambda choice, _device: asked.append(choice) or (Three if choice else Alone)
+        "stableopt.optim.agree.Processes.of",
+        lambda choice, _device: asked.append(choice) or (Three if choice else Alone),
     )
     w, loss = quadratic()
     optimizer = so.optim.SGD([w], lr=0.01) if ours else torch.optim.SGD([w], lr=0.01)

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import stableopt as so
-from stableopt.constraints import L1, Box, L2Ball, NonNegative, SpectralBall, attach, attached
+from stableopt.constraints import L1, Box, ElasticNet, L2Ball, NonNegative, SpectralBall, attach, attached
 from stableopt.optim import SGD, AdamW
 from stableopt.optim.regularize import decoded, encoded, gather_attached, regularized, regularizer_of
 from tests.optim.problems import closure_of
@@ -287,3 +287,19 @@ def test_momentum_of_sparse_gradients_is_that_of_dense_ones(options: dict, mode:
                 optimizer.step(closure)
         ends.append(table.weight.detach())
     torch.testing.assert_close(*ends)
+
+
+@pytest.mark.parametrize("regularizer", [L1(0.05), ElasticNet(0.05, 0.1)])
+def test_parameters_of_different_ages_take_the_prox_of_their_own_rate(regularizer: Any) -> None:
+    """Where torch does not dampen, in the first step of a parameter, the prox is that of the whole rate."""
+    young, old = (nn.Parameter(torch.full((3,), 2.0)) for _ in range(2))
+    optimizer = SGD([old, young], lr=0.1, momentum=0.9, dampening=0.5, prox=regularizer, guard="off")
+    old.grad = torch.zeros(3)
+    optimizer.step()
+    with torch.no_grad():
+        old.fill_(2.0)
+    buffer = optimizer.state[old]["momentum_buffer"].clone()
+    old.grad = young.grad = torch.ones(3)
+    optimizer.step()
+    torch.testing.assert_close(young.detach(), regularizer.prox(torch.full((3,), 2.0 - 0.1), 0.1))
+    torch.testing.assert_close(old.detach(), regularizer.prox(2.0 - 0.1 * (0.9 * buffer + 0.5), 0.05))

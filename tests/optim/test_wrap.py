@@ -331,3 +331,33 @@ def test_skipping_and_raising_hold_for_any_optimizer() -> None:
     with pytest.raises(StabilityError, match="not finite"):
         optimizer.step(closure_of(optimizer, w, lambda w: w.sum() * float("nan")))
     assert w.item() == 1.0
+
+
+class Deaf(torch.optim.Optimizer):
+    """Steps of one length, whatever the learning rate is."""
+
+    def __init__(self, params: Any, lr: float = 1.0) -> None:
+        super().__init__(params, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(10.0)
+
+
+def test_steps_that_do_not_become_shorter_give_way_to_a_gradient_step_at_once() -> None:
+    w = nn.Parameter(torch.tensor([1.0]))
+    optimizer = guard(Deaf([w], lr=0.5), guard="strict")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = 0.5 * (w**2).sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # downhill first, and far beyond
+    report = optimizer.last_step
+    assert report is not None
+    assert (report.action, report.scale, w.item()) == ("restarted", 1.0, 0.5)
+    assert report.trials <= 3
