@@ -88,6 +88,8 @@ class GuardedOptimizer(Optimizer):
         self._versions, self.last_step = {}, None
         yield
         self.defaults |= self.__dict__.pop("_own")
+        if isinstance(self.defaults["constraint"], list | tuple):  # one entry per parameter of the groups so far
+            self.defaults["constraint"] = None
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -98,7 +98,7 @@ class Line:
 
 @torch.no_grad()
 def regularize_entries(rule: UpdateRule, lines: list[Line], group: dict[str, Any], regularizer: Regularizer) -> None:
-    """Do what :func:`stableopt.optim.regularize.regularize` does, for many parameters of one group.
+    """Do what :func:`stableopt.optim.regularize.regularize` does, up to rounding, for many parameters of one group.
 
     Args:
         rule: of the optimizer.

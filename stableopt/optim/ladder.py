@@ -25,7 +25,7 @@ from stableopt.optim.proposal import Before, Proposal, coarsest_eps, propose, up
 from stableopt.optim.report import Action, StepReport, verdict_of
 from stableopt.optim.settings import Settings
 from stableopt.optim.snapshot import local
-from stableopt.optim.trial import RandomState, evaluate_again
+from stableopt.optim.trial import Again, RandomState
 
 if TYPE_CHECKING:
     from stableopt.optim.base import GuardedOptimizer
@@ -115,7 +115,7 @@ def guarded_step(
             value = closure()
         if value is None and trial is None:
             return None, _without_loss(optimizer, settings, closure, loss)
-    again = _again(closure, trial, start)
+    again = _again(closure, trial, start, value)
     checked = optimizer.count % settings.every == 0
     known = value if value is not None else loss
     if known is None:
@@ -146,11 +146,11 @@ def guarded_step(
         raise
 
 
-def _again(closure: Closure | None, trial: Closure | None, start: RandomState) -> Callable[[], float]:
+def _again(closure: Closure | None, trial: Closure | None, start: RandomState, value: Any) -> Again:
     """Return what evaluates the loss of the same batch with the same random numbers at the current parameters."""
     evaluate = trial or closure
     assert evaluate is not None  # noqa: S101 - the caller has one of them
-    return lambda: evaluate_again(evaluate, start)
+    return Again(evaluate, start, value)
 
 
 def _without_loss(

@@ -14,6 +14,7 @@ from stableopt.optim.proposal import Before, Proposal, coarsest_eps, propose
 from stableopt.optim.report import StepReport
 from stableopt.optim.settings import Settings
 from stableopt.optim.snapshot import stamp
+from stableopt.optim.trial import graph_eps
 
 if TYPE_CHECKING:
     from stableopt.optim.base import GuardedOptimizer
@@ -73,6 +74,8 @@ def lazy_step(optimizer: GuardedOptimizer, settings: Settings, closure: Callable
         _propose(optimizer, settings, here, value, closure)
         return value, _waiting(optimizer, "judged by the loss of the next closure (guard='lazy')", loss)
     judged = pending.proposal.with_loss(here)
+    if not judged.accepted and judged.finite:  # looking through the graph takes its time
+        judged = pending.proposal.with_loss(here, processes.mean(graph_eps(value)))
     if judged.accepted:
         report = _accepted(optimizer, judged, pending)
         _propose(optimizer, settings, here, value, closure)

@@ -28,7 +28,7 @@ __all__ = ["StabilityLedger"]
 
 _NUMBERS = (
     "steps", "total", "squares", "largest", "rise", "log_growth", "drift",
-    "most_momentum", "least_decay", "most_decay", "most_shrink", "unequal", "adapted", "nonconvex_sets",
+    "most_momentum", "least_decay", "most_decay", "most_shrink", "unequal", "adapted", "nonconvex_sets", "ascents",
 )  # fmt: skip
 
 
@@ -96,7 +96,7 @@ class StabilityLedger:
         self.steps, self.adapted = 0, 0
         self.total = self.squares = self.largest = self.rise = self.log_growth = self.drift = 0.0
         self.most_momentum, self.least_decay, self.most_decay, self.most_shrink = 0.0, math.inf, 0.0, 0.0
-        self.unequal, self.nonconvex_sets = 0, 0
+        self.unequal, self.nonconvex_sets, self.ascents = 0, 0, 0
         self._other = "" if isinstance(rule_for(optimizer), HeavyBall) else type(optimizer).__name__
         self._hook = optimizer.register_step_post_hook(self._record)
 
@@ -280,6 +280,7 @@ class StabilityLedger:
             self.most_momentum = max(self.most_momentum, float(group.get("momentum", 0.0)))
             self.least_decay, self.most_decay = min(self.least_decay, omega), max(self.most_decay, omega)
             self.most_shrink = max(self.most_shrink, lr * omega)
+            self.ascents += bool(group.get("maximize", False))
             self.nonconvex_sets += any(not g.convex for g in _regularizers(group))
 
     def _grow(self, eta: float, decays: list[float]) -> None:
@@ -304,6 +305,12 @@ class StabilityLedger:
         if self.unequal:
             raise ValueError(
                 f"the bounds need one learning rate for all groups, but in {self.unequal} steps they differed."
+            )
+        if self.ascents and convex:
+            raise ValueError(
+                f"the bounds for convex losses are for descent, but {self.ascents} groups' steps maximized: "
+                "ascent on a convex loss "
+                "separates two runs."
             )
         if self.nonconvex_sets:
             kind = "convex" if convex else "any"

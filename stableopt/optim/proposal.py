@@ -15,11 +15,16 @@ from stableopt.optim.agree import Processes
 from stableopt.optim.report import energy_tolerance
 from stableopt.optim.snapshot import Snapshot, local
 from stableopt.optim.sums import Moved, energy_sums
+from stableopt.optim.trial import Again
 
 if TYPE_CHECKING:
     from stableopt.optim.base import GuardedOptimizer
 
 __all__ = ["Before", "Proposal", "coarsest_eps", "propose", "uphill"]
+
+
+_BEGINNING = 2.0**-6
+"""The part of a step at which a penalty is looked at to see where it leads: a kink that lies farther away does not count."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,7 @@ class Before:
     Args:
         snapshot: parameters and state.
         loss: there, the mean over the processes.
-        eps: machine epsilon of the coarsest dtype in the computation of the loss.
+        eps: machine epsilon of the coarsest dtype among the loss and the parameters.
         processes: those that decide together.
     """
 
@@ -94,14 +99,25 @@ class Proposal:
         assert self.start is not None  # noqa: S101 - made by propose
         processes = self.start.processes
         # the displacement is the same on all processes, so all evaluate or none
-        return self.with_loss(processes.mean(again()) if math.isfinite(self.displacement) else math.inf)
+        value = processes.mean(again()) if math.isfinite(self.displacement) else math.inf
+        judged = self.with_loss(value, getattr(again, "eps", 0.0))
+        if not judged.accepted and judged.finite and isinstance(again, Again):
+            again.look_closer()
+            return self.with_loss(value, processes.mean(again.eps))
+        return judged
 
-    def with_loss(self, value: float) -> Proposal:
-        """Return this proposal with the losses in its energies, the one after it given as the mean over the processes."""
+    def with_loss(self, value: float, cast: float = 0.0) -> Proposal:
+        """Return this proposal with the losses in its energies.
+
+        Args:
+            value: the loss after it, the mean over the processes.
+            cast: machine epsilon of what autocast computes in, 0 without autocast. The loss itself is a sum in float32 over many
+                samples, whose roundings are no more than one unit of 1 together.
+        """
         assert self.start is not None  # noqa: S101 - made by propose
         before, after = self.before + self.sign * self.start.loss, self.after + self.sign * value
         finite = math.isfinite(before) and math.isfinite(after)
-        tolerance = energy_tolerance(before, after, self.start.eps) if finite else 0.0
+        tolerance = energy_tolerance(before, after, max(self.start.eps, cast / 8)) if finite else 0.0
         return replace(self, before=before, after=after, tolerance=tolerance)
 
 
@@ -169,7 +185,10 @@ def _sums(optimizer: GuardedOptimizer, before: Before, buffers: dict[Tensor, Ten
 
 @torch.no_grad()
 def uphill(optimizer: GuardedOptimizer, before: Before) -> bool:
-    """Whether the step just proposed raises the loss to first order: then it is not its length that is wrong.
+    """Whether the step just proposed goes uphill: then it is not its length that is wrong.
+
+    The loss counts to first order. Penalty and decay count, too, with what they change by at the beginning of the step: near the
+    optimum the loss alone may rise along every good step.
 
     Args:
         optimizer: after the step, with the gradients of the point before it.
@@ -181,9 +200,13 @@ def uphill(optimizer: GuardedOptimizer, before: Before) -> bool:
         if snapshot.values
         else torch.zeros(1)
     )
-    for p, start in snapshot.values.items():
+    for group, p in _pairs(optimizer, snapshot):
         if p.grad is None:
             continue
+        start, metric = snapshot.values[p], optimizer.rule.metric(optimizer.state.get(p, {}), group)
+        ahead = start + _BEGINNING * (p - start)
+        rise = _beside(optimizer, group, ahead, metric) - _beside(optimizer, group, start, metric)
+        slope += rise.to(slope) / (_BEGINNING * processes.size)
         gradient = local(p.grad)
         gradient = gradient.to_dense() if gradient.is_sparse else gradient
         d = (local(p) - local(start)).to(gradient.dtype)
@@ -196,6 +219,13 @@ def uphill(optimizer: GuardedOptimizer, before: Before) -> bool:
     return float(processes.total(slope)) > 0.0
 
 
+def _beside(optimizer: GuardedOptimizer, group: dict[str, Any], x: Tensor, metric: Tensor | float) -> Tensor:
+    """Return penalty and decay of a parameter."""
+    decay = whole(optimizer.rule.decay(x, metric, group))
+    penalty = group["prox"]
+    return decay if penalty is None else decay + whole(penalty.value(x)).to(decay)
+
+
 def _pairs(optimizer: GuardedOptimizer, snapshot: Snapshot) -> Iterator[tuple[dict[str, Any], Tensor]]:
     for group in optimizer.param_groups:
         for p in group["params"]:
@@ -204,7 +234,7 @@ def _pairs(optimizer: GuardedOptimizer, snapshot: Snapshot) -> Iterator[tuple[di
 
 
 def coarsest_eps(optimizer: GuardedOptimizer, value: Any) -> float:
-    """Return the machine epsilon of the coarsest dtype in sight: of the loss and of the parameters.
+    """Return the machine epsilon of the coarsest dtype in sight: of the loss and of the parameters; autocast is seen elsewhere.
 
     Examples:
         >>> from stableopt.optim import SGD

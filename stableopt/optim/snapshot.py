@@ -38,7 +38,8 @@ def local(x: Tensor) -> Tensor:
 def stamp(x: Tensor) -> tuple[Any, ...]:
     """Return what changes when somebody changes a tensor: in place, or its dtype or memory.
 
-    A sharded tensor counts the changes made through it, and its part here those made to the part.
+    A sharded tensor counts the changes made through it, and its part here those made to the part. torch does not count what is done
+    through ``.data``.
 
     Examples:
         >>> x = torch.ones(2)

@@ -17,10 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from stableopt.optim.modules import buffers_put_back
 
-__all__ = ["RandomState", "as_loss", "evaluate_again"]
+__all__ = ["Again", "RandomState", "as_loss", "autocast_eps", "evaluate_again", "graph_eps"]
 
 _GRAD: Any = Tensor.grad  # a descriptor on the class, whatever its annotation says
 _GRAD_GET, _GRAD_SET, _GRAD_DELETE = _GRAD.__get__, _GRAD.__set__, _GRAD.__delete__
+
+_AUTOCAST = ("cpu", "cuda", "xpu", "mps", "hpu", "mtia")
 
 _needs_graph: WeakSet[CodeType] = WeakSet()
 """The code of closures that could not run without gradients: the next evaluation starts with them."""
@@ -101,7 +103,76 @@ def as_loss(value: object) -> float:
     return float(value)
 
 
-def evaluate_again(closure: Callable[[], Any], start: RandomState | None = None) -> float:
+class Again:
+    """What evaluates the loss of the same batch with the same random numbers at the current parameters.
+
+    Args:
+        evaluate: a closure or a trial.
+        start: the random state of the first evaluation.
+        value: the loss of the first evaluation, with its graph if it has one.
+
+    Attributes:
+        eps: the coarsest machine epsilon that autocast has brought into the evaluations so far, 0 without autocast.
+
+    Examples:
+        >>> again = Again(lambda: 2.0, RandomState.capture())
+        >>> again(), again.eps
+        (2.0, 0.0)
+    """
+
+    def __init__(self, evaluate: Callable[[], Any], start: RandomState, value: Any = None) -> None:
+        self._evaluate, self._start, self._value, self.eps = evaluate, start, value, 0.0
+
+    def __call__(self) -> float:
+        """Return the loss at the current parameters."""
+        return evaluate_again(self._evaluate, self._start, self._note)
+
+    def look_closer(self) -> None:
+        """Look through the graph of the first evaluation, too, which takes its time: a compiled model hides its autocast."""
+        self._value = self._note(graph_eps(self._value))
+
+    def _note(self, eps: float) -> None:
+        self.eps = max(self.eps, eps)
+
+
+def autocast_eps() -> float:
+    """Return the coarsest machine epsilon that autocast brings into what is computed now, 0 without autocast.
+
+    Examples:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     autocast_eps() == torch.finfo(torch.bfloat16).eps
+        True
+    """
+    on = [device for device in _AUTOCAST if torch.is_autocast_enabled(device)]
+    return max((torch.finfo(torch.get_autocast_dtype(device)).eps for device in on), default=0.0)
+
+
+def graph_eps(value: Any) -> float:
+    """Return the coarsest machine epsilon among the dtypes of the graph of a loss, 0 without a graph.
+
+    Examples:
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> graph_eps(w.half().float().sum()) == torch.finfo(torch.half).eps
+        True
+    """
+    root = value.grad_fn if isinstance(value, Tensor) else None
+    waiting, seen, eps = [root], {root, None}, 0.0
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        for made in getattr(node, "_input_metadata", ()):
+            if made.dtype.is_floating_point:
+                eps = max(eps, torch.finfo(made.dtype).eps)
+        following = [n for n, _ in node.next_functions if n not in seen]
+        seen.update(following)
+        waiting += following
+    return eps
+
+
+def evaluate_again(
+    closure: Callable[[], Any], start: RandomState | None = None, note: Callable[[float], None] | None = None
+) -> float:
     """Return the value of a torch closure at the current parameters, without its side effects.
 
     The closure may zero gradients, run the model, call ``backward``, clip and return the loss, as ``torch.optim`` asks for. Here
@@ -114,6 +185,7 @@ def evaluate_again(closure: Callable[[], Any], start: RandomState | None = None)
             once again from the next time on.
         start: the random state to begin with, that of the first evaluation, so that dropout draws the same mask; None for the
             current one.
+        note: is told the coarsest machine epsilon that autocast has brought in.
 
     Returns:
         The loss.
@@ -141,27 +213,31 @@ def evaluate_again(closure: Callable[[], Any], start: RandomState | None = None)
     try:
         if code not in _needs_graph:
             try:
-                return _value(closure, begin, gradients=False)
+                return _value(closure, begin, note, gradients=False)
             except RuntimeError as error:
                 if "does not require grad" not in str(error):
                     raise
                 if code is not None:
                     _needs_graph.add(code)
-        return _value(closure, begin, gradients=True)
+        return _value(closure, begin, note, gradients=True)
     finally:
         end.restore()
 
 
-def _value(closure: Callable[[], Any], start: RandomState, *, gradients: bool) -> float:
+def _value(
+    closure: Callable[[], Any], start: RandomState, note: Callable[[float], None] | None, *, gradients: bool
+) -> float:
     start.restore()
     # An autocast around the training step keeps the weights it has cast: before, they are those of the point that the step left;
     # after, they have no graph. Neither may meet the next forward pass.
     torch.clear_autocast_cache()
     try:
-        with buffers_put_back(closure), torch.set_grad_enabled(gradients), _NoBackward():
+        with buffers_put_back(closure), torch.set_grad_enabled(gradients), _NoBackward() as mode:
             value = closure()
     finally:
         torch.clear_autocast_cache()
+    if note is not None:
+        note(mode.eps)
     return as_loss(value.detach() if isinstance(value, Tensor) else value)
 
 
@@ -173,10 +249,12 @@ class _NoBackward(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._called = False
+        self._called, self.eps = False, 0.0
         self._grads: dict[int, tuple[Tensor, Tensor | None]] = {}  # with its tensor, which keeps the id in use
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not torch.compiler.is_compiling() and torch._C._is_any_autocast_enabled():  # noqa: SLF001
+            self.eps = max(self.eps, autocast_eps())
         if func is Tensor.backward or func is torch.autograd.backward:
             self._called = True
             return None

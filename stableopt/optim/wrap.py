@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from stableopt.optim import family
 from stableopt.optim.base import GuardedOptimizer
-from stableopt.optim.groups import closure_is_required
+from stableopt.optim.groups import closure_is_required, filled
 from stableopt.optim.rules import UpdateRule, rule_for
 from stableopt.optim.rules.unknown import Unknown
 from stableopt.optim.settings import GuardSettings, check_lr
@@ -180,8 +180,11 @@ def _take_over(optimizer: Optimizer, settings: dict[str, Any]) -> GuardedOptimiz
         with guarded.set_up(settings):
             own = vars(guarded)["_own"]
             for group in groups:
-                _refuse_clash(optimizer, set(own) & set(group))
-                group.update(own)
+                if set(own) <= set(group):  # it has loaded a state of ours
+                    group.update(filled(group, own) | settings)
+                else:
+                    _refuse_clash(optimizer, set(own) & set(group))
+                    group.update(own)
                 guarded.check_group(group)
                 guarded.param_groups.append(group)
     except (TypeError, ValueError):

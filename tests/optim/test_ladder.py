@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -492,3 +493,36 @@ def test_gradients_with_an_infinite_sum_but_finite_entries_are_finite(guard: str
     optimizer = SGD([w], lr=1e-320, guard=guard)
     optimizer.step(closure_of(optimizer, w, lambda w: (w * 1.5e308).sum()))
     assert optimizer.last_step.action != "undone"
+
+
+@pytest.mark.parametrize("mode", ["backtrack", "strict", "lazy"])
+@pytest.mark.parametrize("how", ["closure", "trial"])
+def test_the_rounding_of_autocast_is_no_rise_of_the_energy(mode: Any, how: str) -> None:
+    """Near the end of training bfloat16 hides what a step gains: it must not shrink the learning rates for ever."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(20, 16), nn.GELU(), nn.Linear(16, 3)).float()
+    x, y = torch.randn(64, 20, dtype=torch.float32), torch.randn(64, 3, dtype=torch.float32)
+    optimizer = SGD(net.parameters(), lr=0.05, momentum=0.9, guard=mode)
+
+    def loss() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return ((net(x).float() - y) ** 2).mean()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    for _ in range(300):
+        if how == "closure" or mode == "lazy":
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step(trial=loss)
+    assert optimizer.param_groups[0]["step_scale"] == 1.0
+    optimizer.param_groups[0]["lr"] = 1e3  # what is no rounding is still seen
+    for _ in range(3):
+        optimizer.step(closure)
+    assert optimizer.last_step is not None
+    assert optimizer.last_step.scale < 1.0

@@ -147,7 +147,7 @@ def test_the_numbers_of_a_report_are_those_of_the_step_that_it_judges() -> None:
     report = optimizer.last_step
     assert (report.step, report.trials, report.loss, report.lr) == (0, 1, 4.5, (0.5,))
     assert (report.energy_before, report.energy_after) == (4.5, 0.5 * 1.5**2)
-    assert report.required == 0.5 * report.predicted == 0.5 * 1.5**2 / 0.5
+    assert report.required == 0.25 * report.predicted == 0.25 * 1.5**2 / 0.5
     optimizer.step(closure)
     assert (optimizer.last_step.step, optimizer.last_step.lr) == (1, (0.25,))
     assert optimizer.last_step.displacement == pytest.approx(0.25 * 1.5)

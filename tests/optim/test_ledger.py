@@ -301,3 +301,13 @@ def test_wrong_arguments_are_refused_with_a_sentence() -> None:
         StabilityLedger(NoRate())
     with pytest.raises(ValueError, match="samples"):
         StabilityLedger(sgd()).convex(G, 0, smoothness=1.0)
+
+
+def test_ascent_on_a_convex_loss_has_no_bound() -> None:
+    w = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([w], lr=0.1, maximize=True)
+    ledger = StabilityLedger(optimizer)
+    w.grad = torch.ones(1)
+    optimizer.step()
+    with pytest.raises(ValueError, match="maximized"):
+        ledger.convex(1.0, 10, smoothness=1.0)

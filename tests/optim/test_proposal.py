@@ -144,3 +144,48 @@ def test_alone_nothing_is_averaged() -> None:
     optimizer = SGD([w])
     assert Before.of(optimizer, 3.0, EPS).processes is Alone
     assert Before.of(optimizer, 3.0, EPS).loss == 3.0
+
+
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [
+        (SGD, {"prox": L1(50.0)}),
+        (SGD, {"weight_decay": 25.0}),
+        (AdamW, {"prox": L1(50.0), "weight_decay": 0.0}),
+        (AdamW, {"weight_decay": 1e3}),
+    ],
+)
+@pytest.mark.parametrize(
+    ("length", "expected"), [(-1e-3, False), (-0.5, False), (-30.0, False), (1e-3, True), (0.5, True)]
+)
+def test_uphill_is_meant_of_loss_and_penalty_and_decay_together(
+    cls: type, options: dict, length: float, expected: bool
+) -> None:
+    """Between the minimum of the loss, 2, and that of the whole the loss rises along every good step, however long."""
+    w = nn.Parameter(torch.tensor([1.9, 1.9]))
+    optimizer = cls([w], lr=1e-9, guard="off", **options)
+    w.grad = 25.0 * (w.detach() - 2.0)
+    optimizer.step()  # the metric is that of this gradient
+    with torch.no_grad():
+        w.fill_(1.9)
+    before = at(optimizer, 0.0)
+    with torch.no_grad():
+        w.add_(length)
+    assert uphill(optimizer, before) is expected
+
+
+def test_near_the_optimum_of_a_penalized_loss_a_step_that_is_too_long_becomes_shorter() -> None:
+    """It is not its momentum that is wrong."""
+    w = nn.Parameter(torch.tensor([1.9]))
+    optimizer = SGD([w], lr=0.5, momentum=0.9, prox=L1(50.0), guard="strict")
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = 25.0 * ((w - 2.0) ** 2).sum()
+        loss.backward()
+        return loss
+
+    for _ in range(6):
+        optimizer.step(closure)
+        assert optimizer.last_step is not None
+        assert optimizer.last_step.action == "shrunk"

@@ -12,7 +12,17 @@ import torch
 from torch import nn
 
 import stableopt as so
-from stableopt.constraints import L1, Box, ElasticNet, L2Ball, NonNegative, SpectralBall, attach, attached
+from stableopt.constraints import (
+    L1,
+    Box,
+    ElasticNet,
+    L2Ball,
+    NonNegative,
+    SpectralBall,
+    WeightedL1,
+    attach,
+    attached,
+)
 from stableopt.optim import SGD, AdamW
 from stableopt.optim.regularize import decoded, encoded, gather_attached, regularized, regularizer_of
 from tests.optim.problems import closure_of
@@ -303,3 +313,21 @@ def test_parameters_of_different_ages_take_the_prox_of_their_own_rate(regularize
     optimizer.step()
     torch.testing.assert_close(young.detach(), regularizer.prox(torch.full((3,), 2.0 - 0.1), 0.1))
     torch.testing.assert_close(old.detach(), regularizer.prox(2.0 - 0.1 * (0.9 * buffer + 0.5), 0.05))
+
+
+@pytest.mark.parametrize("cls", [AdamW, so.optim.Adam, so.optim.RAdam, so.optim.RMSprop])
+def test_a_penalty_that_is_treated_alone_is_treated_in_the_metric_like_one_of_many(cls: type) -> None:
+    """Weighted or not, and a parameter with a single entry or one entry of many: the same threshold."""
+    start, ends = torch.tensor([2.0, -1.0, 0.5]), []
+    parts = ([start.clone()], [start.clone()], [x.reshape(1) for x in start.clone()])
+    for values, penalty in zip(parts, (L1(0.05), WeightedL1((0.05, 0.05, 0.05)), L1(0.05)), strict=True):
+        ws = [nn.Parameter(v) for v in values]
+        optimizer = cls(ws, lr=0.1, prox=penalty, guard="off")
+        for step in range(4):
+            whole = torch.tensor([3.0, 0.1, -0.4]) * (1 + step)
+            for w, grad in zip(ws, whole.split([w.numel() for w in ws]), strict=True):
+                w.grad = grad.clone()
+            optimizer.step()
+        ends.append(torch.cat([w.detach() for w in ws]))
+    torch.testing.assert_close(ends[1], ends[0])
+    torch.testing.assert_close(ends[2], ends[0])

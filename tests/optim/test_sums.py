@@ -191,6 +191,6 @@ def test_a_sparse_momentum_counts_like_a_dense_one() -> None:
 
 def test_a_share_weighs_every_piece_of_a_large_parameter() -> None:
     rule = rule_for(SGD([nn.Parameter(torch.ones(1))]))
-    count = 2 * sums._PIECE + 3  # noqa: SLF001
+    count = 2 * sums._PIECE + 3
     large = Moved({"lr": 0.5, "momentum": 0.0}, torch.zeros(count), None, torch.ones(count), {}, 0.25)
     assert energy_sums(rule, [large], CPU)[4].item() == pytest.approx(0.25 * count)

@@ -361,3 +361,21 @@ def test_steps_that_do_not_become_shorter_give_way_to_a_gradient_step_at_once() 
     assert report is not None
     assert (report.action, report.scale, w.item()) == ("restarted", 1.0, 0.5)
     assert report.trials <= 3
+
+
+def test_an_optimizer_of_torch_that_has_loaded_a_state_of_ours_can_be_guarded() -> None:
+    w = nn.Parameter(torch.ones(2))
+    ours = SGD([w], lr=0.1, guard="strict", max_shrinks=3, constraint=Box(0.0, 1.0))
+    theirs = torch.optim.SGD([w], lr=0.5)
+    theirs.load_state_dict(ours.state_dict())
+    again = guard(theirs, max_shrinks=5)
+    group = again.param_groups[0]
+    assert (group["guard"], group["max_shrinks"], group["constraint"], group["lr"]) == ("strict", 5, Box(0.0, 1.0), 0.1)
+
+
+def test_a_list_of_constraints_belongs_to_the_groups_of_the_constructor() -> None:
+    a, b, c = (nn.Parameter(torch.ones(1)) for _ in range(3))
+    optimizer = SGD([a, b], lr=0.1, constraint=[Box(0.0, 1.0), None])
+    optimizer.add_param_group({"params": [c]})
+    assert optimizer.param_groups[0]["constraint"] == [Box(0.0, 1.0), None]
+    assert optimizer.param_groups[1]["constraint"] is None
