@@ -163,21 +163,18 @@ class GuardedOptimizer(Optimizer):
         Args:
             closure: as torch asks for it: zero the gradients, evaluate, call ``backward``, return the loss.
             trial: returns the loss of the same batch (with gradient accumulation: of all its parts, averaged as the gradients
-                were) at the
-                current parameters, forward only. With it the guard works without a closure, so also under
+                were) at the current parameters, forward only. With it the guard works without a closure, so also under
                 ``torch.amp.GradScaler``: ``scaler.step(optimizer, trial=...)``. With a closure, it replaces its second evaluation.
             loss: the loss at the current parameters, where gradients are there already: spares one evaluation of ``trial``, if
-                nothing
-                in the model is random. Without ``trial`` it is only looked at for NaN and infinity.
+                nothing in the model is random. Without ``trial`` it is only looked at for NaN and infinity.
 
         Returns:
             What the closure returned, None without one.
 
         Note:
             Without closure and trial no energy is checked. What is guaranteed then: a step whose gradients (or given loss) are
-            not finite is
-            skipped, parameters end in their sets, and learning rates keep the scale that earlier checks have found. The report says
-            ``unobserved``.
+            not finite is skipped, parameters end in their sets, and learning rates keep the scale that earlier checks have
+            found. The report says ``unobserved``.
 
         Raises:
             TypeError: if ``closure`` or ``trial`` cannot be called.

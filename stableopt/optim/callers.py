@@ -49,8 +49,7 @@ def refuse_closure_of_scaler() -> None:
     """Refuse to run a closure if it is ``torch.amp.GradScaler`` that has passed it.
 
     The scaler refuses the keyword, but hands on a closure that is given by position: it would compute scaled gradients anew,
-    after the
-    scaler has unscaled those that were there.
+    after the scaler has unscaled those that were there.
 
     Raises:
         RuntimeError: if a frame of ``GradScaler.step`` is among the callers.

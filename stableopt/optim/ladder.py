@@ -188,8 +188,7 @@ class _Ladder:
     """The tries of one step, all from the same point on the same batch.
 
     A try that fails is followed by a shorter one. If it leads uphill, no shorter one does better: it is the momentum that does,
-    so it
-    is set to zero. After ``max_shrinks`` it is set to zero in any case.
+    so it is set to zero. After ``max_shrinks`` it is set to zero in any case.
     """
 
     def __init__(

@@ -36,11 +36,10 @@ class GuardSettings(TypedDict, total=False):
         shrink: the factor of each shrinking, in (0, 1).
         grow: the factor on the last scale with which each checked step begins, at least 1; the scale is never above 1.
         armijo: c in [0, 1), the part of the predicted decrease :math:`\sum (1-\beta)/\eta' \|d\|_P^2` that is asked for:
-            learning rates
-            up to :math:`2(1-\beta)(1-c)/L` pass.
+            learning rates up to :math:`2(1-\beta)(1-c)/L` pass.
         on_nonfinite: what to do if the loss or a gradient is not finite: ``skip`` the step (counted in
-            ``param_groups[0]["skipped"]``),
-            or ``raise`` a :class:`stableopt.errors.StabilityError`; parameters and state stay as they are either way.
+            ``param_groups[0]["skipped"]``), or ``raise`` a :class:`stableopt.errors.StabilityError`; parameters and state stay
+            as they are either way.
         over_limit: what to do with an lr above the limit that ``smoothness`` gives: ``raise``, ``clip`` (in the step only) or
             ``warn``.
         debug: look for closures that cannot be compared with themselves: evaluate each one twice at the same point, and warn once.

@@ -32,14 +32,13 @@ def guard(optimizer: Any, **settings: Any) -> Any:
 
     Args:
         optimizer: an instance, or a class. A guarded instance shares parameter groups and state with the one given, which must
-            not step any
-            more. A guarded class is a subclass of the one given; its constructor takes the settings beside the arguments of that.
+            not step any more. A guarded class is a subclass of the one given; its constructor takes the settings beside the
+            arguments of that.
         **settings: for an instance: see :class:`GuardSettings`; prox, constraint and smoothness hold for all groups.
 
     Returns:
         For SGD, Adam, AdamW, NAdam, RAdam and RMSprop of torch, the class of this package; for any other a subclass that
-        is judged
-        by the loss alone (:class:`stableopt.optim.rules.unknown.Unknown`), or by the rule registered for it with
+        is judged by the loss alone (:class:`stableopt.optim.rules.unknown.Unknown`), or by the rule registered for it with
         :func:`stableopt.optim.rule_for`.
 
     Raises:
@@ -49,9 +48,8 @@ def guard(optimizer: Any, **settings: Any) -> Any:
 
     Note:
         A step of an optimizer of which nothing is known is undone by putting back all parameters and gradients, all of its
-        state, and
-        the numbers and tensors in its groups and among its attributes. One whose step needs the closure (LBFGS) evaluates it
-        itself; the guard adds one evaluation
+        state, and the numbers and tensors in its groups and among its attributes. One whose step needs the closure (LBFGS)
+        evaluates it itself; the guard adds one evaluation
         before and one after it.
 
     Examples:

@@ -25,9 +25,8 @@ class Adam(GuardedOptimizer, torch.optim.Adam):
 
     and the energy :math:`V = f + g + \frac{\omega}{2}\|\theta\|^2 + \frac{\beta_1}{2\eta'}\|d\|_P^2` falls for fixed P and
     :math:`\eta' \le 2(1-\beta_1)/L`, L the smoothness in P of f with the decay, which is coupled to the gradient. Since P
-    changes, the
-    decrease is *checked* in the P of each step, not assumed. With ``decoupled_weight_decay=True`` the law is that of
-    :class:`AdamW`.
+    changes, the decrease is *checked* in the P of each step, not assumed. With ``decoupled_weight_decay=True`` the law is that
+    of :class:`AdamW`.
 
     Args:
         params: parameters, named parameters or groups, as for torch.

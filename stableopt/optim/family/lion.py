@@ -34,8 +34,7 @@ class Lion(GuardedOptimizer, PlainLion):
         capturable: as for torch.
         differentiable: as for torch, with ``guard="off"`` and no set only.
         **settings: of the guard, and sets: see :class:`GuardSettings`. It takes no penalty: a normalized step has no metric in
-            which a prox
-            would solve the penalized problem. The energy is the loss.
+            which a prox would solve the penalized problem. The energy is the loss.
 
     Raises:
         TypeError: if an argument has the wrong type.

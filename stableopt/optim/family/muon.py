@@ -61,9 +61,8 @@ class Muon(GuardedOptimizer, PolarMuon):
         b^+ = \mu b + (1-\mu)\nabla f(\theta), \quad \theta^+ = P_C\bigl((1-\eta\omega)\theta - \eta a\, O(b^+)\bigr),
 
     :math:`O` the approximate polar factor of :func:`stableopt.optim.orthogonalize`, a the adjustment for the shape. Its spectral
-    norm is at
-    most 1, rounding included, where that of torch's polynomial reaches 1.2024; so :math:`\|\theta\|_2 \le a/\omega` is kept for
-    :math:`\eta\omega \le 1`. To have the norm below a bound as stored, whatever the decay, use
+    norm is at most 1, rounding included, where that of torch's polynomial reaches 1.2024; so :math:`\|\theta\|_2 \le a/\omega`
+    is kept for :math:`\eta\omega \le 1`. To have the norm below a bound as stored, whatever the decay, use
     ``constraint=stableopt.constraints.SpectralBall(...)``.
 
     Args:
@@ -77,8 +76,7 @@ class Muon(GuardedOptimizer, PolarMuon):
         ns_steps: number of polynomials.
         adjust_lr_fn: as for torch.
         **settings: of the guard, and sets: see :class:`GuardSettings`. It takes no penalty: a normalized step has no metric in
-            which a prox
-            would solve the penalized problem. The energy is the loss.
+            which a prox would solve the penalized problem. The energy is the loss.
 
     Raises:
         TypeError: if an argument has the wrong type.

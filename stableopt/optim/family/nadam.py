@@ -18,8 +18,7 @@ class NAdam(GuardedOptimizer, torch.optim.NAdam):
     r"""torch's NAdam with a guard on its energy.
 
     The step :math:`\theta^+ = \theta - \eta P^{-1}(a\nabla f + b m^+)`, :math:`P = \sqrt{\hat v} + \epsilon`, is Adam's with the
-    gradient mixed into
-    the momentum once more. No energy is proved for it; that of a heavy ball with the same gains,
+    gradient mixed into the momentum once more. No energy is proved for it; that of a heavy ball with the same gains,
 
     .. math:: V = f + g_\omega + \frac{\eta b^2}{2\kappa}\|m\|_{P^{-1}}^2, \qquad \kappa = a + b(1-\beta_1),
 

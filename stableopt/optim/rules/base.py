@@ -2,8 +2,8 @@ r"""What is known about update maps: the map itself, the limits of its stability
 
 A rule is a set of pure functions of one parameter :math:`\theta`, its gradient, its state and the hyper-parameters of its group, in
 the names that torch gives them; a name that a group lacks has torch's default. Most rules are heavy-ball methods in a metric P:
-with the displacement
-:math:`d = \theta_t - \theta_{t-1}`, an effective learning rate :math:`\eta'` and an effective momentum :math:`\beta`,
+with the displacement :math:`d = \theta_t - \theta_{t-1}`, an effective learning rate :math:`\eta'` and an effective momentum
+:math:`\beta`,
 
 .. math:: d^+ = \beta d - \eta' P^{-1} \nabla F(\theta), \qquad
     V = F(\theta) + \frac{\beta}{2\eta'} \|d\|_P^2, \qquad
