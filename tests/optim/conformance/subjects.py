@@ -177,10 +177,17 @@ SUBJECTS = _subjects()
 CASES = [Case(subject, mode) for subject in SUBJECTS for mode in MODES]
 
 each_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name)
-each_case = pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.subject.name}-{c.mode}")
+
+
+def _param(case: Case) -> Any:
+    """A case; of the classes that ``guard`` makes, which share their code, two modes are looked at in the longer run only."""
+    late = case.mode in {"monitor", "strict"} and case.subject.cls.__module__ == so.optim.guard.__module__
+    return pytest.param(case, id=f"{case.subject.name}-{case.mode}", marks=[pytest.mark.slow] if late else [])
+
+
+each_case = pytest.mark.parametrize("case", [_param(case) for case in CASES])
 
 
 def cases(*modes: str) -> pytest.MarkDecorator:
     """Parametrize over the classes in these modes."""
-    chosen = [c for c in CASES if c.mode in modes]
-    return pytest.mark.parametrize("case", chosen, ids=lambda c: f"{c.subject.name}-{c.mode}")
+    return pytest.mark.parametrize("case", [_param(case) for case in CASES if case.mode in modes])

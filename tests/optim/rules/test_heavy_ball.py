@@ -133,6 +133,7 @@ def test_the_law_of_heavy_ball_holds_with_dampening_and_from_the_first_step(damp
         assert after <= before - rate * square + 1e-11 * max(1.0, abs(before))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Box", "L1", "L2Ball"])
 @pytest.mark.parametrize("beta", [0.5, 0.9])
 @pytest.mark.parametrize("convex", [True, False])
