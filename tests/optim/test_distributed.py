@@ -47,10 +47,10 @@ from tests.optim.two_processes import (
     numbers,
     on_both_halves,
     on_my_half,
-    outcomes_of,
     same,
     same_everywhere,
     seeded,
+    shared_outcomes,
     train,
     whole,
     whole_part,
@@ -460,12 +460,12 @@ FURTHER = [name for name in CHECKS if is_further(name)]
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return outcomes_of(__name__, FIRST, tmp_path_factory.mktemp("processes"))
+    return shared_outcomes(__name__, FIRST, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def further(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return outcomes_of(__name__, FURTHER, tmp_path_factory.mktemp("processes"))
+    return shared_outcomes(__name__, FURTHER, tmp_path_factory)
 
 
 @pytest.mark.distributed

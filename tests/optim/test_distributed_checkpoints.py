@@ -25,9 +25,9 @@ from tests.optim.two_processes import (
     momenta,
     numbers,
     on_my_half,
-    outcomes_of,
     same,
     seeded,
+    shared_outcomes,
     train,
 )
 
@@ -149,7 +149,7 @@ for _spread in ("ddp", "fsdp"):
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return outcomes_of(__name__, list(CHECKS), tmp_path_factory.mktemp("processes"))
+    return shared_outcomes(__name__, list(CHECKS), tmp_path_factory)
 
 
 @pytest.mark.distributed

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -318,3 +319,26 @@ def outcomes_of(module: str, names: list[str], folder: Path) -> list[dict[str, s
     for process, output in zip(both, printed, strict=True):
         assert process.returncode == 0, output[-6000:]
     return [json.loads(report.read_text()) for report in reports]
+
+
+def shared_outcomes(module: str, names: list[str], factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """Run the checks once, whichever worker of a parallel test run asks first; the others wait for what it finds."""
+    folder = factory.mktemp("processes")
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return outcomes_of(module, names, folder)
+    found = factory.getbasetemp().parent / f"{module}-{len(names)}.json"
+    try:
+        os.close(os.open(found.with_suffix(".lock"), os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        deadline = time.monotonic() + 900
+        while not found.exists():
+            assert time.monotonic() < deadline, "the worker that runs the processes has not finished"
+            time.sleep(0.2)
+        return json.loads(found.read_text())
+    try:
+        outcomes = outcomes_of(module, names, folder)
+    except BaseException as error:
+        outcomes = [dict.fromkeys(names, f"the processes failed: {error!r}")]
+    found.with_suffix(".part").write_text(json.dumps(outcomes))
+    found.with_suffix(".part").replace(found)
+    return outcomes

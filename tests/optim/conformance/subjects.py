@@ -180,8 +180,8 @@ each_subject = pytest.mark.parametrize("subject", SUBJECTS, ids=lambda s: s.name
 
 
 def _param(case: Case) -> Any:
-    """A case; of the classes that ``guard`` makes, which share their code, two modes are looked at in the longer run only."""
-    late = case.mode in {"monitor", "strict"} and case.subject.cls.__module__ == so.optim.guard.__module__
+    """A case; of the classes that ``guard`` makes, which share their code, three modes are looked at in the longer run only."""
+    late = case.mode in {"monitor", "lazy", "strict"} and case.subject.cls.__module__ == so.optim.guard.__module__
     return pytest.param(case, id=f"{case.subject.name}-{case.mode}", marks=[pytest.mark.slow] if late else [])
 
 
