@@ -38,6 +38,8 @@ __all__ = [
     "judged_report",
     "undone_report",
     "unguarded_step",
+    "nonfinite_report",
+    "passed",
 ]
 
 SMALLEST_SCALE = 2.0**-60
@@ -174,7 +176,7 @@ def _look_for_surprises(optimizer: GuardedOptimizer, here: float, again: Callabl
         optimizer.warn_once(
             "changes", "the closure changes parameters: the guard compares energies at points that it has not chosen."
         )
-    eps = max(torch.finfo(p.dtype).eps for g in optimizer.param_groups for p in g["params"])
+    eps = coarsest_eps(optimizer, here)
     if not abs(here - there) <= 64 * eps * max(1.0, abs(here)):
         optimizer.warn_once(
             "differs",
@@ -239,10 +241,8 @@ class _Ladder:
 
     def _passed(self, proposal: Proposal, *, restart: bool) -> StepReport:
         self.optimizer.param_groups[0]["step_scale"] = proposal.scale
-        how = "at once" if proposal.scale == 1.0 else f"with learning rates scaled by {proposal.scale:.3g}"
-        how = f"{how} after momentum was set to zero" if restart else how
-        action = "restarted" if restart else "accepted" if proposal.scale == 1.0 else "shrunk"
-        return self._report(action, proposal, f"the step passed {how}")
+        action, reason = passed(proposal, restart=restart)
+        return self._report(action, proposal, reason)
 
     def _try(self, scale: float, *, restart: bool = False) -> Proposal:
         if self.tries:
@@ -253,6 +253,19 @@ class _Ladder:
 
     def _report(self, action: Action, proposal: Proposal, reason: str) -> StepReport:
         return judged_report(self.optimizer, self.before.loss, action, proposal, len(self.tries), reason)
+
+
+def passed(proposal: Proposal, *, restart: bool) -> tuple[Action, str]:
+    """Return what a step that has passed is called, and why.
+
+    Examples:
+        >>> passed(Proposal(1.0, 2.0, 1.0, 0.5, 1.0, 1.0, 0.0), restart=False)
+        ('accepted', 'the step passed at once')
+    """
+    how = "at once" if proposal.scale == 1.0 else f"with learning rates scaled by {proposal.scale:.3g}"
+    how = f"{how} after momentum was set to zero" if restart else how
+    action: Action = "restarted" if restart else "accepted" if proposal.scale == 1.0 else "shrunk"
+    return action, f"the step passed {how}"
 
 
 def judged_report(
@@ -337,9 +350,12 @@ def _nonfinite(optimizer: GuardedOptimizer, loss: float | None) -> StepReport | 
         loss = None if loss is None else total / processes.size
     if good_loss and good_gradients:
         return None
-    what = "a gradient" if good_loss else "the loss"
-    reason = f"{what} is not finite; parameters and state are as before"
-    return undone_report(optimizer, math.nan if loss is None else loss, reason, "nonfinite")
+    return nonfinite_report(optimizer, math.nan if loss is None else loss, "a gradient" if good_loss else "the loss")
+
+
+def nonfinite_report(optimizer: GuardedOptimizer, loss: float, what: str) -> StepReport:
+    """Report a step that was not taken because of what it would have been made of."""
+    return undone_report(optimizer, loss, f"{what} is not finite; parameters and state are as before", "nonfinite")
 
 
 def has_gradient(optimizer: torch.optim.Optimizer) -> bool:

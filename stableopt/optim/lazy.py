@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from stableopt.optim.ladder import RESTARTS, SMALLEST_SCALE, finite_gradients, judged_report, undone_report
+from stableopt.optim.ladder import (
+    RESTARTS,
+    SMALLEST_SCALE,
+    finite_gradients,
+    judged_report,
+    nonfinite_report,
+    passed,
+    undone_report,
+)
 from stableopt.optim.proposal import Before, Proposal, coarsest_eps, propose
 from stableopt.optim.report import StepReport
 from stableopt.optim.settings import Settings
@@ -68,9 +76,7 @@ def lazy_step(optimizer: GuardedOptimizer, settings: Settings, closure: Callable
     if pending is None:
         if not math.isfinite(here):
             optimizer.drop_pending()
-            what = "a gradient" if math.isfinite(loss) else "the loss"
-            reason = f"{what} is not finite; parameters and state are as before"
-            return value, undone_report(optimizer, loss, reason, "nonfinite")
+            return value, nonfinite_report(optimizer, loss, "a gradient" if math.isfinite(loss) else "the loss")
         _propose(optimizer, settings, here, value, closure)
         return value, _waiting(optimizer, "judged by the loss of the next closure (guard='lazy')", loss)
     judged = pending.proposal.with_loss(here)
@@ -87,9 +93,7 @@ def _without_loss(optimizer: GuardedOptimizer, closure: Callable[[], Any]) -> St
     """Do a step that no later loss can judge; what is not finite is skipped, and the scale of the last verdict is used."""
     optimizer.drop_pending()
     if optimizer.processes().mean(float(not finite_gradients(optimizer))) > 0:
-        return undone_report(
-            optimizer, math.nan, "a gradient is not finite; parameters and state are as before", "nonfinite"
-        )
+        return nonfinite_report(optimizer, math.nan, "a gradient")
     with optimizer.scaled_learning_rates(optimizer.param_groups[0]["step_scale"]):
         optimizer.advance(closure)
     return _waiting(optimizer, "the closure returned None instead of the loss", math.nan)
@@ -98,10 +102,7 @@ def _without_loss(optimizer: GuardedOptimizer, closure: Callable[[], Any]) -> St
 def _accepted(optimizer: GuardedOptimizer, judged: Proposal, pending: Pending) -> StepReport:
     optimizer.param_groups[0]["step_scale"] = judged.scale
     restarted = pending.tries > optimizer.param_groups[0]["max_shrinks"] + 1
-    how = "at once" if judged.scale == 1.0 else f"with learning rates scaled by {judged.scale:.3g}"
-    action = "restarted" if restarted else "accepted" if judged.scale == 1.0 else "shrunk"
-    how = f"{how} after momentum was set to zero" if restarted else how
-    reason = f"the step passed {how}"
+    action, reason = passed(judged, restart=restarted)
     report = judged_report(optimizer, _loss_of(judged), action, judged, pending.tries, reason, step=pending.step)
     return replace(report, lr=pending.rates)
 

@@ -139,26 +139,26 @@ def _scalar_state(one: Moved) -> dict[str, Any]:
     }
 
 
+def _is_line(flat: Moved, name: str, value: Any) -> bool:
+    """Whether an entry of the state has one number for each of the parameter."""
+    return isinstance(value, Tensor) and value.ndim == 1 and value.numel() == flat.start.numel() and name != "step"
+
+
 def _cut(flat: Moved, begin: int, end: int) -> Moved:
-    count = flat.start.numel()
-
-    def part(x: Any) -> Any:
-        return x[begin:end] if isinstance(x, Tensor) and x.ndim == 1 and x.numel() == count else x
-
-    state = {k: part(v) for k, v in flat.state.items()}
-    return Moved(flat.group, part(flat.start), part(flat.buffer), part(flat.end), state, flat.share)
+    state = {k: v[begin:end] if _is_line(flat, k, v) else v for k, v in flat.state.items()}
+    buffer = None if flat.buffer is None else flat.buffer[begin:end]
+    return Moved(flat.group, flat.start[begin:end], buffer, flat.end[begin:end], state, flat.share)
 
 
 def _key(flat: Moved) -> tuple[Any, ...] | None:
     """Return what two pieces must share to be one; None for a piece that stays alone."""
-    count = flat.start.numel()
     numbers: list[Any] = []
     for name, value in flat.state.items():
         if not isinstance(value, Tensor):
             if not isinstance(value, bool | int | float | str | None):
                 return None
             numbers.append((name, value))
-        elif value.ndim == 1 and value.numel() == count and name != "step":
+        elif _is_line(flat, name, value):
             numbers.append((name, value.dtype))
         elif value.device.type != "cpu" or value.numel() != 1:
             return None  # reading it would wait for its device
@@ -172,12 +172,9 @@ def _joined(together: list[Moved]) -> Moved:
     if len(together) == 1:
         return together[0]
     first = together[0]
-    lines = {
-        k
-        for k, v in first.state.items()
-        if isinstance(v, Tensor) and v.ndim == 1 and v.numel() == first.start.numel() and k != "step"
+    state = {
+        k: torch.cat([m.state[k] for m in together]) if _is_line(first, k, v) else v for k, v in first.state.items()
     }
-    state = {k: torch.cat([m.state[k] for m in together]) if k in lines else v for k, v in first.state.items()}
     buffer = None if first.buffer is None else torch.cat([m.buffer for m in together if m.buffer is not None])
     return Moved(
         first.group,
