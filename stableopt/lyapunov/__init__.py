@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from stableopt.lyapunov.events import KINDS, POLICIES, Event
 from stableopt.lyapunov.monitor import Monitor
 from stableopt.lyapunov.norms import LayerNorms, NormEstimator
 from stableopt.lyapunov.record import ACTIONS, VERDICTS, StepRecord
@@ -9,7 +10,10 @@ from stableopt.lyapunov.sinks import JSONLSink, Sink, read_records, truncate_rec
 
 __all__ = [
     "ACTIONS",
+    "KINDS",
+    "POLICIES",
     "VERDICTS",
+    "Event",
     "JSONLSink",
     "LayerNorms",
     "Monitor",

@@ -8,9 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from stableopt.lyapunov.events import Event
+
 __all__ = ["ACTIONS", "SCHEMA", "VERDICTS", "StepRecord"]
 
-SCHEMA = 1
+SCHEMA = 2
+_READ = (1, 2)
 VERDICTS = ("decreased", "undecided", "increased", "unobserved", "nonfinite")
 ACTIONS = ("accepted", "shrunk", "restarted", "undone", "unguarded")
 
@@ -45,6 +48,30 @@ class StepRecord:
         cfl: block name -> share of the block's step limit in use, an estimate; above 1 the limit is exceeded.
         norm_gap: weight name -> *proved* norm of the weight of training over its limit, for methods that train with an estimate;
             empty if not measured at this step.
+        grad_norm: :math:`\|g\|`, of the gradients that the optimizer was given, over all parameters.
+        weight_norm: :math:`\|\theta\|` after the step, over all parameters.
+        slope: :math:`g^\top d` with the displacement d, the change of the loss to first order.
+        grad_norms: parameter name -> :math:`\|g_p\|`.
+        update_ratio: parameter name -> :math:`\|d_p\|/\|\theta_p\|` with :math:`\theta_p` after the step.
+        nonfinite: what is not finite: ``loss``, ``grad:NAME``, ``param:NAME``, ``buffer:NAME``.
+        loss_after: the loss on the same batch after the step.
+        trust: :math:`\rho = (L^+ - L)/(g^\top d)`: 1 without curvature, 0 where the loss has stopped to fall, below where it rose.
+        batch_sharpness: :math:`2(1-\rho)/\eta`; for plain SGD the curvature of the loss of the batch along its gradient. NaN where
+            the parameter groups have several learning rates.
+        edge_distance: :math:`1/(1-\rho)`, the factor by which this step could have been longer before the loss of its batch, were
+            it quadratic, would not have fallen; infinite without positive curvature, NaN where the step led uphill.
+        sharpness: the largest curvature found on the probe batch, in the metric of the rule; an *estimate* from below.
+        edge: the fraction of the linear stability limit of this optimizer in use, in the same way.
+        plain_sharpness: the curvature along the same direction in the Euclidean metric.
+        sharpness_residual: the residual of the eigenvector, relative to the eigenvalue.
+        trace: estimate of the trace of the Hessian on the probe batch, and ``trace_error``, its standard error.
+        trace_error: see ``trace``.
+        noise_scale: :math:`\operatorname{tr}\Sigma/\|G\|^2`, the noise scale of the gradient, in samples of a micro-batch.
+        hvp: how the products with the Hessian were made; empty if there were none.
+        forward_exponent: the mean logarithm of the measured gain of a layer.
+        kinks: module name -> the fraction of its units that are near a kink.
+        overhead: seconds of the monitor over seconds of the run without it, so far; NaN if it is not timed.
+        events: alarms and actions of this step.
 
     Raises:
         ValueError: if ``step`` or ``trials`` is no integer >= 0, or a verdict or an action is not known.
@@ -79,6 +106,28 @@ class StepRecord:
     limits: Mapping[str, float] = field(default_factory=dict)
     cfl: Mapping[str, float] = field(default_factory=dict)
     norm_gap: Mapping[str, float] = field(default_factory=dict)
+    grad_norm: float = math.nan
+    weight_norm: float = math.nan
+    slope: float = math.nan
+    grad_norms: Mapping[str, float] = field(default_factory=dict)
+    update_ratio: Mapping[str, float] = field(default_factory=dict)
+    nonfinite: tuple[str, ...] = ()
+    loss_after: float = math.nan
+    trust: float = math.nan
+    batch_sharpness: float = math.nan
+    edge_distance: float = math.nan
+    sharpness: float = math.nan
+    edge: float = math.nan
+    plain_sharpness: float = math.nan
+    sharpness_residual: float = math.nan
+    trace: float = math.nan
+    trace_error: float = math.nan
+    noise_scale: float = math.nan
+    hvp: str = ""
+    forward_exponent: float = math.nan
+    kinks: Mapping[str, float] = field(default_factory=dict)
+    overhead: float = math.nan
+    events: tuple[Event, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field, so that a record from a file is as good as one from a run."""
@@ -89,14 +138,17 @@ class StepRecord:
         for name, known in (("verdict", VERDICTS), ("action", ACTIONS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"a StepRecord needs {name} in {known}, got {getattr(self, name)!r}.")
-        if not isinstance(self.reason, str):
-            raise TypeError(f"a StepRecord needs a reason in words, got {self.reason!r}.")
+        for name in ("reason", "hvp"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"a StepRecord needs {name} in words, got {getattr(self, name)!r}.")
         for name in _FLOATS:
             object.__setattr__(self, name, _number(name, getattr(self, name)))
         if not isinstance(self.lr, (tuple, list)):
             raise TypeError(f"a StepRecord needs one lr per parameter group, got {self.lr!r}.")
         object.__setattr__(self, "lr", tuple(_number("lr", lr) for lr in self.lr))
-        for name in ("norms", "limits", "cfl", "norm_gap"):
+        object.__setattr__(self, "nonfinite", _tuple("nonfinite", self.nonfinite, str))
+        object.__setattr__(self, "events", _tuple("events", self.events, Event))
+        for name in _TABLES:
             table = getattr(self, name)
             if not isinstance(table, Mapping) or not all(isinstance(key, str) for key in table):
                 raise TypeError(f"a StepRecord needs {name} as a mapping from names to numbers, got {table!r}.")
@@ -105,13 +157,17 @@ class StepRecord:
     def to_json(self) -> str:
         r"""Return one line of JSON (no line break), keys sorted, non-finite numbers as "nan", "inf" and "-inf".
 
+        What was added since schema 1 is left out where it is unknown (NaN) or empty.
+
         Examples:
             >>> StepRecord(step=3, loss=math.inf).to_json()[:55]
             '{"action": "unguarded", "cfl": {}, "displacement": "nan'
         """
         data: dict[str, Any] = {"schema": SCHEMA}
-        for item in fields(self):
-            data[item.name] = _spell(getattr(self, item.name))
+        for name in _FIELDS:
+            value = getattr(self, name)
+            if name not in _LATER or not _is_unknown(value):
+                data[name] = _spell(value)
         return json.dumps(data, sort_keys=True, allow_nan=False)
 
     @classmethod
@@ -119,7 +175,7 @@ class StepRecord:
         """Read the record that :meth:`to_json` wrote.
 
         Args:
-            line: one JSON object; every key must be there, and no other. Records from before ``norm_gap`` was measured lack it.
+            line: one JSON object; every key of schema 1 must be there, later ones may, and no other.
 
         Raises:
             ValueError: if the line is not such an object, or is of another schema.
@@ -138,21 +194,44 @@ class StepRecord:
                 f"a step record is a JSON object, got a {type(data).__name__}."
             )
         schema = data.pop("schema", None)
-        if isinstance(schema, bool) or schema != SCHEMA:
-            raise ValueError(f"this version reads step records of schema {SCHEMA}, got schema {schema!r}.")
-        names = {item.name for item in fields(cls)}
+        if isinstance(schema, bool) or schema not in _READ:
+            raise ValueError(f"this version reads step records of schema 1 and {SCHEMA}, got schema {schema!r}.")
+        names = set(_FIELDS) if schema > 1 else set(_FIELDS) - _LATER | {"norm_gap"}
         if missing := sorted(names - _LATER - data.keys()):
-            raise ValueError(f"a step record of schema {SCHEMA} lacks {', '.join(missing)}.")
+            raise ValueError(f"a step record of schema {schema} lacks {', '.join(missing)}.")
         if unknown := sorted(data.keys() - names):
-            raise ValueError(f"a step record of schema {SCHEMA} has no key {', '.join(map(repr, unknown))}.")
+            raise ValueError(f"a step record of schema {schema} has no key {', '.join(map(repr, unknown))}.")
+        if not isinstance(events := data.pop("events", []), list):
+            raise ValueError(f"a step record needs events as a list, got {events!r}.")  # noqa: TRY004 - as above
         try:
+            data["events"] = tuple(Event.from_dict(_numbers(event)) for event in events)
             return cls(**data)
         except TypeError as error:  # in a file it is the content that is wrong
             raise ValueError(str(error)) from error
 
 
-_LATER = frozenset({"norm_gap"})
+_FIELDS = tuple(item.name for item in fields(StepRecord))
+_LATER = frozenset(_FIELDS[_FIELDS.index("norm_gap") :])
 _FLOATS = tuple(item.name for item in fields(StepRecord) if item.type == "float")
+_TABLES = tuple(item.name for item in fields(StepRecord) if str(item.type).startswith("Mapping"))
+
+
+def _is_unknown(value: object) -> bool:
+    """Whether a field says nothing: NaN, or empty."""
+    return value != value if isinstance(value, float) else not value  # noqa: PLR0124 - the test for NaN
+
+
+def _tuple(name: str, value: object, kind: type) -> tuple[Any, ...]:
+    if not isinstance(value, (tuple, list)) or not all(isinstance(item, kind) for item in value):
+        raise TypeError(f"a StepRecord needs {name} as a tuple of {kind.__name__}, got {value!r}.")
+    return tuple(value)
+
+
+def _numbers(event: Any) -> Any:
+    """Return the data of an event with its numbers as numbers."""
+    if not isinstance(event, dict):
+        return event
+    return {key: _number(key, value) if key in {"statistic", "threshold"} else value for key, value in event.items()}
 
 
 def _number(name: str, value: object) -> float:
@@ -171,6 +250,8 @@ def _spell(value: Any) -> Any:
     """Return the JSON data of a field."""
     if isinstance(value, float):
         return value if math.isfinite(value) else str(value)
+    if isinstance(value, Event):
+        return _spell(value.as_dict())
     if isinstance(value, tuple):
         return [_spell(item) for item in value]
     if isinstance(value, dict):
