@@ -376,6 +376,29 @@ class GuardedOptimizer(Optimizer):
             self._memory.take()
         return self._memory
 
+    def before_step(self) -> Mapping[Tensor, Tensor]:
+        """Return the parameters before the last step, where the guard has kept them to compare; empty where it has not.
+
+        Returns:
+            Parameter -> its values before; to be read until the next step, not to be changed.
+
+        Examples:
+            >>> from stableopt.optim import SGD
+            >>> w = torch.nn.Parameter(torch.tensor([2.0]))
+            >>> optimizer = SGD([w], lr=0.1)
+            >>> def closure():
+            ...     optimizer.zero_grad()
+            ...     loss = w.square().sum()
+            ...     loss.backward()
+            ...     return loss
+            >>> _ = optimizer.step(closure)
+            >>> optimizer.before_step()[w]
+            tensor([2.])
+        """
+        report, guard = self.last_step, self.param_groups[0]["guard"]
+        compared = report is not None and not math.isnan(report.energy_after) and guard != "lazy"
+        return self._memory.values if self._memory is not None and compared else {}
+
     def _at_rest(self) -> bool:
         """Whether all learning rates are 0, as torch.distributed.checkpoint sets them to have the state made: that is no step."""
         rates = [group.get("lr") for group in self.param_groups]

@@ -296,6 +296,7 @@ def judged_report(
         trials=trials,
         lr=tuple(lr * proposal.scale for lr in optimizer.learning_rates()),
         reason=reason,
+        loss_after=proposal.loss,
     )
 
 
@@ -327,6 +328,7 @@ def undone_report(
         trials=trials,
         lr=tuple(0.0 for _ in optimizer.param_groups),
         reason=reason,
+        loss_after=loss,
     )
 
 

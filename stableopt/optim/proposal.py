@@ -64,6 +64,7 @@ class Proposal:
         tolerance: the rounding of both energies.
         start: where it was taken from.
         sign: -1 if the loss is maximized.
+        loss: the loss after it; NaN until it is judged.
 
     Examples:
         >>> Proposal(1.0, 2.0, 1.0, 0.5, 1.0, 1.0, 0.0).accepted
@@ -79,6 +80,7 @@ class Proposal:
     tolerance: float
     start: Before | None = None
     sign: float = 1.0
+    loss: float = math.nan
 
     @property
     def finite(self) -> bool:
@@ -118,7 +120,7 @@ class Proposal:
         before, after = self.before + self.sign * self.start.loss, self.after + self.sign * value
         finite = math.isfinite(before) and math.isfinite(after)
         tolerance = energy_tolerance(before, after, max(self.start.eps, cast / 8)) if finite else 0.0
-        return replace(self, before=before, after=after, tolerance=tolerance)
+        return replace(self, before=before, after=after, tolerance=tolerance, loss=value)
 
 
 def propose(

@@ -33,6 +33,7 @@ class StepReport:
         trials: how many times the step was tried.
         lr: learning rate of each group as used, ``scale`` included.
         reason: one sentence.
+        loss_after: loss after the step on the same batch; NaN if not measured.
 
     Examples:
         >>> report = StepReport.unobserved(step=0, lr=(0.1,), reason="no closure was given")
@@ -55,6 +56,7 @@ class StepReport:
     trials: int
     lr: tuple[float, ...]
     reason: str
+    loss_after: float = math.nan
 
     @classmethod
     def unobserved(
