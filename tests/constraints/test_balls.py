@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import sys
 import textwrap
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import mpmath
@@ -23,6 +23,7 @@ from stableopt.errors import InfeasibleError
 from tests.constraints.catalogue import DTYPES
 from tests.constraints.oracle import entries, same_bits
 from tests.constraints.rows.balls import in_ball, in_boxes, in_ellipsoid, on_sphere
+from tests.two_processes import in_two_processes
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
@@ -202,18 +203,16 @@ def test_bad_arguments_are_refused_in_a_sentence() -> None:
 SHARDED = """
     import sys
     import torch
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
     from stableopt.constraints.balls import L2Ball, Sphere
     from stableopt.constraints.cones import HalfSpace, Hyperplane, SecondOrderCone
     from stableopt.constraints.sets import Box, LinfBall, NonNegative
     from stableopt.constraints.sparsity import Sparsity
+    from tests.two_processes import join, leave
 
-    rank, where = int(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method="file://" + where, rank=rank, world_size=2)
+    join(*sys.argv[1:])
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
 
@@ -238,26 +237,14 @@ SHARDED = """
                 check(g, x, shard, steps)
             for g in (Sphere(1.1, dims), SecondOrderCone(dims)):
                 check(g, x, shard)
-    dist.destroy_process_group()
-    print("agreed")
+    leave()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_give_the_same_as_one(tmp_path: object) -> None:
-    code = textwrap.dedent(SHARDED)
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code, str(rank), f"{tmp_path}/store"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [run.communicate(timeout=120)[0] for run in runs]
-    assert all("agreed" in output for output in outputs), outputs
+def test_two_processes_give_the_same_as_one(tmp_path: Path) -> None:
+    in_two_processes(textwrap.dedent(SHARDED), tmp_path)
 
 
 def test_a_batch_along_any_dimensions_is_its_vectors() -> None:

@@ -6,9 +6,8 @@ import copy
 import json
 import math
 import pickle
-import subprocess
-import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from torch import Tensor
 from stableopt.constraints import L1, Regularizer, from_spec
 from stableopt.constraints.group_trees import GroupLasso, SparseGroup, TreeGroups
 from stableopt.constraints.groups import L2
+from tests.two_processes import in_two_processes
 
 LABELS = (0, 1, 2, 0, 0, 1, 3, -1, 1, 2, 2, 2)
 TREE = ((0, 1, 2, 3, 4, 5), (1, 2, 3), (3, 1), (2,), (8, 7, 9), (9, 7), (11,))
@@ -419,16 +419,14 @@ def test_random_trees_are_accepted_and_random_overlaps_refused(seed: int) -> Non
 SHARDED = """
     import sys
     import torch
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
     from stableopt.constraints.group_trees import GroupLasso, SparseGroup, TreeGroups
     from stableopt.constraints.groups import L2
+    from tests.two_processes import join, leave
 
-    rank, where = int(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method="file://" + where, rank=rank, world_size=2)
+    join(*sys.argv[1:])
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     labels, tree = (0, 1, 2, 0, 0, 1, 3, -1, 1, 2), ((0, 1, 2, 3, 4), (1, 3), (9, 7, 8), (7,), (6,))
@@ -453,23 +451,11 @@ SHARDED = """
             check(L2(0.4), torch.randn(n), step, 0)
             check(GroupLasso(0.4, (0,) * n), torch.randn(n), step, 0)
             check(L2(0.4, dims=0), torch.randn(n, 1), step[:, None] if isinstance(step, torch.Tensor) else step, 1)
-    dist.destroy_process_group()
-    print("agreed")
+    leave()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_give_the_same_as_one(tmp_path: object) -> None:
-    code = textwrap.dedent(SHARDED)
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code, str(rank), f"{tmp_path}/store"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [run.communicate(timeout=120)[0] for run in runs]
-    assert all("agreed" in output for output in outputs), outputs
+def test_two_processes_give_the_same_as_one(tmp_path: Path) -> None:
+    in_two_processes(textwrap.dedent(SHARDED), tmp_path)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import textwrap
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from stableopt.constraints.l1 import InfNormBall, L1Ball, LinfNorm, OneNormBall
 from tests.constraints.oracle import same_bits
+from tests.two_processes import in_two_processes
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 
@@ -231,16 +231,14 @@ def test_conjugates_keep_the_dimensions() -> None:
 SHARDED = """
     import sys
     import torch
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
     from stableopt.constraints.l1 import InfNormBall, L1Ball, LinfNorm
     from stableopt.constraints.simplex import CappedSimplex, Max, Simplex, SumLargest
+    from tests.two_processes import join, leave
 
-    rank, where = int(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method="file://" + where, rank=rank, world_size=2)
+    join(*sys.argv[1:])
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
 
@@ -267,23 +265,11 @@ SHARDED = """
                 check(g, x, shard)
     check(InfNormBall(0.5), torch.randn(4, 5), 0)
     check(InfNormBall(0.5), torch.randn(4, 5), 1)
-    dist.destroy_process_group()
-    print("agreed")
+    leave()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_two_processes_give_the_same_as_one(tmp_path: object) -> None:
-    code = textwrap.dedent(SHARDED)
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code, str(rank), f"{tmp_path}/store"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    outputs = [run.communicate(timeout=120)[0] for run in runs]
-    assert all("agreed" in output for output in outputs), outputs
+def test_two_processes_give_the_same_as_one(tmp_path: Path) -> None:
+    in_two_processes(textwrap.dedent(SHARDED), tmp_path)

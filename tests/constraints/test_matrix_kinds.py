@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from stableopt.constraints.matrix_kinds import pull_until_proved
 from stableopt.constraints.spectra import NuclearBall, NuclearNorm, SpectralNorm
 from stableopt.constraints.symmetric import PSD, Hurwitz
 from tests.constraints.catalogue import DTYPES
+from tests.two_processes import in_two_processes
 
 SETS: list[Any] = [NuclearBall(0.9), PSD(), PSD(0.1, 2.0), Hurwitz(0.2), Rank(1), AlmostOrthogonal(0.3)]
 ALL: list[Any] = [NuclearNorm(0.3), SpectralNorm(0.4), *SETS]
@@ -183,18 +182,16 @@ def test_a_projection_beyond_the_range_of_the_dtype_is_stored_inside_it() -> Non
 SHARDED = """
     import sys
     import torch
-    import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import Shard, distribute_tensor
     from stableopt.constraints import Constraint
     from stableopt.constraints.lowrank import AlmostOrthogonal, Rank
     from stableopt.constraints.spectra import NuclearBall, NuclearNorm, SpectralNorm
     from stableopt.constraints.symmetric import PSD, Hurwitz
+    from tests.two_processes import join, leave
 
-    rank, where = int(sys.argv[1]), sys.argv[2]
-    torch.set_num_threads(1)
     torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method="file://" + where, rank=rank, world_size=2)
+    join(*sys.argv[1:])
     mesh = init_device_mesh("cpu", (2,))
     torch.manual_seed(0)
     for dims, shape in ((None, (5, 5)), ((0, 2), (5, 3, 5))):
@@ -214,21 +211,14 @@ SHARDED = """
                         assert g.violation(p) == 0.0
                         assert torch.equal(g.map(d).full_tensor(), g.map(x))
                         assert torch.equal(g.project(p).to_local(), p.to_local())
-    dist.destroy_process_group()
-    print("agreed")
+    leave()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.distributed
 def test_two_processes_give_the_same_as_one(tmp_path: Path) -> None:
-    command = [sys.executable, "-W", "ignore", "-c", textwrap.dedent(SHARDED)]
-    where = str(tmp_path / "meeting")
-    runs = [subprocess.Popen([*command, str(rank), where], stdout=-1, stderr=-2, text=True) for rank in range(2)]
-    for run in runs:
-        out, _ = run.communicate(timeout=120)
-        assert run.returncode == 0, out
-        assert "agreed" in out
+    in_two_processes(textwrap.dedent(SHARDED), tmp_path)
 
 
 def test_every_class_is_a_regularizer_that_is_not_separable() -> None:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from stableopt.constraints.sharding import Sharding, is_sharded, part_like
+from tests.two_processes import in_two_processes
 
 ROWS_CODE = """
-import sys, torch, torch.distributed as dist
+import sys, torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from stableopt.constraints import Constraint
 from tests.constraints.catalogue import ROWS, name_of, random, shapes_of
+from tests.two_processes import join, leave
 
 torch.set_default_dtype(torch.float64)
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
+join(*sys.argv[1:])
 mesh = init_device_mesh("cpu", (2,))
 bad, count = [], 0
 for row in ROWS:
@@ -51,23 +49,22 @@ for row in ROWS:
                     count += 1
                 except Exception as error:
                     bad.append(f"{name_of(row)} {shape} {placement} {dtype}: {type(error).__name__} {str(error)[:300]}")
-dist.destroy_process_group()
 print(f"checked {count}")
 print("\\n".join(bad))
-sys.exit(bool(bad))
+leave(bool(bad))
 """
 
 TRAINING_CODE = """
-import copy, sys, torch, torch.distributed as dist
+import copy, sys, torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 import stableopt as so
 from stableopt.constraints import L1, L1Ball, L2Ball, Simplex
+from tests.two_processes import join, leave
 
 torch.set_default_dtype(torch.float64)
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
+join(*sys.argv[1:])
 mesh = init_device_mesh("cpu", (2,))
 for make in (lambda p, **k: so.optim.SGD(p, lr=0.1, momentum=0.9, guard="off", **k),
              lambda p, **k: so.optim.AdamW(p, lr=0.05, guard="off", **k)):
@@ -88,35 +85,18 @@ for make in (lambda p, **k: so.optim.SGD(p, lr=0.1, momentum=0.9, guard="off", *
                 if "constraint" in extra:
                     assert extra["constraint"].violation(q.detach()) == 0.0
                     assert extra["constraint"].violation(q.full_tensor().detach()) == 0.0
-dist.destroy_process_group()
-print("agreed")
+leave()
 """
-
-
-def run(code: str, tmp_path: Path) -> None:
-    """Run the code in two processes, and fail with what either of them prints."""
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code, str(rank), str(tmp_path / "store")],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    outputs = [process.communicate(timeout=300)[0] for process in both]
-    for process, output in zip(both, outputs, strict=True):
-        assert process.returncode == 0, output[-6000:]
 
 
 @pytest.mark.distributed
 def test_every_row_gives_the_same_on_two_processes(tmp_path: Path) -> None:
-    run(ROWS_CODE, tmp_path)
+    in_two_processes(ROWS_CODE, tmp_path)
 
 
 @pytest.mark.distributed
 def test_training_with_fully_shard_is_training_in_one_process(tmp_path: Path) -> None:
-    run(TRAINING_CODE, tmp_path)
+    in_two_processes(TRAINING_CODE, tmp_path)
 
 
 def test_without_sharding_there_is_nothing_to_do() -> None:

@@ -12,13 +12,7 @@ that by a moderate number: 1e-12 is some 5000 units.
 from __future__ import annotations
 
 import copy
-import json
-import os
-import subprocess
-import sys
-import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -48,8 +42,10 @@ from stableopt.nn import (
 from stableopt.nn.slots import find_slots
 from tests.nn.methods import LIMIT, MODELS, dense, limited, norm_of, takers
 from tests.nn.zoo import Recur
+from tests.two_processes import shared_outcomes
 
 STEPS = 3
+DTYPE = torch.float64
 CHECKS: dict[str, Callable[[], None]] = {}
 QUICK = (
     "power linear", "gram linear", "cholesky", "layers", "learned", "projection", "reading", "refusals", "monitor", "recurrent",
@@ -399,61 +395,18 @@ def check_two_forwards() -> None:
 CHECKS["two forwards ddp"] = check_two_forwards
 
 
-def main(rank: int, store: str, report: str, *names: str) -> None:
-    """Run all checks as one of two processes."""
-    import warnings
-    from datetime import timedelta
-
-    warnings.simplefilter("ignore")
-    torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    outcomes: dict[str, str] = {}
-    for name in names:
-        try:
-            CHECKS[name]()
-            outcomes[name] = ""
-        except (
-            Exception,
-            pytest.fail.Exception,
-        ):  # the other process goes on with the next check, so this one must as well
-            outcomes[name] = traceback.format_exc()
-        Path(report).write_text(json.dumps(outcomes))
-    dist.destroy_process_group()
-
-
-def outcomes_of(names: list[str], folder: Path) -> list[dict[str, str]]:
-    """Run checks in two processes, and return what each of them found."""
-    code = "import sys; from tests.nn.test_nn_distributed import main; main(int(sys.argv[1]), *sys.argv[2:])"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    reports = [folder / f"report{rank}.json" for rank in range(2)]
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code, str(rank), str(folder / "store"), str(reports[rank]), *names],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    printed = [process.communicate(timeout=300)[0] for process in both]
-    for process, output in zip(both, printed, strict=True):
-        assert process.returncode == 0, output[-6000:]
-    return [json.loads(report.read_text()) for report in reports]
-
-
 FIRST = [name for name in CHECKS if name.startswith(QUICK)]
 OTHERS = [name for name in CHECKS if not name.startswith(QUICK)]
 
 
 @pytest.fixture(scope="module")
 def first(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return outcomes_of(FIRST, tmp_path_factory.mktemp("processes"))
+    return shared_outcomes(__name__, FIRST, tmp_path_factory)
 
 
 @pytest.fixture(scope="module")
 def others(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return outcomes_of(OTHERS, tmp_path_factory.mktemp("processes"))
+    return shared_outcomes(__name__, OTHERS, tmp_path_factory)
 
 
 @pytest.mark.distributed

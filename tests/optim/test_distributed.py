@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from stableopt import optim
 from stableopt.constraints import Box
 from stableopt.errors import StabilityError
-from tests.optim.two_processes import (
+from tests.optim.spread import (
     CORE,
     MODES,
     NEAR,
@@ -50,11 +50,11 @@ from tests.optim.two_processes import (
     same,
     same_everywhere,
     seeded,
-    shared_outcomes,
     train,
     whole,
     whole_part,
 )
+from tests.two_processes import shared_outcomes
 
 CHECKS: dict[str, Callable[[], None]] = {}
 

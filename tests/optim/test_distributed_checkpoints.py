@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tests.optim.two_processes import (
+from tests.optim.spread import (
     OPTIMIZERS,
     REGULARIZERS,
     SPREADS,
@@ -27,9 +27,9 @@ from tests.optim.two_processes import (
     on_my_half,
     same,
     seeded,
-    shared_outcomes,
     train,
 )
+from tests.two_processes import shared_outcomes
 
 CHECKS: dict[str, Callable[[], None]] = {}
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -34,6 +31,7 @@ from stableopt.optim.orthogonalize import (
 )
 from stableopt.theory import newton_schulz_norm
 from stableopt.theory.gradient import NEWTON_SCHULZ
+from tests.two_processes import in_two_processes
 
 SMALLEST = 1e-3
 
@@ -331,13 +329,13 @@ def test_the_adjustment_is_torchs() -> None:
 
 
 SHARDED_CODE = """
-import sys, torch, torch.distributed as dist
+import sys, torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from stableopt.optim.orthogonalize import muon_step
+from tests.two_processes import join, leave
 
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method="file://" + sys.argv[2], rank=int(sys.argv[1]), world_size=2)
+join(*sys.argv[1:])
 mesh = init_device_mesh("cpu", (2,))
 for shape in ((6, 4), (4, 7), (1, 5)):
     for placement in (Shard(0), Shard(1), Replicate()):
@@ -350,19 +348,9 @@ for shape in ((6, 4), (4, 7), (1, 5)):
             muon_step([dw], [dg], [db], lr=0.1, weight_decay=0.1, momentum=0.9, nesterov=True)
         assert dw.placements == (placement,)
         assert torch.equal(dw.full_tensor(), w), (shape, placement)
-dist.destroy_process_group()
+leave()
 """
 
 
 def test_two_processes_do_the_step_of_one_to_the_last_bit(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", SHARDED_CODE]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(tmp_path / "meeting")], env=environment, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors[-2000:]
+    in_two_processes(SHARDED_CODE, tmp_path)

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import time
-import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -273,72 +265,3 @@ def grouped(model: nn.Module, regularizer: dict[str, Any]) -> list[dict[str, Any
 def whole_part(x: Any) -> Tensor:
     with torch.no_grad():
         return x.to_local() if hasattr(x, "to_local") else x
-
-
-# --- the two processes ---
-
-
-def main(module: str, rank: int, store: str, report: str, *names: str) -> None:
-    """Run checks of a module as one of two processes."""
-    import importlib
-    import warnings
-    from datetime import timedelta
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    # no backend is named: that of the device is taken
-    dist.init_process_group(init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    checks = importlib.import_module(module).CHECKS
-    outcomes: dict[str, str] = {}
-    for name in names:
-        try:
-            checks[name]()
-            outcomes[name] = ""
-        except (
-            Exception,
-            pytest.fail.Exception,
-        ):  # the other process goes on with the next check, so this one must as well
-            outcomes[name] = traceback.format_exc()
-        Path(report).write_text(json.dumps(outcomes))
-    dist.destroy_process_group()
-
-
-def outcomes_of(module: str, names: list[str], folder: Path) -> list[dict[str, str]]:
-    """Run checks in two processes, and return what each of them found."""
-    code = "import sys; from tests.optim.two_processes import main; main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])"
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    reports = [folder / f"report{rank}.json" for rank in range(2)]
-    both = [
-        subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code, module, str(rank), str(folder / "store"), str(reports[rank]), *names],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    printed = [process.communicate(timeout=300)[0] for process in both]
-    for process, output in zip(both, printed, strict=True):
-        assert process.returncode == 0, output[-6000:]
-    return [json.loads(report.read_text()) for report in reports]
-
-
-def shared_outcomes(module: str, names: list[str], factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    """Run the checks once, whichever worker of a parallel test run asks first; the others wait for what it finds."""
-    folder = factory.mktemp("processes")
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return outcomes_of(module, names, folder)
-    found = factory.getbasetemp().parent / f"{module}-{len(names)}.json"
-    try:
-        os.close(os.open(found.with_suffix(".lock"), os.O_CREAT | os.O_EXCL))
-    except FileExistsError:
-        deadline = time.monotonic() + 900
-        while not found.exists():
-            assert time.monotonic() < deadline, "the worker that runs the processes has not finished"
-            time.sleep(0.2)
-        return json.loads(found.read_text())
-    try:
-        outcomes = outcomes_of(module, names, folder)
-    except BaseException as error:
-        outcomes = [dict.fromkeys(names, f"the processes failed: {error!r}")]
-    found.with_suffix(".part").write_text(json.dumps(outcomes))
-    found.with_suffix(".part").replace(found)
-    return outcomes
