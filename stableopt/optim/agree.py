@@ -99,6 +99,22 @@ class Processes:
         dist.all_reduce(moved, group=self.group)
         return moved.to(values.device)
 
+    def maximum(self, values: Tensor) -> Tensor:
+        """Return the largest value of each entry over all processes, on its own device.
+
+        Args:
+            values: each process gives a vector of the same length and dtype.
+
+        Examples:
+            >>> Alone.maximum(torch.tensor([1, 2])).tolist()
+            [1, 2]
+        """
+        if self.size == 1:
+            return values
+        moved = values.to(self.device, copy=True)
+        dist.all_reduce(moved, op=dist.ReduceOp.MAX, group=self.group)
+        return moved.to(values.device)
+
     def mean(self, value: float) -> float:
         """Return the mean of a number over all processes.
 

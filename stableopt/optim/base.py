@@ -369,9 +369,9 @@ class GuardedOptimizer(Optimizer):
 
     def snapshot(self) -> Snapshot:
         """Return a snapshot of now, in the memory of the last one."""
-        lazy = self.param_groups[0]["guard"] == "lazy"
-        if self._memory is None or self._memory.with_gradients != lazy:
-            self._memory = Snapshot(self, everything=not self.contained, gradients=lazy)
+        gradients = self.param_groups[0]["guard"] == "lazy" or not self.contained
+        if self._memory is None or self._memory.with_gradients != gradients:
+            self._memory = Snapshot(self, everything=not self.contained, gradients=gradients)
         else:
             self._memory.take()
         return self._memory
