@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from stableopt.constraints.sharding import whole
-from stableopt.optim import rule_for
-from stableopt.optim.rules import step_sums, weighted_square
+from stableopt.optim import UpdateRule, rule_for
+from stableopt.optim.agree import Alone, Processes
+from stableopt.optim.rules import weighted_square
+from stableopt.optim.snapshot import Copies, local
+from stableopt.optim.sums import Moved, energy_sums
 
 __all__ = ["Motion", "Start", "direction"]
 
@@ -41,57 +43,78 @@ class Motion:
 
 
 class Start:
-    """The parameters and momentum buffers of an optimizer before a step.
+    """The parameters and momentum buffers of an optimizer before a step; the memory is used again at the next one.
 
     Args:
         optimizer: any torch optimizer; read, not changed.
+        processes: those that train the model together; None for this one alone.
 
     Examples:
         >>> w = torch.nn.Parameter(torch.tensor([3.0]))
         >>> optimizer = torch.optim.SGD([w], lr=0.5)
         >>> start = Start(optimizer)
+        >>> start.take()
         >>> w.grad = torch.tensor([2.0])
         >>> optimizer.step()
         >>> start.motion().displacement
         1.0
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
-        self._optimizer, self._rule = optimizer, rule_for(optimizer)
-        self._values = {p: p.detach().clone() for group in optimizer.param_groups for p in group["params"]}
+    def __init__(self, optimizer: Optimizer, processes: Processes = Alone) -> None:
+        self._optimizer, self._processes = optimizer, processes
+        self._rule: UpdateRule | None = rule_for(optimizer)
+        self.values: dict[Tensor, Tensor] = {}
         self._buffers: dict[Tensor, Tensor | None] = {}
-        if self._rule is not None:
-            for p in self._values:
-                buffer = self._rule.buffer(optimizer.state.get(p, {}))
-                self._buffers[p] = None if buffer is None else buffer.detach().clone()
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Keep what is there now."""
+        copies, rule, state = Copies(), self._rule, self._optimizer.state
+        old, kept = self.values, self._buffers
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+        self.values = {p: copies.of(p.detach(), old.get(p)) for p in parameters}
+        self._buffers = {}
+        for p in parameters if rule is not None else ():
+            buffer = rule.buffer(state.get(p, {}))  # pyright: ignore[reportOptionalMemberAccess]
+            self._buffers[p] = None if buffer is None else copies.of(buffer.detach(), kept.get(p))
+        copies.run()
 
     @torch.no_grad()
     def motion(self) -> Motion:
         """Compare with the parameters and buffers now, after the step."""
-        rows = [
-            torch.stack([whole(x).to("cpu", torch.float64) for x in self._row(p, group)])
-            for group in self._optimizer.param_groups
-            for p in group["params"]
-            if p.grad is not None
-        ]
-        square, before, after, predicted = torch.stack(rows).sum(0).tolist() if rows else (0.0, 0.0, 0.0, 0.0)
+        rule, moved, penalties = self._rule, list[Moved](), list[Tensor]()
+        for group in self._optimizer.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                start, share = self.values[p], self._processes.share(p)
+                moved.append(
+                    Moved(group, start, self._buffers.get(p), p.detach(), self._optimizer.state.get(p, {}), share)
+                )
+                if rule is not None and group.get("prox") is not None:
+                    ends = [whole(group["prox"].value(x)).to("cpu", torch.float64) for x in (start, p.detach())]
+                    penalties.append(torch.stack(ends))
         name = "the loss alone: no rule is known for this optimizer"
-        if self._rule is not None:
-            name = f"the loss and the terms of {type(self._rule).__name__}"
-        return Motion(
-            math.sqrt(square), before, after, predicted if self._rule is not None else math.nan, f"energy: {name}"
-        )
-
-    def _row(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, ...]:
-        """Return, for one parameter, the square of its displacement, its energies before and after, and what is predicted."""
-        rule, start = self._rule, self._values[p]
         if rule is None:
-            square = weighted_square(p.detach() - start, 1.0)
-            zero = torch.zeros_like(square)
-            return square, zero, zero, zero
-        state = self._optimizer.state.get(p, {})
-        before, after, _, predicted, square = step_sums(rule, group, start, self._buffers[p], p.detach(), state)
-        return square, before, after, predicted
+            square, before, after, predicted = _square(moved, self._processes), 0.0, 0.0, math.nan
+        else:
+            name = f"the loss and the terms of {type(rule).__name__}"
+            device = moved[0].start.device if moved else torch.device("cpu")
+            sums = self._processes.total(energy_sums(rule, moved, device)).tolist()
+            before, after, _, predicted, square = sums
+            if penalties:
+                before, after = (
+                    a + b for a, b in zip((before, after), torch.stack(penalties).sum(0).tolist(), strict=True)
+                )
+        return Motion(math.sqrt(square) if square >= 0 else math.nan, before, after, predicted, f"energy: {name}")
+
+
+def _square(moved: list[Moved], processes: Processes) -> float:
+    """Return the square of the displacement where no rule is known."""
+    rows = [
+        one.share * weighted_square(local(one.end) - local(one.start), 1.0).to("cpu", torch.float64) for one in moved
+    ]
+    return float(processes.total(torch.stack(rows).sum())) if rows else 0.0
 
 
 def direction(optimizer: Optimizer) -> float:

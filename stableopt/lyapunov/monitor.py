@@ -1,8 +1,7 @@
-"""Watch the energy of any torch optimizer step by step, without changing the run."""
+"""Watch any torch training step by step, without changing it."""
 
 from __future__ import annotations
 
-import inspect
 import math
 import os
 import time
@@ -10,55 +9,89 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stableopt.lyapunov.norms import LayerNorms, NormEstimator
-from stableopt.lyapunov.observation import Closure, Observation
+from stableopt.errors import StabilityError
+try:
+    from stableopt.lyapunov.alarms import Alarms, Sample
+except ImportError:
+    from stableopt.lyapunov._pending import Alarms, Sample
+from stableopt.lyapunov.budget import Every, Schedule
+from stableopt.lyapunov.energy import direction
+from stableopt.lyapunov.events import Event
+from stableopt.lyapunov.hooks import Closure, StepHooks
+from stableopt.lyapunov.observation import Observation
+try:
+    from stableopt.lyapunov.policy import Enforcer, Policy
+except ImportError:
+    from stableopt.lyapunov._pending import Enforcer, Policy
 from stableopt.lyapunov.record import StepRecord
+from stableopt.lyapunov.scaler import ScalerWatch
 from stableopt.lyapunov.sinks import JSONLSink, Sink, last_step, truncate_records
+from stableopt.lyapunov.tiers import Probe, Tiers, known_before, trust_facts
+from stableopt.lyapunov.vitals import Vitals
 from stableopt.optim import GuardedOptimizer, StepReport, as_loss
+from stableopt.optim.agree import GroupChoice, Processes
 
 __all__ = ["Monitor"]
 
-_CHECKED = 3  # records at which the closure is also evaluated twice before the step
+_CHECKED = 3  # comparisons at which the closure is also evaluated twice before the step
+_NOTHING: frozenset[str] = frozenset()
 
 
 class Monitor:
-    r"""Record, for each step of an optimizer, whether its energy decreased on the batch of that step.
+    r"""Watch each step of an optimizer: whether its energy falls, how near it is to the edge, what is not finite; raise alarms.
 
     A stableopt optimizer hands over what its guard saw. For any other ``torch.optim.Optimizer`` that is given a closure, the
     monitor compares the energy before and after the step itself, by one more evaluation of the closure without gradients and with
-    the same random numbers. Without a closure there is nothing to compare, and the verdict is "unobserved". In between, it
-    estimates the operator norms of the layers.
+    the same random numbers. Without a closure there is nothing to compare, and the verdict is "unobserved"; all else is measured.
 
     Parameters, buffers, gradients, optimizer state, training modes and global random states are bit for bit those of the run
-    without a monitor.
+    without a monitor, unless a policy that acts is asked for.
 
     Args:
         model: the model that is trained.
         optimizer: any torch optimizer; its step hooks are used.
         run_dir: folder for ``energy.jsonl``; None writes no file. A file that is there is continued: the steps go on from its
             last one.
-        every: record the steps 1, 1 + every, 1 + 2 every, …
+        every: the smallest intervals at which to look, an :class:`Every`; a number is for vitals and energy.
+        probe: returns the loss of a fixed batch with its graph, without ``backward``; or several such functions, of micro-batches
+            of one size, for the noise scale, too. Curvature and the forward exponent are then those of this batch, and comparable
+            over time; None takes the batch of the step, by its closure.
+        max_overhead: the largest share of the time of the run that the monitor may take; it spaces its looks out to keep it. None
+            for no limit and no clock: the records then depend on the run alone, and a resumed run writes the same bytes.
+        policy: what to do about alarms: a :class:`Policy`, or one of its words for all channels; by default ``warn``.
+        alarms: the channels; None for the default ones.
+        also: what a rollback takes back beside model and optimizer: objects with ``state_dict`` and ``load_state_dict``
+            (schedulers, a ``GradScaler``).
+        on_rollback: is called with the step that a rollback went back to.
+        scaler: a ``torch.amp.GradScaler``, whose skipped steps never reach the optimizer: they are found by its scale.
         sinks: further receivers of the records; closed with the monitor.
-        norms_every: estimate the layer norms at the first recorded step of each stretch of this many steps; None for never.
-        gaps_every: prove how far the weights of methods that train with an estimate are from their limits, in the same way; None
-            for never. It costs nothing for all other models.
-        keep: number of last records in :attr:`records`.
+        keep: number of last records in :attr:`records`, and of last events in :attr:`events`.
+        process_group: the processes that train this model, as for ``GuardedOptimizer.decide_with``: "auto" for all, None for
+            this one alone.
+        seed: of random directions.
+
+    Attributes:
+        records: the last records.
+        events: the last alarms and actions.
 
     Raises:
         TypeError: if ``model`` or ``optimizer`` is of another type.
-        ValueError: if a number is not a positive integer, or ``energy.jsonl`` is there and damaged.
+        ValueError: if a number is out of range, or ``energy.jsonl`` is there and damaged.
 
     Note:
-        The closure of an optimizer that is not guarded is evaluated once more per recorded step, three times at the first ones,
+        The closure of an optimizer that is not guarded is evaluated once more per comparison, three times at the first ones,
         where the monitor checks that it gives the same value again; if it does not (it draws a new batch), nothing is compared.
         What a closure changes by itself (a list it appends to, a random generator of its own) is not put back.
-        A file that cannot be written costs one warning and no step. In a distributed run each process records its own batch.
+        The slope is that of ``.grad``: where gradients are clipped, the trust ratio is that of the clipped gradient.
+        A file that cannot be written costs one warning and no step. In several processes energies are means over all, and all
+        look, and act, at the same steps.
 
     Examples:
         >>> import torch
@@ -75,6 +108,8 @@ class Monitor:
         ...         _ = optimizer.step(closure)
         >>> [record.verdict for record in monitor.records]
         ['decreased', 'decreased', 'decreased']
+        >>> 0 < monitor.last.trust < 1
+        True
     """
 
     def __init__(
@@ -83,39 +118,53 @@ class Monitor:
         optimizer: Optimizer,
         run_dir: str | os.PathLike[str] | None = None,
         *,
-        every: int = 1,
+        every: int | Every = 1,
+        probe: Probe | None = None,
+        max_overhead: float | None = 0.05,
+        policy: Policy | str = "warn",
+        alarms: Alarms | None = None,
+        also: Sequence[Any] = (),
+        on_rollback: Callable[[int], Any] | None = None,
+        scaler: Any = None,
         sinks: Sequence[Sink] = (),
-        norms_every: int | None = 10,
-        gaps_every: int | None = 100,
         keep: int = 1000,
+        process_group: GroupChoice = "auto",
+        seed: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Monitor needs a torch.nn.Module as model, got {type(model).__name__}.")
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Monitor needs a torch.optim.Optimizer as optimizer, got {type(optimizer).__name__}.")
-        for name, value in (
-            ("every", every),
-            ("norms_every", 1 if norms_every is None else norms_every),
-            ("gaps_every", 1 if gaps_every is None else gaps_every),
-            ("keep", keep),
-        ):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"Monitor needs {name} as an integer >= 1, got {value!r}.")
+        if not isinstance(keep, int) or isinstance(keep, bool) or keep < 1:
+            raise ValueError(f"Monitor needs keep as an integer >= 1, got {keep!r}.")
+        if max_overhead is not None and not (isinstance(max_overhead, (int, float)) and 0.0 < max_overhead < math.inf):
+            raise ValueError(f"Monitor needs max_overhead as a number > 0 or None, got {max_overhead!r}.")
         self.records: deque[StepRecord] = deque(maxlen=keep)
-        self.seconds = 0.0
-        self._model, self._optimizer = model, optimizer
-        self._every, self._norms_every, self._gaps_every = every, norms_every, gaps_every
+        self.events: deque[Event] = deque(maxlen=keep)
+        self._model, self._optimizer, self._probe = model, optimizer, probe
+        device = next((p.device for g in optimizer.param_groups for p in g["params"]), torch.device("cpu"))
+        self._processes = Processes.of(process_group, device)
+        self._schedule = Schedule(Every.of(every), max_overhead, self._processes)
+        self._tiers = Tiers(model, optimizer, self._schedule, self._processes, probe, seed)
+        self._alarms = Alarms() if alarms is None else alarms
+        self._enforcer = Enforcer(
+            Policy.of(policy), model, optimizer, also=also, on_rollback=on_rollback, processes=self._processes
+        )
+        self._scaler = None if scaler is None else ScalerWatch(scaler)
         self._path = None if run_dir is None else Path(run_dir) / "energy.jsonl"
         self._sinks: list[Sink] = [*([] if self._path is None else [JSONLSink(self._path)]), *sinks]
-        self._estimator = NormEstimator(model)
         self._step = 0 if self._path is None else last_step(self._path)
-        self._taken, self._recorded, self._verdicts, self._actions = 0, 0, Counter[str](), Counter[str]()
-        self._told: float | None = None
+        self._taken, self._recorded, self._compared = 0, 0, 0
+        self._verdicts, self._actions, self._seen = Counter[str](), Counter[str](), Counter[str]()
+        self._told: Any = None
         self._distrust = ""
         self._observation: Observation | None = None
         self._report: StepReport | None = None
-        self._frame: FrameType | None = None
-        self._handles: list[Any] = []
+        self._due: frozenset[str] = _NOTHING
+        self._refused: tuple[str, ...] = ()
+        self._by_guard, self._started = False, False
+        self._spent, self._ended = 0.0, 0.0
+        self._hooks = StepHooks(optimizer, self._before, self._after)
 
     @property
     def last(self) -> StepRecord | None:
@@ -128,6 +177,30 @@ class Monitor:
             True
         """
         return self.records[-1] if self.records else None
+
+    @property
+    def seconds(self) -> float:
+        """What the monitor has taken so far.
+
+        Examples:
+            >>> import torch
+            >>> model = nn.Linear(1, 1)
+            >>> Monitor(model, torch.optim.SGD(model.parameters())).seconds
+            0.0
+        """
+        return self._schedule.seconds
+
+    @property
+    def overhead(self) -> float:
+        """Seconds of the monitor over seconds of the run without it, so far; NaN before the first step, or without a clock.
+
+        Examples:
+            >>> import torch
+            >>> model = nn.Linear(1, 1)
+            >>> Monitor(model, torch.optim.SGD(model.parameters())).overhead
+            nan
+        """
+        return self._schedule.overhead
 
     def attach(self) -> Self:
         """Begin to watch; does nothing if it does already.
@@ -142,19 +215,15 @@ class Monitor:
             >>> monitor.summary()["verdicts"]
             {'unobserved': 1}
         """
-        if not self._handles:
-            self._handles = [
-                self._optimizer.register_step_pre_hook(self._before),
-                self._optimizer.register_step_post_hook(self._after),
-            ]
+        if self._hooks.attach():
+            self._ended = time.perf_counter()
         return self
 
     def close(self) -> None:
         """Stop watching and close the sinks; may be called twice."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._hooks.remove()
         self._forget()
+        self._enforcer.after(self._step)
         for sink in self._sinks:
             sink.close()
 
@@ -172,7 +241,8 @@ class Monitor:
         """Tell the loss of the step to come, where the optimizer gets no closure.
 
         Args:
-            loss: a number, or a tensor or array with one element; it may be NaN.
+            loss: a number, or a tensor or array with one element; it may be NaN. A tensor on another device is not read before
+                the step looks.
 
         Raises:
             ValueError: if it is anything else.
@@ -187,30 +257,36 @@ class Monitor:
             >>> monitor.last.loss, monitor.last.verdict
             (0.5, 'unobserved')
         """
-        self._told = as_loss(loss)
+        if isinstance(loss, Tensor) and loss.device.type != "cpu" and loss.numel() == 1:
+            self._told = loss.detach().clone()
+        else:
+            self._told = as_loss(loss)
 
     def summary(self) -> dict[str, Any]:
         """Count what happened since this monitor began.
 
         Returns:
-            ``steps`` taken, ``records`` made, and how often each of ``verdicts`` and ``actions`` is in them. Kept as the
-            run goes; needs no memory per step.
+            ``steps`` taken, ``records`` made, how often each of ``verdicts`` and ``actions`` is in them, how many ``events`` of
+            each channel there were, and the measured ``overhead``, NaN without a clock. Kept as the run goes; needs no memory per
+            step.
 
         Examples:
             >>> import torch
             >>> model = nn.Linear(1, 1)
-            >>> Monitor(model, torch.optim.SGD(model.parameters())).summary()
-            {'steps': 0, 'records': 0, 'verdicts': {}, 'actions': {}}
+            >>> Monitor(model, torch.optim.SGD(model.parameters()), max_overhead=None).summary()
+            {'steps': 0, 'records': 0, 'verdicts': {}, 'actions': {}, 'events': {}, 'overhead': nan}
         """
         return {
             "steps": self._taken,
             "records": self._recorded,
             "verdicts": dict(sorted(self._verdicts.items())),
             "actions": dict(sorted(self._actions.items())),
+            "events": dict(sorted(self._seen.items())),
+            "overhead": self.overhead,
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs to write the records of an uninterrupted one.
+        """Return what a resumed run needs to go on as an uninterrupted one.
 
         Examples:
             >>> import torch
@@ -218,7 +294,15 @@ class Monitor:
             >>> Monitor(model, torch.optim.SGD(model.parameters())).state_dict()["step"]
             0
         """
-        return {"step": self._step, "norms": self._estimator.state_dict()}
+        return {
+            "step": self._step,
+            "compared": self._compared,
+            "distrust": self._distrust,
+            "schedule": self._schedule.state_dict(),
+            "tiers": self._tiers.state_dict(),
+            "alarms": self._alarms.state_dict(),
+            "policy": self._enforcer.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state; records of later steps are dropped from ``energy.jsonl``, since they are taken again.
@@ -227,7 +311,7 @@ class Monitor:
             state: as :meth:`state_dict` gave it, from the moment of the checkpoint of model and optimizer.
 
         Raises:
-            ValueError: if the step is no integer >= 0, or ``energy.jsonl`` is damaged.
+            ValueError: if the step is no integer >= 0, the state is of another version, or ``energy.jsonl`` is damaged.
 
         Examples:
             >>> import torch
@@ -238,66 +322,150 @@ class Monitor:
         step = state["step"]
         if not isinstance(step, int) or isinstance(step, bool) or step < 0:
             raise ValueError(f"the state of a Monitor needs an integer step >= 0, got {step!r}.")
+        if missing := sorted({"compared", "distrust", "schedule", "tiers", "alarms", "policy"} - state.keys()):
+            raise ValueError(f"the state of a Monitor lacks {', '.join(missing)}: it is not one of this version.")
         for sink in self._sinks:
             sink.close()
         if self._path is not None:
             truncate_records(self._path, step)
-        self._estimator.load_state_dict(state["norms"])
-        self._step = step
+        self._tiers.load_state_dict(state["tiers"])
+        self._schedule.load_state_dict(state["schedule"])
+        self._alarms.load_state_dict(state["alarms"])
+        self._enforcer.load_state_dict(state["policy"])
+        self._step, self._compared, self._distrust = step, state["compared"], state["distrust"]
         self.records = deque((record for record in self.records if record.step <= step), maxlen=self.records.maxlen)
+        self.events = deque((event for event in self.events if event.step <= step), maxlen=self.events.maxlen)
 
-    def _before(
-        self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before a step: if the guard does not look, prepare to look, with a closure that also tells us the loss."""
+    def _before(self, closure: Closure | None, trial: bool) -> Closure | None:
+        """Before a step: prepare to look, with a closure that also tells us the loss."""
         began = time.perf_counter()
-        frame = inspect.currentframe()
-        caller = None if frame is None else frame.f_back
-        if self._frame is not None and _is_within(caller, self._frame):
-            return None  # an optimizer that calls the step of its base class runs the hooks twice
+        optimizer, step = self._optimizer, self._step + 1
         self._forget()
-        self._frame = caller
+        self._enforcer.after(step)  # of a step that ended in an error
+        self._tiers.seconds = 0.0
         self._report = optimizer.last_step if isinstance(optimizer, GuardedOptimizer) else None
-        closure, put = _closure(args, kwargs)
-        if self._step % self._every != 0 or (closure is not None and _guards(optimizer)):
-            return None
-        check = self._recorded < _CHECKED
-        self._observation = Observation(self._model, optimizer, closure, check=check, distrust=self._distrust)
-        self.seconds += time.perf_counter() - began
-        return None if closure is None else put(self._observation.evaluate)
+        self._due = due = self._schedule.due(step)
+        self._enforcer.before(step)
+        guards = (trial or closure is not None) and _guards(optimizer)
+        lazy = guards and optimizer.param_groups[0]["guard"] == "lazy"
+        self._by_guard, self._started = guards, bool(due & {"vitals", "energy"}) and (lazy or not guards)
+        if self._started:
+            with self._tiers.timed("vitals"):
+                self._tiers.start.take()
+        refuse = self._enforcer.refuse if self._enforcer.skips else None
+        if closure is None and refuse is not None:
+            self._refused = refuse(self._told)
+        again = (bool(due & {"sharpness", "layers"}) and self._probe is None) or ("energy" in due and not guards)
+        if closure is not None and (refuse is not None or again or not guards):
+            check = again and not guards and self._compared < _CHECKED
+            self._observation = Observation(
+                self._model, optimizer, closure, processes=self._processes, again=again, check=check,
+                distrust=self._distrust, refuse=refuse,
+            )  # fmt: skip
+        self._spent = time.perf_counter() - began
+        return None if self._observation is None else self._observation.evaluate
 
-    def _after(self, optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        """After a step: count it, and record it if it is its turn."""
-        frame = inspect.currentframe()
-        if self._frame is None or frame is None or frame.f_back is not self._frame:
-            return  # the step of a base class, within the step that is watched
+    def _after(self) -> None:
+        """After a step: count it, and look if it is time."""
         began = time.perf_counter()
         self._step += 1
         self._taken += 1
-        observation, told = self._observation, self._told
-        self._told = None
+        optimizer, observation = self._optimizer, self._observation
         report = optimizer.last_step if isinstance(optimizer, GuardedOptimizer) else None
         seen = None if report is self._report else report
-        self._forget()
-        if (self._step - 1) % self._every == 0:
-            self._record(optimizer, seen, observation, told)
-        self.seconds += time.perf_counter() - began
-
-    def _record(
-        self, optimizer: Optimizer, report: StepReport | None, observation: Observation | None, told: float | None
-    ) -> None:
-        """Make the record of this step and hand it on."""
-        if observation is None:
-            facts = _facts(report, told)
-        else:
-            facts = observation.finish(told)
+        if observation is not None:
+            self._spent += observation.seconds
             self._distrust = observation.distrust
-        layers = self._estimator.measure() if self._is_time(self._norms_every) else LayerNorms()
-        gaps = self._estimator.gaps() if self._is_time(self._gaps_every) else {}
-        facts.setdefault("lr", tuple(float(group["lr"]) for group in optimizer.param_groups))
-        record = StepRecord(
-            step=self._step, norms=layers.norms, limits=layers.limits, cfl=layers.cfl, norm_gap=gaps, **facts
-        )
+            self._refused = observation.refused
+        facts = self._look(seen, observation) if self._due else self._glance(seen, observation)
+        if self._refused:
+            facts["nonfinite"] = tuple(dict.fromkeys((*self._refused, *facts.get("nonfinite", ()))))
+        self._enforcer.after(self._step)
+        events = self._judge(facts)
+        if self._due or events:
+            self._record(facts, events)
+        failed = next((event for event in events if event.kind == "action" and event.action == "raise"), None)
+        due, looks = self._due, self._tiers.seconds
+        now = time.perf_counter()
+        monitor = self._spent + now - began
+        self._forget()
+        run = max(0.0, now - self._ended - monitor)
+        self._schedule.stepped(self._step, due, run=run, monitor=monitor, looks=looks)
+        self._ended = time.perf_counter()
+        if failed is not None:
+            raise StabilityError(str(failed))
+
+    def _glance(self, report: StepReport | None, observation: Observation | None) -> dict[str, Any]:
+        """Return what is known of a step without looking."""
+        if report is not None and (self._by_guard or observation is None):
+            return self._reported(report, None)
+        return {} if observation is None or self._processes.size > 1 else observation.glance()
+
+    def _look(self, report: StepReport | None, observation: Observation | None) -> dict[str, Any]:
+        """Return what the tiers find whose turn it is."""
+        due, tiers = self._due, self._tiers
+        told = self._told_loss()
+        facts: dict[str, Any] = {}
+        if report is not None and (self._by_guard or observation is None):
+            facts = self._reported(report, told)
+        elif self._started:
+            with tiers.timed("energy" if "energy" in due else "vitals"):
+                watched = observation or Observation(self._model, self._optimizer, None)
+                facts = watched.finish(tiers.start.motion(), told, compare="energy" in due)
+                self._compared += facts["verdict"] in {"decreased", "undecided", "increased"}
+                self._distrust = watched.distrust
+        if due & {"vitals", "energy"}:
+            with tiers.timed("vitals"):
+                before = tiers.start.values if self._started else known_before(self._optimizer, report)
+                facts = _with_vitals(facts, tiers.vitals(before))
+            facts |= self._trust(facts)
+        for tier, look in (("sharpness", tiers.sharpness), ("layers", tiers.layers)):
+            if tier in due:
+                with tiers.timed(tier):
+                    facts |= look(observation)
+        if "gaps" in due:
+            with tiers.timed("gaps"):
+                facts |= tiers.gaps()
+        return facts
+
+    def _reported(self, report: StepReport, told: float | None) -> dict[str, Any]:
+        """Return the fields of a record that a guard's report fills."""
+        facts: dict[str, Any] = {name: getattr(report, name) for name in _SHARED}
+        if told is not None and math.isnan(facts["loss"]):
+            facts["loss"] = told
+        known = self._by_guard or told is not None
+        if known and report.verdict == "nonfinite" and not math.isfinite(facts["loss"]):
+            facts["nonfinite"] = ("loss",)
+        return facts
+
+    def _trust(self, facts: dict[str, Any]) -> dict[str, float]:
+        sign = direction(self._optimizer)
+        loss, after, slope = (sign * facts.get(name, math.nan) for name in ("loss", "loss_after", "slope"))
+        facts.setdefault("lr", tuple(float(group["lr"]) for group in self._optimizer.param_groups))
+        return trust_facts(loss, after, slope, facts["lr"], facts.get("tolerance", math.nan))
+
+    def _judge(self, facts: dict[str, Any]) -> tuple[Event, ...]:
+        """Return the alarms of this step and what was done about them."""
+        found: list[Event] = []
+        if self._scaler is not None and self._due and (event := self._scaler.look(self._step)) is not None:
+            found.append(event)
+        if self._due or self._processes.size == 1:
+            sample = Sample(
+                step=self._step,
+                **{name: facts.get(name, math.nan) for name in _SAMPLED},
+                verdict=facts.get("verdict", "unobserved"),
+                nonfinite=facts.get("nonfinite", ()),
+                lr=facts.get("lr", ()),
+            )
+            found += self._enforcer.act(self._alarms.update(sample), self._step)
+        self.events += found
+        self._seen.update(event.channel or "policy" for event in found)
+        return tuple(found)
+
+    def _record(self, facts: dict[str, Any], events: tuple[Event, ...]) -> None:
+        """Make the record of this step and hand it on."""
+        facts.setdefault("lr", tuple(float(group["lr"]) for group in self._optimizer.param_groups))
+        record = StepRecord(step=self._step, overhead=self.overhead, events=events, **facts)
         self.records.append(record)
         self._recorded += 1
         self._verdicts[record.verdict] += 1
@@ -305,19 +473,13 @@ class Monitor:
         for sink in self._sinks:
             sink.write(record)
 
-    def _is_time(self, interval: int | None) -> bool:
-        """Whether this is the first recorded step of a stretch of so many steps."""
-        return interval is not None and (self._step - 1) % interval < self._every
+    def _told_loss(self) -> float | None:
+        told, self._told = self._told, None
+        return as_loss(told) if isinstance(told, Tensor) else told
 
     def _forget(self) -> None:
-        self._frame, self._report, self._observation = None, None, None
-
-
-def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
-    """Whether ``outer`` is among the callers of ``frame``."""
-    while frame is not None and frame is not outer:
-        frame = frame.f_back
-    return frame is outer
+        self._report, self._observation, self._due, self._spent = None, None, _NOTHING, 0.0
+        self._refused, self._by_guard, self._started = (), False, False
 
 
 def _guards(optimizer: Optimizer) -> bool:
@@ -325,23 +487,15 @@ def _guards(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, GuardedOptimizer) and optimizer.param_groups[0]["guard"] != "off"
 
 
-def _closure(
-    args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Closure | None, Callable[[Closure], tuple[tuple[Any, ...], dict[str, Any]]]]:
-    """Return the closure among the arguments of ``step`` (the first is the optimizer), and how to put another in its place."""
-    if len(args) > 1:
-        return args[1], lambda closure: ((args[0], closure, *args[2:]), kwargs)
-    return kwargs.get("closure"), lambda closure: (args, {**kwargs, "closure": closure})
-
-
-def _facts(report: StepReport | None, told: float | None) -> dict[str, Any]:
-    """Return the fields of a record that a guard's report fills."""
-    if report is None:
-        return {"reason": "the guard gave no report"}
-    facts = {name: getattr(report, name) for name in _SHARED}
-    if told is not None and math.isnan(facts["loss"]):
-        facts["loss"] = told
-    return facts
+def _with_vitals(facts: dict[str, Any], vitals: Vitals) -> dict[str, Any]:
+    """Return the facts with what the vitals add; the displacement is that of the energy, where it is known."""
+    found = {item.name: getattr(vitals, item.name) for item in fields(vitals)}
+    if not math.isnan(known := facts.get("displacement", math.nan)):
+        found["displacement"] = known
+    return facts | found | {"nonfinite": (*facts.get("nonfinite", ()), *vitals.nonfinite)}
 
 
 _SHARED = tuple({item.name for item in fields(StepReport)} & {item.name for item in fields(StepRecord)} - {"step"})
+_SAMPLED = (
+    "loss", "loss_after", "energy_before", "energy_after", "tolerance", "trust", "displacement", "weight_norm",
+)  # fmt: skip

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from stableopt.optim.modules import buffers_put_back
 
-__all__ = ["Again", "RandomState", "as_loss", "autocast_eps", "evaluate_again", "graph_eps"]
+__all__ = ["Again", "RandomState", "as_loss", "autocast_eps", "evaluate_again", "graph_eps", "loss_with_graph"]
 
 _GRAD: Any = Tensor.grad  # a descriptor on the class, whatever its annotation says
 _GRAD_GET, _GRAD_SET, _GRAD_DELETE = _GRAD.__get__, _GRAD.__set__, _GRAD.__delete__
@@ -222,6 +222,42 @@ def evaluate_again(
         return _value(closure, begin, note, gradients=True)
     finally:
         end.restore()
+
+
+def loss_with_graph(closure: Callable[[], Any], start: RandomState | None = None) -> Tensor:
+    """Return what a torch closure returns, with its graph: its ``backward`` does nothing, and it leaves no trace.
+
+    Args:
+        closure: as for :func:`evaluate_again`.
+        start: the random state to begin with; None for the current one.
+
+    Returns:
+        The loss, to be differentiated with ``torch.autograd.grad``.
+
+    Raises:
+        ValueError: if the closure does not return a tensor with a graph.
+
+    Examples:
+        >>> w = torch.nn.Parameter(torch.tensor(3.0))
+        >>> def closure():
+        ...     loss = w * w
+        ...     loss.backward()
+        ...     return loss
+        >>> torch.autograd.grad(loss_with_graph(closure), w)[0].item(), w.grad is None
+        (6.0, True)
+    """
+    end = RandomState.capture()
+    try:
+        (end if start is None else start).restore()
+        torch.clear_autocast_cache()
+        with buffers_put_back(closure), torch.enable_grad(), _NoBackward():
+            value = closure()
+    finally:
+        end.restore()
+        torch.clear_autocast_cache()
+    if not isinstance(value, Tensor) or value.grad_fn is None:
+        raise ValueError("the closure must return the loss as a tensor with its graph, not detached and not as a number.")
+    return value
 
 
 def _value(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import random
@@ -16,10 +17,15 @@ from torch import nn
 
 from stableopt import optim
 from stableopt.constraints import L1, SpectralBall
-from stableopt.lyapunov import JSONLSink, Monitor, NormEstimator, Sink, StepRecord, read_records
+from stableopt.lyapunov import Every, JSONLSink, NormEstimator, Sink, StepRecord, read_records
+from stableopt.lyapunov import Monitor as MonitorWithBudget
 from stableopt.nn import GradientBlock, constrain, stabilize
 from stableopt.optim import as_loss
 from tests.lyapunov.training import batches, make_closure, make_model, seed_everything
+
+
+Monitor = functools.partial(MonitorWithBudget, max_overhead=None)
+"""Looks at each step, however long it takes."""
 
 
 class Parabola(nn.Module):
@@ -477,8 +483,11 @@ def test_every_counts_steps_from_the_first(every, steps, tmp_path):
         for _ in range(7):
             optimizer.step(closure)
     assert [r.step for r in monitor.records] == [r.step for r in read_records(tmp_path / "energy.jsonl")] == steps
-    assert monitor.summary() == {
+    summary = monitor.summary()
+    assert math.isnan(summary.pop("overhead"))
+    assert summary == {
         "steps": 7,
+        "events": {},
         "records": len(steps),
         "verdicts": {"decreased": len(steps)},
         "actions": {"unguarded": len(steps)},
@@ -491,7 +500,7 @@ def test_every_counts_steps_from_the_first(every, steps, tmp_path):
 def test_memory_is_bounded_and_the_summary_counts_all():
     model = Parabola()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
-    with Monitor(model, optimizer, keep=5, norms_every=None) as monitor:
+    with Monitor(model, optimizer, keep=5) as monitor:
         for _ in range(50):
             optimizer.step()
     assert [record.step for record in monitor.records] == [46, 47, 48, 49, 50]
@@ -511,7 +520,7 @@ def test_the_same_run_writes_the_same_bytes_also_when_it_is_resumed(tmp_path):
         seed_everything()
         model = make_model()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-        return model, optimizer, Monitor(model, optimizer, folder, norms_every=2)
+        return model, optimizer, Monitor(model, optimizer, folder, every=Every(layers=2))
 
     for folder in ("a", "b"):
         model, optimizer, monitor = begin(tmp_path / folder)
@@ -584,7 +593,7 @@ def test_all_sinks_get_all_records_and_are_closed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"every": 0}, {"every": 1.5}, {"every": True}, {"norms_every": 0}, {"keep": 0}, {"keep": -1}]
+    "bad", [{"every": 0}, {"every": 1.5}, {"every": True}, {"keep": True}, {"keep": 0}, {"keep": -1}]
 )
 def test_wrong_numbers_are_refused(bad):
     model = Parabola()
@@ -623,11 +632,12 @@ def test_norms_and_limits_come_at_their_steps():
     model = nn.Sequential(stabilize(nn.Linear(4, 4), 0.5), GradientBlock(4))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     x = torch.randn(8, 4)
-    with Monitor(model, optimizer, every=2, norms_every=5) as monitor:
+    with Monitor(model, optimizer, every=Every(vitals=2, energy=2, layers=5)) as monitor:
         for _ in range(12):
             optimizer.step(make_closure(model, optimizer, x, x))
     measured = [record.step for record in monitor.records if record.norms]
-    assert measured == [1, 7, 11]  # the first record at or after 1, 6, 11
+    assert measured == [1, 6, 11]
+    assert [record.step for record in monitor.records] == [1, 3, 5, 6, 7, 9, 11]
     for record in monitor.records:
         if record.norms:
             assert set(record.norms) == {"0.weight", "1.weight"}

@@ -1,0 +1,104 @@
+"""The hooks around the steps of an optimizer: once a step, also where it calls the step of its base class, with its closure."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+from torch.optim import Optimizer
+
+__all__ = ["Closure", "StepHooks"]
+
+Closure = Callable[[], Any]
+
+
+class StepHooks:
+    """Call one function before each step and another one after it.
+
+    Args:
+        optimizer: whose steps.
+        before: gets the closure of the step, None if there is none, and whether the step got a ``trial``; returns the closure that
+            the step is to have, None for its own.
+        after: gets nothing; not called for a step that ends in an error.
+
+    Examples:
+        >>> import torch
+        >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+        >>> said = []
+        >>> hooks = StepHooks(optimizer, lambda closure, trial: said.append(closure), lambda: said.append("after"))
+        >>> _ = hooks.attach()
+        >>> optimizer.step()
+        >>> hooks.remove()
+        >>> optimizer.step()
+        >>> said
+        [None, 'after']
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        before: Callable[[Closure | None, bool], Closure | None],
+        after: Callable[[], None],
+    ) -> None:
+        self._optimizer, self._before_step, self._after_step = optimizer, before, after
+        self._frame: FrameType | None = None
+        self._handles: list[Any] = []
+
+    def attach(self) -> bool:
+        """Begin; return whether that is new.
+
+        Examples:
+            >>> import torch
+            >>> hooks = StepHooks(torch.optim.SGD([torch.ones(1)]), lambda *_: None, lambda: None)
+            >>> hooks.attach(), hooks.attach()
+            (True, False)
+        """
+        if self._handles:
+            return False
+        self._handles = [
+            self._optimizer.register_step_pre_hook(self._before),
+            self._optimizer.register_step_post_hook(self._after),
+        ]
+        return True
+
+    def remove(self) -> None:
+        """End; may be called twice.
+
+        Examples:
+            >>> import torch
+            >>> StepHooks(torch.optim.SGD([torch.ones(1)]), lambda *_: None, lambda: None).remove()
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._frame = [], None
+
+    def _before(
+        self, _optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        frame = inspect.currentframe()
+        caller = None if frame is None else frame.f_back
+        if self._frame is not None and _is_within(caller, self._frame):
+            return None
+        self._frame = caller
+        positional = len(args) > 1  # the first is the optimizer
+        closure = args[1] if positional else kwargs.get("closure")
+        other = self._before_step(closure, kwargs.get("trial") is not None)
+        if other is None:
+            return None
+        return ((args[0], other, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": other})
+
+    def _after(self, _optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        frame = inspect.currentframe()
+        if self._frame is None or frame is None or frame.f_back is not self._frame:
+            return  # the step of a base class, within the step that is watched
+        self._frame = None
+        self._after_step()
+
+
+def _is_within(frame: FrameType | None, outer: FrameType) -> bool:
+    """Whether ``outer`` is among the callers of ``frame``."""
+    while frame is not None and frame is not outer:
+        frame = frame.f_back
+    return frame is outer

@@ -1,0 +1,214 @@
+"""What the monitor measures at a step, tier by tier, each timed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stableopt.lyapunov.budget import Schedule
+try:
+    from stableopt.lyapunov.curvature import CurvatureProbe
+except ImportError:
+    from stableopt.lyapunov._pending import CurvatureProbe
+from stableopt.lyapunov.energy import Start
+try:
+    from stableopt.lyapunov.layers import LayerProbe
+except ImportError:
+    from stableopt.lyapunov._pending import LayerProbe
+from stableopt.lyapunov.observation import Observation
+from stableopt.lyapunov.vitals import Names, Vitals, measure_vitals
+from stableopt.optim import GuardedOptimizer, StepReport
+from stableopt.optim.agree import Processes
+from stableopt.optim.trial import loss_with_graph
+
+__all__ = ["Probe", "Tiers", "trust_facts"]
+
+Probe = Callable[[], Any] | Sequence[Callable[[], Any]]
+
+
+class Tiers:
+    """The instruments of a monitor.
+
+    Args:
+        model: watched, not changed.
+        optimizer: of any kind.
+        schedule: is told what each look costs.
+        processes: those that train the model together.
+        probe: the loss of a fixed batch with its graph, or of several micro-batches; None for the batch of the step.
+        seed: of random directions.
+
+    Examples:
+        >>> from stableopt.lyapunov.budget import Every
+        >>> import torch
+        >>> from stableopt.optim.agree import Alone
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> tiers = Tiers(model, optimizer, Schedule(Every(), None), Alone)
+        >>> facts = tiers.layers(None)
+        >>> list(facts["norms"])
+        ['weight']
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        schedule: Schedule,
+        processes: Processes,
+        probe: Probe | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.start = Start(optimizer, processes)
+        self._model, self._optimizer, self._schedule, self._processes = model, optimizer, schedule, processes
+        self._names = Names(model, optimizer)
+        self._probe, self._observation = probe, None
+        self.seconds = 0.0
+        self._layers = LayerProbe(model, self._any_loss, seed=seed)
+        self._curvature: CurvatureProbe | None = None
+        self._no_curvature, self._seed = "", seed
+
+    @contextmanager
+    def timed(self, tier: str, started: float = 0.0) -> Any:
+        """Time a look of a tier.
+
+        Args:
+            tier: which.
+            started: seconds that it has taken already.
+        """
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            spent = time.perf_counter() - began + started
+            self._schedule.spent(tier, spent)
+            self.seconds += spent
+
+    def vitals(self, before: Mapping[Tensor, Tensor]) -> Vitals:
+        """Look at parameters, gradients and buffers after the step; ``before`` are the parameters before it, if they are known."""
+        return measure_vitals(self._names.parameters(), before, self._processes, self._names.buffers())
+
+    def sharpness(self, observation: Observation | None) -> dict[str, Any]:
+        """Measure curvature on the probe batch, or on that of the step."""
+        probe = self._curvature_probe()
+        if probe is None or (self._probe is None and (observation is None or observation.closure is None)):
+            return {}
+        self._observation = observation
+        try:
+            reading = probe.measure()
+        finally:
+            self._observation = None
+        return {
+            "sharpness": reading.sharpness,
+            "edge": reading.edge,
+            "plain_sharpness": reading.plain_sharpness,
+            "sharpness_residual": reading.residual,
+            "trace": reading.trace,
+            "trace_error": reading.trace_error,
+            "noise_scale": reading.noise_scale,
+            "hvp": reading.hvp,
+        }
+
+    def layers(self, observation: Observation | None) -> dict[str, Any]:
+        """Measure what is known per layer, with a forward pass where there is something to pass."""
+        self._observation = observation
+        try:
+            passes = self._probe is not None or (observation is not None and observation.closure is not None)
+            reading = self._layers.measure(forward=passes)
+        finally:
+            self._observation = None
+        return {
+            "norms": reading.norms,
+            "limits": reading.limits,
+            "cfl": reading.cfl,
+            "forward_exponent": reading.forward_exponent,
+            "kinks": reading.kinks,
+        }
+
+    def gaps(self) -> dict[str, Any]:
+        """Prove how far weights that are trained with an estimate are from their limits."""
+        return {"norm_gap": self._layers.gaps()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the instruments carry from one look to the next."""
+        curvature = self._curvature_probe()
+        return {
+            "layers": self._layers.state_dict(),
+            "curvature": None if curvature is None else curvature.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state."""
+        self._layers.load_state_dict(state["layers"])
+        curvature = self._curvature_probe()
+        if curvature is not None and state["curvature"] is not None:
+            curvature.load_state_dict(state["curvature"])
+
+    def _curvature_probe(self) -> CurvatureProbe | None:
+        """Return the instrument, None if nothing is known about the limits of the optimizer."""
+        if self._curvature is None and not self._no_curvature:
+            loss: Any = self._any_loss if self._probe is None else self._probe
+            try:
+                self._curvature = CurvatureProbe(self._model, self._optimizer, loss, seed=self._seed)
+            except ValueError as error:
+                self._no_curvature = str(error)
+        return self._curvature
+
+    def _any_loss(self) -> Any:
+        """Return the loss of the probe batch, or else of the batch of the step, with its graph."""
+        if self._probe is not None:
+            first = self._probe if callable(self._probe) else self._probe[0]
+            return first()
+        observation = self._observation
+        assert observation is not None  # noqa: S101 - the callers have looked
+        assert observation.closure is not None  # noqa: S101
+        start = None if observation.first is None else observation.first.random
+        return loss_with_graph(observation.closure, start)
+
+
+def known_before(optimizer: Optimizer, report: StepReport | None) -> Mapping[Tensor, Tensor]:
+    """Return the parameters before the step that a guard has just reported, if it has kept them.
+
+    Examples:
+        >>> import torch
+        >>> known_before(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))]), None)
+        {}
+    """
+    return optimizer.before_step() if isinstance(optimizer, GuardedOptimizer) and report is not None else {}
+
+
+def trust_facts(loss: float, after: float, slope: float, lr: Sequence[float], tolerance: float) -> dict[str, float]:
+    r"""Return what the loss of one batch before and after a step says with the slope along it.
+
+    Args:
+        loss: :math:`L`, before the step.
+        after: :math:`L^+`, after it.
+        slope: :math:`g^\top d`.
+        lr: of each group.
+        tolerance: the rounding of the two losses; a slope within it says nothing.
+
+    Returns:
+        ``trust`` :math:`\rho=(L^+-L)/(g^\top d)`, ``batch_sharpness`` :math:`2(1-\rho)/\eta`, ``edge_distance`` :math:`1/(1-\rho)`;
+        NaN where they say nothing.
+
+    Examples:
+        >>> trust_facts(1.0, 0.75, -0.5, [0.1], 1e-9)
+        {'trust': 0.5, 'batch_sharpness': 10.0, 'edge_distance': 2.0}
+    """
+    nan = math.nan
+    tolerance = 0.0 if math.isnan(tolerance) else tolerance
+    if not (math.isfinite(loss) and math.isfinite(after) and math.isfinite(slope)) or abs(slope) <= tolerance:
+        return {"trust": nan, "batch_sharpness": nan, "edge_distance": nan}
+    rho = (after - loss) / slope
+    rates = set(lr)
+    eta = rates.pop() if len(rates) == 1 else nan
+    return {
+        "trust": rho,
+        "batch_sharpness": 2.0 * (1.0 - rho) / eta if eta > 0 else nan,
+        "edge_distance": nan if slope > 0 else math.inf if rho >= 1.0 else 1.0 / (1.0 - rho),
+    }
