@@ -13,21 +13,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from stableopt.optim.ascent import Direction, ascend
-from stableopt.optim.curvature import Curvature, Difference, Exact, dot, no_second_derivative
+from stableopt.optim.curvature import Choice, Curvature, Method, dot
 from stableopt.optim.limits import known_limits
 from stableopt.optim.rules.base import real_view, unviewed
 
 __all__ = ["Method", "Sharpness", "SharpnessReading"]
-
-Method: TypeAlias = Literal["auto", "exact", "difference"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class SharpnessReading:
         weights: :math:`\|v\|_P^2` of each group, scaled so that :math:`\|v\|_D = 1`; 0 for a group that does not move.
         residual: :math:`\|D^{-1/2}HD^{-1/2}u-\text{edge}\,u\|`: some eigenvalue lies that near to ``edge``, not always the largest.
         products: how many products with H it took.
-        method: ``exact`` or ``difference``.
+        method: how the products were made: ``graph``, ``exact``, ``forward`` or ``difference``.
         reason: one sentence if something is not measured, or not as asked for; else empty.
 
     Examples:
@@ -113,9 +111,10 @@ class Sharpness:
         optimizer: one of ours, of torch's, or of schedulefree; its groups, states and learning rates are read at each measurement.
         loss: returns the loss with its graph: forward only, without ``backward``; the loss of the training step, decay aside.
         method: how a product with H is made. ``exact``: autograd twice, about 9 forward passes, with the graph kept 5 for each
-            further product. ``difference``: the central difference of two gradients, about 5 to 6, no second derivative and no
-            graph kept; it also sees the kinks of ReLU, which have no second derivative. ``auto``: exact, and from the first refusal
-            of autograd on (flash attention has no second derivative) by difference.
+            further product. ``forward``: tangents through the loss and its gradient, about 9 for each product, no graph kept.
+            ``difference``: the central difference of two gradients, about 5 to 6, no second derivative and no graph kept; it also
+            sees the kinks of ReLU, which have no second derivative. ``auto``: a graph that is handed over, else the first of the
+            three that works, where the refusal of one is remembered.
         tolerance: when a measurement ends: at a residual of this fraction of the edge. The error of the edge is about its square
             over the relative gap to the next eigenvalue.
         products: the largest number of products in one measurement, at least 1.
@@ -159,30 +158,26 @@ class Sharpness:
         rule = known_limits(optimizer)
         for group in optimizer.param_groups:
             rule.limit(group)
-        if not callable(loss):
-            raise TypeError(f"loss must be a function that returns the loss with its graph, got {type(loss).__name__}.")
-        if method not in {"auto", "exact", "difference"}:
-            raise ValueError(f"method must be auto, exact or difference, got {method!r}.")
+        self.choice = Choice(loss, method)
         for name, value in (("products", products), ("fresh", fresh)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
         if not 0.0 <= tolerance < math.inf:
             raise ValueError(f"tolerance must be a finite number >= 0, got {tolerance!r}.")
         self.optimizer, self.loss = optimizer, loss
-        self.method: Method = method
         self.tolerance, self.products, self.fresh, self.seed = float(tolerance), products, fresh, seed
         self._warm: dict[int | None, Direction] = {}
-        self._why_difference = ""
 
     def restart(self) -> None:
         """Forget the direction: the next measurement starts from a random one."""
         self._warm.clear()
 
-    def measure(self, group: int | None = None) -> SharpnessReading:
+    def measure(self, group: int | None = None, *, graph: Tensor | None = None) -> SharpnessReading:
         """Measure now.
 
         Args:
             group: the number of a group, for the block of the Hessian of its parameters alone; None for all groups together.
+            graph: the loss at the present parameters with a graph that is still there: it saves the evaluation, and stays good.
 
         Returns:
             The reading.
@@ -199,16 +194,8 @@ class Sharpness:
             return SharpnessReading.missing(why, edge=math.inf)
         if not any(root.any() for root in scaling.roots):
             return SharpnessReading.missing("no parameter moves: every learning rate is zero")
-        if self.method != "difference" and not self._why_difference:
-            try:
-                with Exact(self.loss, scaling.parameters) as curvature:
-                    return self._climb(curvature, scaling, group)
-            except RuntimeError as error:
-                if self.method == "exact" or not no_second_derivative(error):
-                    raise
-                self._why_difference = f"by difference, since autograd said: {str(error).splitlines()[0]}"
-        with Difference(self.loss, scaling.parameters) as curvature:
-            return self._climb(curvature, scaling, group)
+        measured = self.choice.run(scaling.parameters, lambda product: self._climb(product, scaling, group), graph)
+        return replace(measured, reason=self.choice.reason) if measured.measured else measured
 
     def _climb(self, curvature: Curvature, scaling: _Scaling, group: int | None) -> SharpnessReading:
         def product(u: list[Tensor]) -> list[Tensor]:
@@ -235,7 +222,7 @@ class Sharpness:
         if found is None:
             self._warm.pop(group, None)
             return SharpnessReading.missing("the curvature is not finite", products=curvature.count)
-        reading = scaling.reading(found, curvature, self._why_difference)
+        reading = scaling.reading(found, curvature)
         self._warm[group] = found.moved(count)
         return reading
 
@@ -303,7 +290,7 @@ class _Scaling:
             for root in self.roots
         ]
 
-    def reading(self, found: Direction, curvature: Curvature, reason: str) -> SharpnessReading:
+    def reading(self, found: Direction, curvature: Curvature) -> SharpnessReading:
         """Return what was found along v = D^{-1/2} u."""
         scale = math.sqrt(dot(found.vector, found.vector))
         v = [root * u / scale for root, u in zip(self.roots, found.vector, strict=True)]
@@ -321,7 +308,7 @@ class _Scaling:
             residual=math.sqrt(dot(residual, residual)),
             products=curvature.count,
             method=curvature.name,
-            reason=reason,
+            reason="",
         )
 
 

@@ -1,50 +1,316 @@
-"""Products with the Hessian, against the Hessian."""
+"""Products with the Hessian, each way of making them against the Hessian itself, and the order in which they are tried."""
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
-from stableopt.optim.curvature import Difference, Exact, dot, no_second_derivative
+from stableopt.nn import Sandwich
+from stableopt.optim.curvature import (
+    Choice,
+    Curvature,
+    Difference,
+    Exact,
+    Forward,
+    Graph,
+    asymmetry,
+    dot,
+    no_second_derivative,
+)
+from stableopt.optim.modules import buffers_put_back
 from stableopt.optim.sharpness import Sharpness
-from tests.optim.test_sharpness import full_hessian, problem
+from tests.optim.test_sharpness import NoSecond, attention_loss, everything, full_hessian, problem, same
 
 
-@pytest.mark.parametrize("kind", [Exact, Difference])
-def test_a_product_is_that_of_the_hessian(kind: type[Exact | Difference]) -> None:
+def graph_of(loss: Callable[[], Tensor], parameters: list[Tensor]) -> Graph:
+    return Graph(loss(), parameters)
+
+
+WAYS: dict[str, Callable[[Callable[[], Tensor], list[Tensor]], Curvature]] = {
+    "graph": graph_of,
+    "exact": Exact,
+    "forward": Forward,
+    "difference": Difference,
+}
+every_way = pytest.mark.parametrize("way", WAYS)
+
+
+class Recurrent(nn.Module):
+    """A network whose weights are packed in a list beside the modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.out = nn.LSTM(3, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.cell(x)[0][:, -1])
+
+
+def convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.Tanh(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(3, 2),
+    )
+
+
+NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "batch norm and dropout": (convolutions, (12, 1, 5, 5)),
+    "lstm": (Recurrent, (12, 4, 3)),
+    "sandwich": (lambda: nn.Sequential(Sandwich(3, 4), nn.Tanh(), nn.Linear(4, 2)), (12, 3)),
+}
+
+
+@every_way
+def test_a_product_is_that_of_the_hessian(way: str) -> None:
     model, loss = problem()
     parameters = list(model.parameters())
     H = full_hessian(loss, parameters)
-    with kind(loss, parameters) as product:
+    with WAYS[way](loss, parameters) as product:
         for _ in range(3):
             v = [torch.randn_like(p) for p in parameters]
             Hv = torch.cat([h.flatten() for h in product(v)])
             torch.testing.assert_close(Hv, H @ torch.cat([x.flatten() for x in v]), rtol=1e-6, atol=1e-8)
-        assert product.count == 3
+        assert (product.count, product.name) == (3, way)
         assert all(not h.any() for h in product([torch.zeros_like(p) for p in parameters]))
         assert dot(v, [2 * x for x in v]) == pytest.approx(2 * sum(float(x.square().sum()) for x in v))
 
 
-def test_each_evaluation_draws_the_same_random_numbers() -> None:
-    torch.manual_seed(2)
-    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 1))
-    x, parameters = torch.randn(10, 4), list(model.parameters())
+@pytest.mark.parametrize("network", NETWORKS)
+def test_all_ways_agree_and_none_leaves_a_trace(network: str) -> None:
+    make, shape = NETWORKS[network]
+    model, x, y = make(), torch.randn(shape), torch.randint(2, shape[:1])
+    parameters = list(model.parameters())
+    optimizer = torch.optim.SGD(parameters, 0.1)
+
+    def loss() -> Tensor:
+        return F.cross_entropy(model(x), y)
+
+    start = torch.get_rng_state()
+    with buffers_put_back(loss):
+        pending = loss()
+    torch.set_rng_state(start)
+    before, versions = everything(model, optimizer), [p._version for p in parameters]
+    v = [torch.randn(p.shape, generator=torch.Generator().manual_seed(i)) for i, p in enumerate(parameters)]
+    products = {}
+    for way, kind in WAYS.items():
+        opened = Graph(pending, parameters) if way == "graph" else kind(loss, parameters)
+        with opened as product:
+            products[way] = product(v)
+        assert same(before, everything(model, optimizer)), way
+        assert [p._version for p in parameters] == versions, way
+        assert all(p.grad is None for p in parameters), way
+    for way in WAYS:
+        if (network, way) != ("sandwich", "forward"):
+            torch.testing.assert_close(products[way], products["exact"], rtol=1e-5, atol=1e-7)
+
+
+@every_way
+def test_a_product_that_fails_leaves_no_trace(way: str) -> None:
+    """The second gradient fails, wherever it is made."""
+    w, norm, calls = nn.Parameter(torch.randn(4, 1)), nn.BatchNorm1d(1), []
+
+    class Ends(torch.autograd.Function):
+        """Nothing of it can be differentiated."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            calls.append(torch.rand(1))
+            if way == "difference" and len(calls) == 2:
+                raise KeyboardInterrupt
+            return x.clone()
+
+        @staticmethod
+        def jvp(ctx: Any, x: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+    class Once(torch.autograd.Function):
+        """What can be differentiated once."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def jvp(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, g: Tensor) -> Tensor:
+            return Ends.apply(g)  # type: ignore[return-value]
+
+    def loss() -> Tensor:
+        return Once.apply(norm(w)).pow(3).sum()  # type: ignore[union-attr]
+
+    buffers = copy.deepcopy(norm.state_dict())
+    with buffers_put_back(loss):
+        opened = WAYS[way](loss, [w])
+    before, bits = torch.get_rng_state(), w.detach().clone()
+    with pytest.raises(KeyboardInterrupt), opened as product:
+        product([torch.ones_like(w)])
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(w, bits)
+    assert w._version == 0
+    assert w.grad is None
+    assert same(buffers, norm.state_dict())
+    with forward_ad.dual_level():
+        assert forward_ad.unpack_dual(w).tangent is None
+
+
+def test_a_graph_that_is_handed_over_stays_good_and_no_gradient_is_accumulated() -> None:
+    model, loss = problem()
+    parameters, accumulated = list(model.parameters()), []
+    for p in parameters:
+        p.register_post_accumulate_grad_hook(lambda _: accumulated.append(1))
+    pending = loss()
+    expected = torch.autograd.grad(loss(), parameters)
+    v = [torch.randn_like(p) for p in parameters]
+    with Graph(pending, parameters) as product:
+        first = product(v)
+        assert all(torch.equal(a, b) for a, b in zip(first, product(v), strict=True))
+    assert accumulated == []
+    pending.backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, expected, strict=True))  # type: ignore[arg-type]
+    assert len(accumulated) == len(parameters)
+
+
+def test_a_graph_that_recomputes_its_layers_does_not_move_their_statistics() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    block = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Tanh())
+    x = torch.randn(8, 3)
+    pending: Any = checkpoint(block, x, use_reentrant=False)
+    before = everything(block, torch.optim.SGD(block.parameters()))
+    with Graph(pending.square().mean(), list(block.parameters())) as product:
+        product([torch.ones_like(p) for p in block.parameters()])
+    assert same(before, everything(block, torch.optim.SGD(block.parameters())))
+
+
+def test_the_first_way_that_works_is_taken_and_what_it_took_is_said() -> None:
+    model, loss = problem()
+    parameters, choice = list(model.parameters()), Choice(loss)
+
+    def name(product: Curvature) -> str:
+        product([torch.ones_like(p) for p in parameters])
+        return product.name
+
+    pending = loss()
+    assert (choice.run(parameters, name, pending), choice.reason) == ("graph", "")
+    pending.backward()
+    assert choice.run(parameters, name, pending) == "exact"  # that graph is spent
+    assert choice.reason.startswith("by exact, since graph said: Trying to backward through the graph a second time")
+    assert choice.run(parameters, name, loss()) == "graph"  # the next is not
+    moved = loss()
+    with torch.no_grad():
+        for p in parameters:
+            p.add_(0.1)
+    assert choice.run(parameters, name, moved) == "exact"
+    assert "modified by an inplace operation" in choice.reason
+    assert (choice.run(parameters, name), choice.reason, choice.refused) == ("exact", "", {})
+    for method in ("exact", "forward", "difference"):
+        assert Choice(loss, method).run(parameters, name) == method  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="a graph is used by method='auto' only"):
+            Choice(loss, method).run(parameters, name, loss())  # type: ignore[arg-type]
+
+
+def test_a_refusal_is_remembered_and_the_loss_is_not_tried_that_way_again() -> None:
+    calls = []
+    w = nn.Parameter(torch.randn(3))
+
+    def loss() -> Tensor:
+        calls.append(1)
+        return NoSecond.apply(w)  # type: ignore[return-value]
+
+    choice = Choice(loss)
+    for evaluations in (4, 2, 2):  # exact, forward, and two of a difference
+        calls.clear()
+        Hv = choice.run([w], lambda product: product([torch.ones(3)]))[0]
+        torch.testing.assert_close(Hv, torch.full((3,), 2.0))
+        assert len(calls) == evaluations
+    assert list(choice.refused) == ["exact", "forward"]
+    assert choice.reason.startswith("by difference, since exact said: ")
+
+
+def test_forward_derivatives_that_are_silently_wrong_are_found_out() -> None:
+    """A layer that solves a linear system: torch drops tangents in the gradient of ``solve``, and raises nothing."""
+    model, x = Sandwich(3, 4), torch.randn(12, 3)
+    parameters = list(model.parameters())
+
+    def loss() -> Tensor:
+        return model(x).square().mean()
+
+    v = [torch.randn_like(p) for p in parameters]
+    for kind, low, high in ((Exact, 0.0, 1e-14), (Forward, 1e-2, 1.0), (Difference, 0.0, 1e-8)):
+        with kind(loss, parameters) as product:
+            assert low <= asymmetry(product) <= high
+    with pytest.raises(RuntimeError, match="not symmetric"):
+        Choice(loss, "forward").run(parameters, lambda product: product(v))
+    choice = Choice(loss)
+    choice.refused["exact"] = "too much memory"
+    assert choice.run(parameters, lambda product: product.name) == "difference"
+    w = nn.Parameter(torch.zeros(2))
+    with Exact(lambda: w.pow(4).sum(), [w]) as product:
+        assert asymmetry(product) == 0.0
+
+
+def test_fused_attention_gives_way_to_its_formula_for_the_second_derivative_only() -> None:
+    model, loss = attention_loss()
+    parameters, flash = list(model.parameters()), torch.backends.cuda.flash_sdp_enabled()
     v = [torch.randn_like(p) for p in parameters]
     products = []
-    for kind in (Exact, Difference):
-        with kind(lambda: model(x).square().mean(), parameters) as product:
+    for kind in (Exact, Forward, Difference):
+        with kind(loss, parameters) as product:
             products.append(product(v))
-    for a, b in zip(*products, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
+        assert torch.backends.cuda.flash_sdp_enabled() == flash
+    torch.testing.assert_close(products[1], products[0])
+    torch.testing.assert_close(products[2], products[0], rtol=1e-2, atol=1e-4)
+    assert Choice(loss).run(parameters, lambda product: product(v) and product.name) == "exact"
+
+
+def test_compiled_code_is_run_as_written_and_not_compiled_again() -> None:
+    model, _ = problem()
+    x, y, compiled = torch.randn(10, 5), torch.randint(3, (10,)), []
+    parameters = list(model.parameters())
+
+    def backend(module: Any, _inputs: Any) -> Any:
+        compiled.append(1)
+        return module.forward
+
+    fast = torch.compile(model, backend=backend)
+    for p in parameters:
+        p.grad = None
+    F.cross_entropy(fast(x), y).backward()
+    v, count = [torch.randn_like(p) for p in parameters], len(compiled)
+    products = []
+    for network in (model, fast):
+        for kind in (Exact, Forward):
+            with kind(lambda network=network: F.cross_entropy(network(x), y), parameters) as product:
+                products.append(product(v))
+    F.cross_entropy(fast(x), y).backward()
+    assert len(compiled) == count == 1
+    for other in products[1:]:
+        torch.testing.assert_close(other, products[0])
 
 
 def test_parameters_that_the_loss_does_not_use_have_no_curvature() -> None:
     used, unused = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
-    for kind in (Exact, Difference):
+    for kind in WAYS.values():
         with kind(lambda: (used**2).sum(), [used, unused]) as product:
             first, second = product([torch.ones(2), torch.ones(3)])
         assert first.tolist() == pytest.approx([2.0, 2.0])
