@@ -1,0 +1,212 @@
+"""Everything that a training is at one moment, but for its gradients."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from stableopt.nn.sharded import reshard
+from stableopt.optim import RandomState
+from stableopt.optim.snapshot import OF_SCHEDULERS, OF_THE_GUARD, Copies, Plan, Snapshot, local, same_kind
+
+__all__ = ["Moment", "Still"]
+
+
+class Moment:
+    """The values of modules and optimizers at one step, the states of other objects, and the random states.
+
+    Args:
+        modules: whose parameters and buffers are kept; of the first one, those that do not move are not.
+        optimizers: with their state and the numbers of their groups.
+        others: objects with ``state_dict`` and ``load_state_dict``.
+
+    Attributes:
+        step: at which it was taken.
+        others: pairs of an object and a copy of its state.
+        random: the random states.
+
+    Examples:
+        >>> model = nn.Linear(1, 1)
+        >>> optimizer = torch.optim.SGD(model.parameters())
+        >>> moment = Moment([model], [optimizer], [])
+        >>> moment.take(3, Still(model, [optimizer]))
+        >>> moment.step, moment.refusal()
+        (3, '')
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], optimizers: Sequence[Optimizer], others: Sequence[Any]) -> None:
+        self.modules, self.optimizers, self._things = modules, optimizers, others
+        self._snapshots: list[Snapshot] = []
+        self._tensors = _Tensors()
+        self.step, self.others, self.random = 0, [], RandomState.capture()
+
+    def take(self, step: int, still: Still) -> None:
+        """Keep what is there now, in the memory that there is.
+
+        Args:
+            step: its number.
+            still: knows the parameters that do not move.
+        """
+        for module in self.modules:
+            reshard(module)  # while weights are gathered, the modules have other tensors than the optimizer
+        if self._snapshots:
+            for snapshot in self._snapshots:
+                snapshot.take()
+        else:
+            self._snapshots = [
+                Snapshot(o, everything=True, gradients=False, numbers=OF_THE_GUARD | self._of_schedulers(o))
+                for o in self.optimizers
+            ]
+        self._tensors.take(self.modules, {p for s in self._snapshots for p in s.parameters}, still)
+        self.others = [(thing, copy.deepcopy(thing.state_dict())) for thing in self._things]
+        self.step, self.random = step, RandomState.capture()
+
+    def refusal(self) -> str:
+        """Say why it cannot be put back; empty if it can.
+
+        Examples:
+            >>> model = nn.Linear(1, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters())
+            >>> moment = Moment([model], [optimizer], [])
+            >>> moment.take(1, Still(model, [optimizer]))
+            >>> model.weight = nn.Parameter(torch.ones(1, 1))
+            >>> moment.refusal()
+            "the parameter 'weight' of the model is another object than it was"
+        """
+        for module in self.modules:
+            reshard(module)
+        return next(filter(None, (s.refusal() for s in self._snapshots)), "") or self._tensors.refusal()
+
+    def plan(self) -> Plan:
+        """Plan to put back all tensors and numbers; random states and other objects are left to the caller.
+
+        Examples:
+            >>> model = nn.Linear(1, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters())
+            >>> moment = Moment([model], [optimizer], [])
+            >>> moment.take(1, Still(model, [optimizer]))
+            >>> _ = model.weight.data.fill_(7.0)
+            >>> moment.plan().carry_out()
+            >>> model.weight.item() == 7.0
+            False
+        """
+        plan = Plan()
+        for snapshot in self._snapshots:
+            snapshot.plan(plan)
+        self._tensors.plan(plan)
+        return plan
+
+    def _of_schedulers(self, optimizer: Optimizer) -> frozenset[str]:
+        """Return the numbers of the groups that are kept because a scheduler is kept that goes on from them."""
+        scheduled = any(getattr(thing, "optimizer", None) is optimizer for thing in self._things)
+        return OF_SCHEDULERS if scheduled else frozenset()
+
+
+class Still:
+    """Parameters of a model that nobody is known to move: they need no gradient and are in no optimizer.
+
+    Args:
+        model: of which they are.
+        optimizers: that move others.
+
+    Examples:
+        >>> model = nn.Linear(1, 1)
+        >>> _ = model.weight.requires_grad_(False)
+        >>> still = Still(model, [torch.optim.SGD([model.bias])])
+        >>> model.weight in still.find(), model.weight in still.find()
+        (True, True)
+        >>> with torch.no_grad():
+        ...     _ = model.weight.add_(1.0)
+        >>> still.find()
+        {}
+    """
+
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+        self._model, self._optimizers = model, optimizers
+        self._norms: dict[Tensor, float] = {}
+        self._moved: set[Tensor] = set()
+
+    def find(self) -> dict[Tensor, float]:
+        """Return those that have had the same norm at every look so far, with their norms."""
+        held = {p for o in self._optimizers for group in o.param_groups for p in group["params"]}
+        quiet = [p for p in self._model.parameters() if not p.requires_grad and p not in held and p not in self._moved]
+        now = _norms(quiet)
+        self._moved |= {p for p, norm in now.items() if self._norms.get(p, norm) != norm}
+        self._norms = now
+        return {p: norm for p, norm in now.items() if p not in self._moved}
+
+
+class _Tensors:
+    """The parameters of modules that no optimizer has, and the buffers, at one moment."""
+
+    def __init__(self) -> None:
+        self._values: dict[Any, Tensor] = {}
+        self._parameters: list[tuple[str, nn.Module, str, Tensor | None]] = []
+        self._buffers: list[tuple[str, nn.Module, str, Tensor | None]] = []
+        self._still: dict[Tensor, float] = {}
+
+    @torch.no_grad()
+    def take(self, modules: Sequence[nn.Module], held: set[Tensor], still: Still) -> None:
+        """Keep the values, but for those that an optimizer's snapshot has, and those that do not move."""
+        copies, old, self._still = Copies(), self._values, still.find()
+        parts = [
+            (f"{name}.{key}", m, key) for owner in modules for name, m in owner.named_modules() for key in _keys(m)
+        ]
+        self._parameters = [(name, m, key, m._parameters[key]) for name, m, key in parts if key in m._parameters]  # noqa: SLF001
+        self._buffers = [(name, m, key, m._buffers[key]) for name, m, key in parts if key in m._buffers]  # noqa: SLF001
+        self._values = {}
+        for _, _, _, p in self._parameters:
+            if p is not None and p not in held and p not in self._still and p not in self._values:
+                self._values[p] = copies.of(p.detach(), old.get(p))
+        for _, module, key, buffer in self._buffers:
+            if buffer is not None:  # one that is assigned anew in each step is another object each time
+                self._values[module, key] = copies.of(buffer.detach(), old.get((module, key)))
+        copies.run()
+
+    def refusal(self) -> str:
+        """Say why the values cannot be put back; empty if they can."""
+        for name, module, key, p in self._parameters:
+            now = module._parameters.get(key)  # noqa: SLF001
+            if now is not p:
+                return f"the parameter {name.strip('.')!r} of the model is another object than it was"
+            if p is not None and p in self._values and not same_kind(p, self._values[p]):
+                return f"the parameter {name.strip('.')!r} of the model has another shape, dtype or device than it had"
+        changed = [p for p, norm in _norms(self._still).items() if norm != self._still[p]]
+        name = next((name for name, _, _, p in self._parameters if any(p is q for q in changed)), "")
+        if changed:
+            return (
+                f"the parameter {name.strip('.')!r} needs no gradient and is in no optimizer, and yet has changed since; "
+                "name the module that it belongs to in also="
+            )
+        return ""
+
+    def plan(self, plan: Plan) -> None:
+        """Plan to put back the values."""
+        for p in {p for _, _, _, p in self._parameters if p is not None and p in self._values}:
+            plan.into(p, self._values[p])
+        for _, module, key, buffer in self._buffers:
+            if buffer is None:
+                plan.put(module._buffers, key, None)  # noqa: SLF001
+            else:
+                plan.fill(module._buffers, key, self._values[module, key])  # noqa: SLF001
+
+
+def _keys(module: nn.Module) -> list[str]:
+    return [*module._parameters, *module._buffers]  # noqa: SLF001 - named_parameters would leave out shared ones
+
+
+@torch.no_grad()
+def _norms(tensors: Iterable[Tensor]) -> dict[Tensor, float]:
+    """Return the norms of the parts that this process holds, with one wait for the device; numbers of 8 bits have none."""
+    wide = [x for x in tensors if (x.is_floating_point() or x.is_complex()) and torch.finfo(x.dtype).bits >= 16]
+    if not wide:
+        return {}
+    parts = [local(x) for x in wide]
+    # the square of a number of half precision may not be finite in half precision
+    found = [torch.linalg.vector_norm(x, dtype=torch.float32 if x.element_size() == 2 else None) for x in parts]
+    return dict(zip(wide, torch.stack([x.to(parts[0].device, torch.float64) for x in found]).tolist(), strict=True))

@@ -1,0 +1,286 @@
+"""Snapshots of a whole training in memory, and the way back to one: all of it or nothing."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from stableopt.lyapunov.moment import Moment, Still
+from stableopt.nn.sharded import reshard
+from stableopt.optim import GuardedOptimizer
+
+__all__ = ["Checkpoints", "Restoration"]
+
+
+class Checkpoints:
+    r"""The last k snapshots of a training, in memory, each to be put back bit for bit.
+
+    A snapshot has the parameters and buffers of the model, the state of the optimizer and what numbers its groups have, the random
+    states of torch, numpy and Python, and all of ``also``. Learning rates and what else a scheduler writes into the groups are in
+    it if a scheduler of this optimizer is in ``also``; else they stay what they are. The memory of the oldest snapshot is used
+    for the next one: in all it is k times that of the model and of the optimizer's state.
+
+    Args:
+        model: what is trained; in several processes each keeps its own part.
+        optimizer: any torch optimizer.
+        also: what else belongs to the training: modules (an average of the weights), optimizers, and objects with ``state_dict``
+            and ``load_state_dict`` (schedulers, a ``GradScaler``, a sampler).
+        k: how many snapshots to keep.
+
+    Raises:
+        TypeError: if an argument has the wrong type.
+        ValueError: if k is no integer >= 1.
+
+    Note:
+        Parameters of the model that need no gradient and are in no optimizer are not copied, as long as their norms are found to be
+        the same at each snapshot: a frozen model takes no memory here. A teacher that is moved by hand is copied from the second
+        snapshot on; in ``also`` it is copied from the first.
+        What a module keeps outside of its parameters and buffers is not known here, nor is a wrapped optimizer that keeps its state
+        to itself: give those in ``also``.
+
+    Examples:
+        >>> model = nn.Linear(2, 1)
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> checkpoints = Checkpoints(model, optimizer)
+        >>> checkpoints.take(1)
+        >>> kept = model.weight.detach().clone()
+        >>> model(torch.ones(2)).backward()
+        >>> optimizer.step()
+        >>> checkpoints.restore(before=1)
+        1
+        >>> torch.equal(model.weight, kept), len(optimizer.state)
+        (True, 0)
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, also: Sequence[Any] = (), k: int = 2
+    ) -> None:
+        if not isinstance(model, nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+            got = f"{type(model).__name__} and {type(optimizer).__name__}"
+            raise TypeError(f"Checkpoints needs a torch.nn.Module and a torch.optim.Optimizer, got {got}.")
+        if not isinstance(k, int) or isinstance(k, bool) or k < 1:
+            raise ValueError(f"Checkpoints needs the number of snapshots k as an integer >= 1, got {k!r}.")
+        known = {id(x): x for x in also if x is not model and x is not optimizer}
+        for x in known.values():
+            if not (callable(getattr(x, "state_dict", None)) and callable(getattr(x, "load_state_dict", None))):
+                raise TypeError(
+                    "also= takes modules, optimizers and objects with state_dict and load_state_dict, "
+                    f"got {type(x).__name__}: leave it out, or give it these two methods."
+                )
+        self._modules = [model, *(x for x in known.values() if isinstance(x, nn.Module))]
+        self._optimizers = [optimizer, *(x for x in known.values() if isinstance(x, torch.optim.Optimizer))]
+        self._others = [x for x in known.values() if not isinstance(x, nn.Module | torch.optim.Optimizer)]
+        self._still = Still(model, self._optimizers)
+        self._k = k
+        self._ring: list[Moment] = []
+        self._free: list[Moment] = []
+
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """The steps of the snapshots, oldest first.
+
+        Examples:
+            >>> model = nn.Linear(1, 1)
+            >>> checkpoints = Checkpoints(model, torch.optim.SGD(model.parameters()))
+            >>> for step in (1, 5, 9):
+            ...     checkpoints.take(step)
+            >>> checkpoints.steps
+            (5, 9)
+        """
+        return tuple(moment.step for moment in self._ring)
+
+    def take(self, step: int) -> None:
+        """Keep what is there before a step; the oldest snapshot gives way.
+
+        Args:
+            step: number of the step that comes next, not before that of the last snapshot.
+
+        Raises:
+            ValueError: if it lies before the last snapshot.
+
+        Examples:
+            >>> model = nn.Linear(1, 1)
+            >>> checkpoints = Checkpoints(model, torch.optim.SGD(model.parameters()), k=1)
+            >>> checkpoints.take(3)
+            >>> checkpoints.take(2)
+            Traceback (most recent call last):
+            ValueError: the last snapshot is of step 3, so the next is not of step 2.
+        """
+        if self._ring and step < self._ring[-1].step:
+            raise ValueError(f"the last snapshot is of step {self._ring[-1].step}, so the next is not of step {step}.")
+        if len(self._ring) == self._k:
+            self._free.append(self._ring.pop(0))
+        moment = self._free.pop() if self._free else Moment(self._modules, self._optimizers, self._others)
+        moment.take(step, self._still)
+        self._ring.append(moment)
+
+    def newest(self, before: int) -> int | None:
+        """Return the step of the newest snapshot that is not later than a step, None if there is none.
+
+        Examples:
+            >>> model = nn.Linear(1, 1)
+            >>> checkpoints = Checkpoints(model, torch.optim.SGD(model.parameters()))
+            >>> checkpoints.take(5)
+            >>> checkpoints.newest(4), checkpoints.newest(5)
+            (None, 5)
+        """
+        return max((step for step in self.steps if step <= before), default=None)
+
+    def restore(self, before: int) -> int:
+        """Go back to the newest snapshot that is not later than a step; later ones are dropped.
+
+        Parameters, buffers and tensors of the state keep their identity; entries of the state that came later are gone. Gradients
+        are left alone.
+
+        Args:
+            before: a step; the snapshot of a step is what there was before it.
+
+        Returns:
+            The step of the snapshot.
+
+        Raises:
+            LookupError: if there is no such snapshot.
+            RuntimeError: if it does not fit what is there now; nothing has changed then.
+
+        Examples:
+            >>> norm = nn.BatchNorm1d(2)
+            >>> checkpoints = Checkpoints(norm, torch.optim.SGD(norm.parameters()))
+            >>> checkpoints.take(1)
+            >>> _ = norm(torch.rand(4, 2))
+            >>> checkpoints.restore(before=10), int(norm.num_batches_tracked)
+            (1, 0)
+        """
+        return self.prepare(before).commit()
+
+    def prepare(self, before: int) -> Restoration:
+        """Prepare to go back, as :meth:`restore` does, and check that it is possible.
+
+        Args:
+            before: a step.
+
+        Returns:
+            What is ready to be put back, or to be left.
+
+        Raises:
+            LookupError: if there is no such snapshot.
+            RuntimeError: if it does not fit what is there now; nothing has changed then.
+
+        Examples:
+            >>> model = nn.Linear(1, 1)
+            >>> checkpoints = Checkpoints(model, torch.optim.SGD(model.parameters()))
+            >>> checkpoints.take(5)
+            >>> checkpoints.prepare(7).commit()
+            5
+        """
+        moment = next((m for m in reversed(self._ring) if m.step <= before), None)
+        if moment is None:
+            kept = f"those of steps {', '.join(map(str, self.steps))}" if self._ring else "none"
+            raise LookupError(f"there is no snapshot from before step {before}: kept are {kept}.")
+        return Restoration(self, moment)
+
+    def drop(self, after: int) -> None:
+        """Drop the snapshots of later steps; their memory is used again.
+
+        Args:
+            after: the last step whose snapshot is kept.
+
+        Examples:
+            >>> model = nn.Linear(1, 1)
+            >>> checkpoints = Checkpoints(model, torch.optim.SGD(model.parameters()))
+            >>> for step in (1, 5):
+            ...     checkpoints.take(step)
+            >>> checkpoints.drop(after=4)
+            >>> checkpoints.steps
+            (1,)
+        """
+        self._free += [moment for moment in self._ring if moment.step > after]
+        self._ring = [moment for moment in self._ring if moment.step <= after]
+
+
+class Restoration:
+    """A way back that is ready: everything fits, memory is there, and objects with a ``load_state_dict`` have taken their state.
+
+    Args:
+        checkpoints: of which the snapshot is.
+        moment: the snapshot.
+
+    Raises:
+        RuntimeError: if it does not fit what is there now; nothing has changed then.
+
+    Examples:
+        >>> model = nn.Linear(1, 1)
+        >>> checkpoints = Checkpoints(model, torch.optim.SGD(model.parameters()))
+        >>> checkpoints.take(5)
+        >>> isinstance(checkpoints.prepare(5), Restoration)
+        True
+    """
+
+    def __init__(self, checkpoints: Checkpoints, moment: Moment) -> None:
+        self._checkpoints, self._moment = checkpoints, moment
+        refusal = moment.refusal()
+        if refusal:
+            raise RuntimeError(
+                f"cannot go back to step {moment.step}: {refusal}. Nothing has changed; a snapshot that is taken now fits again."
+            )
+        self._plan = moment.plan()  # all memory is there before anything is written
+        self._loaded: list[tuple[Any, Any]] = []
+        for thing, state in moment.others:
+            try:
+                self._loaded.append((thing, copy.deepcopy(thing.state_dict())))
+                thing.load_state_dict(copy.deepcopy(state))  # some take entries out of it, or keep it
+            except Exception as error:
+                self.abandon()
+                raise RuntimeError(
+                    f"cannot go back to step {moment.step}: {type(thing).__name__}.load_state_dict failed with "
+                    f"{type(error).__name__}: {error}. Nothing has changed; leave it out of also=, or mend it."
+                ) from error
+
+    def commit(self) -> int:
+        """Put everything back, and drop the later snapshots.
+
+        Returns:
+            The step of the snapshot.
+
+        Examples:
+            >>> model = nn.Linear(1, 1)
+            >>> checkpoints = Checkpoints(model, torch.optim.SGD(model.parameters()))
+            >>> checkpoints.take(5)
+            >>> ready = checkpoints.prepare(5)
+            >>> with torch.no_grad():
+            ...     _ = model.weight.fill_(torch.nan)
+            >>> ready.commit(), bool(model.weight.isnan())
+            (5, False)
+        """
+        try:
+            self._write()
+        except BaseException:
+            self._write()  # an interruption in between leaves all of it, not a part
+            raise
+        self._checkpoints.drop(after=self._moment.step)
+        return self._moment.step
+
+    def abandon(self) -> None:
+        """Leave everything as it was before this was prepared.
+
+        Examples:
+            >>> model = nn.Linear(1, 1)
+            >>> checkpoints = Checkpoints(model, torch.optim.SGD(model.parameters()))
+            >>> checkpoints.take(1)
+            >>> checkpoints.prepare(1).abandon()
+        """
+        for thing, state in reversed(self._loaded):
+            thing.load_state_dict(state)
+        self._loaded = []
+
+    def _write(self) -> None:
+        self._plan.carry_out()
+        for module in self._moment.modules:
+            reshard(module)
+        for optimizer in self._moment.optimizers:
+            if isinstance(optimizer, GuardedOptimizer):
+                optimizer.drop_pending()
+        self._moment.random.restore()
