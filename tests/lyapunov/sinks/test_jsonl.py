@@ -6,37 +6,27 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 
 import pytest
 
-from stableopt.lyapunov import JSONLSink, Sink, StepRecord, read_records, truncate_records
-from stableopt.lyapunov.sinks import last_step
+from stableopt.lyapunov import JSONLSink, StepRecord, read_records, truncate_records
+from stableopt.lyapunov.sinks import iter_records, last_step, verify_chain
+from tests.lyapunov.sinks.files import plain, write
+from tests.lyapunov.sinks.files import records_of as steps
 
 
-def write(path, steps):
-    sink = JSONLSink(path)
-    for step in steps:
-        sink.write(StepRecord(step=step, loss=1 / step, reason="ü"))
-    sink.close()
-    return path
-
-
-def steps(path):
-    return [record.step for record in read_records(path)]
-
-
-def test_cut_at_any_byte_the_whole_lines_are_read_and_the_run_goes_on(tmp_path):
-    content = write(tmp_path / "all.jsonl", (1, 2, 3)).read_bytes()
+def test_cut_at_any_byte_the_whole_lines_are_read_and_the_run_goes_on_as_if_uninterrupted(tmp_path):
+    content = write(tmp_path / "all.jsonl", (1, 2)).read_bytes()
     ends = [i + 1 for i, byte in enumerate(content) if byte == ord("\n")]
+    path = tmp_path / "cut.jsonl"
     for cut in range(len(content) + 1):
-        path = tmp_path / "cut.jsonl"
         path.write_bytes(content[:cut])
         whole = sum(cut >= end - 1 for end in ends)  # a line that lacks only its line break is whole
-        assert steps(path) == [1, 2, 3][:whole], cut
-        write(path, (9,))
-        assert steps(path) == [*[1, 2, 3][:whole], 9], cut
-        assert path.read_bytes().endswith(b"}\n")
+        assert steps(path) == [1, 2][:whole], cut
+        assert verify_chain(path).chained == whole, cut
+        assert last_step(path) == whole, cut
+        write(path, range(whole + 1, 3))
+        assert path.read_bytes() + b"\n" * (cut == len(content) - 1) == content, cut
 
 
 def test_a_long_torn_line_is_removed_whole(tmp_path):
@@ -55,6 +45,7 @@ def test_a_file_that_is_one_torn_line_becomes_empty(tmp_path):
     assert steps(path) == [2]
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_every_record_it_wrote(tmp_path):
     path = tmp_path / "runs" / "energy.jsonl"
     program = (
@@ -106,28 +97,6 @@ def test_an_absent_file_is_an_error_and_an_empty_one_is_not(tmp_path):
     assert read_records(tmp_path / "empty.jsonl") == []
 
 
-def test_a_path_that_cannot_be_written_costs_one_warning(tmp_path):
-    (tmp_path / "file").write_text("")
-    sink = JSONLSink(tmp_path / "file" / "energy.jsonl")
-    with pytest.warns(RuntimeWarning, match="training goes on"):
-        sink.write(StepRecord(step=1))
-    assert sink.disabled
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        sink.write(StepRecord(step=2))
-        sink.close()
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_costs_one_warning():
-    sink = JSONLSink("/dev/full")
-    with pytest.warns(RuntimeWarning, match="cannot write"):
-        sink.write(StepRecord(step=1))
-    sink.write(StepRecord(step=2))  # a warning here would be an error
-    sink.close()
-    assert sink.disabled
-
-
 def test_a_closed_sink_appends_when_written_again(tmp_path):
     sink = JSONLSink(tmp_path / "a.jsonl")
     sink.close()
@@ -164,18 +133,26 @@ def test_truncating_keeps_the_mode_and_leaves_no_litter(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["energy.jsonl"]
 
 
-def test_a_crash_while_truncating_leaves_the_old_file(tmp_path, monkeypatch):
+def test_truncating_touches_no_line_that_stays(tmp_path):
+    path = tmp_path / "energy.jsonl"
+    path.write_bytes(b"".join(plain(step, schema=1) + b"\n" for step in (1, 2, 3)))
+    write(path, (4, 5, 6))
+    lines = path.read_bytes().splitlines(keepends=True)
+    for last in (5, 4, 3, 2, 0):
+        truncate_records(path, last)
+        assert path.read_bytes() == b"".join(lines[:last])
+        assert verify_chain(path).chained == max(last - 3, 0)
+
+
+def test_a_file_that_is_damaged_where_it_would_be_cut_is_left_as_it_is(tmp_path):
     path = write(tmp_path / "energy.jsonl", (1, 2, 3))
-    before = path.read_bytes()
-
-    def crash(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, "replace", crash)
-    with pytest.raises(KeyboardInterrupt):
-        truncate_records(path, 1)
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["energy.jsonl"]
+    lines = path.read_bytes().splitlines(keepends=True)
+    for place in (1, 2):
+        path.write_bytes(b"".join([*lines[:place], b"x\n", *lines[place + 1 :]]))
+        before = path.read_bytes()
+        with pytest.raises(ValueError, match="last lines"):
+            truncate_records(path, 1)
+        assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("step", [-1, 1.0, True, None])
@@ -186,31 +163,6 @@ def test_truncating_needs_a_step(tmp_path, step):
         truncate_records(path, step)
     assert path.read_bytes() == before
     assert truncate_records(tmp_path / "none.jsonl", 3) == 0
-
-
-def test_a_sink_is_a_write_method():
-    with pytest.raises(TypeError):
-        Sink()  # type: ignore[abstract]
-
-    class Count(Sink):
-        seen = 0
-
-        def write(self, record):
-            self.seen += 1
-
-    sink = Count()
-    sink.write(StepRecord(step=1))
-    sink.close()
-    assert sink.seen == 1
-
-
-def test_the_last_step_is_known_at_whatever_byte_a_run_died(tmp_path):
-    content = write(tmp_path / "all.jsonl", (1, 2, 30)).read_bytes()
-    path = tmp_path / "cut.jsonl"
-    for cut in range(len(content) + 1):
-        path.write_bytes(content[:cut])
-        assert last_step(path) == max(steps(path), default=0), cut
-    assert last_step(tmp_path / "none.jsonl") == 0
 
 
 def test_the_last_step_of_a_damaged_file_is_refused(tmp_path):
@@ -228,3 +180,46 @@ def test_the_last_step_of_a_long_file_is_found(tmp_path):
     with path.open("ab") as file:
         file.write(b"{" * 200_000)
     assert last_step(path) == 399
+
+
+def test_a_damaged_last_line_is_not_taken_for_a_torn_one(tmp_path):
+    path = write(tmp_path / "a.jsonl", (1, 2))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    for check in (read_records, last_step, lambda p: truncate_records(p, 1)):
+        with pytest.raises(ValueError, match="line"):
+            check(path)
+    write(path, (3,))  # it stays where it can be found
+    with pytest.raises(ValueError, match="line 2 "):
+        read_records(path)
+
+
+def test_records_come_one_by_one_up_to_the_line_that_is_wrong(tmp_path):
+    path = write(tmp_path / "a.jsonl", (1, 2, 3))
+    path.write_bytes(path.read_bytes().replace(b'"step": 3', b'"step": 4'))
+    found = iter_records(path)
+    assert [next(found).step, next(found).step] == [1, 2]
+    with pytest.raises(ValueError, match="line 3 does not follow"):
+        next(found)
+
+
+def test_a_sink_that_was_cut_back_goes_on_with_a_valid_chain(tmp_path):
+    sink = JSONLSink(tmp_path / "a.jsonl")
+    for step in (1, 2, 3):
+        sink.write(StepRecord(step=step, loss=1 / step, reason="ü"))
+    whole = sink.path.read_bytes()
+    sink.truncate(1)
+    for step in (2, 3):
+        sink.write(StepRecord(step=step, loss=1 / step, reason="ü"))
+    sink.close()
+    assert sink.path.read_bytes() == whole
+
+
+def test_to_continue_a_file_only_its_end_is_read(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.jsonl", range(1, 1000))
+    path.write_bytes(b"x" * 1000 + path.read_bytes()[1000:])  # what is wrong at the beginning is found by who reads it
+    assert path.stat().st_size > 4 << 16
+    assert last_step(path) == 999
+    write(path, (1000,))
+    assert truncate_records(path, 998) == 2
+    with pytest.raises(ValueError, match="line 1 "):
+        read_records(path)
