@@ -142,7 +142,8 @@ class StepRecord:
             if not isinstance(getattr(self, name), str):
                 raise TypeError(f"a StepRecord needs {name} in words, got {getattr(self, name)!r}.")
         for name in _FLOATS:
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
+            if type(value := getattr(self, name)) is not float:
+                object.__setattr__(self, name, _number(name, value))
         if not isinstance(self.lr, (tuple, list)):
             raise TypeError(f"a StepRecord needs one lr per parameter group, got {self.lr!r}.")
         object.__setattr__(self, "lr", tuple(_number("lr", lr) for lr in self.lr))
@@ -152,7 +153,7 @@ class StepRecord:
             table = getattr(self, name)
             if not isinstance(table, Mapping) or not all(isinstance(key, str) for key in table):
                 raise TypeError(f"a StepRecord needs {name} as a mapping from names to numbers, got {table!r}.")
-            object.__setattr__(self, name, {key: _number(f"{name}[{key!r}]", value) for key, value in table.items()})
+            object.__setattr__(self, name, _copy(name, table))
 
     def to_json(self) -> str:
         r"""Return one line of JSON (no line break), keys sorted, non-finite numbers as "nan", "inf" and "-inf".
@@ -168,7 +169,7 @@ class StepRecord:
             value = getattr(self, name)
             if name not in _LATER or not _is_unknown(value):
                 data[name] = _spell(value)
-        return json.dumps(data, sort_keys=True, allow_nan=False)
+        return _encode(data)
 
     @classmethod
     def from_json(cls, line: str) -> StepRecord:
@@ -210,6 +211,7 @@ class StepRecord:
             raise ValueError(str(error)) from error
 
 
+_encode = json.JSONEncoder(sort_keys=True, allow_nan=False).encode
 _FIELDS = tuple(item.name for item in fields(StepRecord))
 _LATER = frozenset(_FIELDS[_FIELDS.index("norm_gap") :])
 _FLOATS = tuple(item.name for item in fields(StepRecord) if item.type == "float")
@@ -225,6 +227,13 @@ def _tuple(name: str, value: object, kind: type) -> tuple[Any, ...]:
     if not isinstance(value, (tuple, list)) or not all(isinstance(item, kind) for item in value):
         raise TypeError(f"a StepRecord needs {name} as a tuple of {kind.__name__}, got {value!r}.")
     return tuple(value)
+
+
+def _copy(name: str, table: Mapping[str, Any]) -> dict[str, float]:
+    """Return a table of a record's own, of floats; a hundred of them are the usual case, and cost no call each."""
+    if set(map(type, table.values())) <= {float}:
+        return dict(table)
+    return {key: _number(f"{name}[{key!r}]", value) for key, value in table.items()}
 
 
 def _numbers(event: Any) -> Any:
@@ -255,7 +264,8 @@ def _spell(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_spell(item) for item in value]
     if isinstance(value, dict):
-        return {key: _spell(item) for key, item in value.items()}
+        plain = set(map(type, value.values())) <= {float} and all(map(math.isfinite, value.values()))
+        return value if plain else {key: _spell(item) for key, item in value.items()}
     return value
 
 
