@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from stableopt.lyapunov.budget import Every
 from stableopt.lyapunov.events import KINDS, POLICIES, Event
+from stableopt.lyapunov.layers import LayerNorms, NormEstimator
 from stableopt.lyapunov.monitor import Monitor
-from stableopt.lyapunov.norms import LayerNorms, NormEstimator
 from stableopt.lyapunov.record import ACTIONS, VERDICTS, StepRecord
 from stableopt.lyapunov.sinks import JSONLSink, Sink, read_records, truncate_records
 
@@ -14,6 +15,7 @@ __all__ = [
     "POLICIES",
     "VERDICTS",
     "Event",
+    "Every",
     "JSONLSink",
     "LayerNorms",
     "Monitor",

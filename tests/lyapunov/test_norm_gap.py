@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from stableopt.lyapunov import Monitor, StepRecord
-from stableopt.lyapunov.norms import NormEstimator
+from stableopt.lyapunov.layers import NormEstimator
 from stableopt.nn import GroupSort, norm_gap, stabilize, table
 
 
