@@ -200,7 +200,7 @@ class Enforcer:
         for slot in heard:
             if getattr(self.policy, slot) in ACTING:
                 self._calm_from = max(self._calm_from, step)
-            if getattr(self.policy, slot) == "rollback" or slot == "nonfinite":
+            if getattr(self.policy, slot) == "rollback" or (slot == "nonfinite" and self._refusal is None):
                 self._troubled = step
         done = [*self._skipped(), *self._intervene({s: h for s, h in heard.items() if s in due}, step)]
         done += self._recovered(step)

@@ -113,6 +113,7 @@ class Still:
     Args:
         model: of which they are.
         optimizers: that move others.
+        moving: modules whose parameters are taken to move.
 
     Examples:
         >>> model = nn.Linear(1, 1)
@@ -126,14 +127,15 @@ class Still:
         {}
     """
 
-    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
-        self._model, self._optimizers = model, optimizers
+    def __init__(self, model: nn.Module, optimizers: Sequence[Optimizer], moving: Sequence[nn.Module] = ()) -> None:
+        self._model, self._optimizers, self._moving = model, optimizers, moving
         self._norms: dict[Tensor, float] = {}
         self._moved: set[Tensor] = set()
 
     def find(self) -> dict[Tensor, float]:
         """Return those that have had the same norm at every look so far, with their norms."""
         held = {p for o in self._optimizers for group in o.param_groups for p in group["params"]}
+        held |= {p for module in self._moving for p in module.parameters()}
         quiet = [p for p in self._model.parameters() if not p.requires_grad and p not in held and p not in self._moved]
         now = _norms(quiet)
         self._moved |= {p for p, norm in now.items() if self._norms.get(p, norm) != norm}

@@ -14,7 +14,7 @@ from stableopt.lyapunov.vitals import Names
 from stableopt.optim import GuardedOptimizer
 from stableopt.optim.agree import Processes
 from stableopt.optim.groups import closure_is_required
-from stableopt.optim.snapshot import Snapshot, local
+from stableopt.optim.snapshot import Copies, Plan, Snapshot, local
 
 __all__ = ["Refusal", "nonfinite_names"]
 
@@ -27,7 +27,8 @@ class Refusal:
 
     The gradients are taken away for the step, which then finds none: torch's optimizers, fused ones and those with weight decay
     too, change nothing. Any other optimizer is put back afterwards from a copy, and so is LBFGS. An optimizer of this package that
-    guards its steps skips by itself those with such gradients.
+    guards its steps skips by itself those with such gradients. Buffers that the forward pass has spoilt, such as the running
+    statistics of a batch norm, go back to what they were at the end of the step before.
 
     Args:
         model: has the names of the parameters.
@@ -69,8 +70,9 @@ class Refusal:
         self._inert = of_torch and not self._iterates
         self.names: tuple[str, ...] = ()
         self._memory: Snapshot | None = None
+        self._model, self._buffers = model, dict[tuple[nn.Module, str], Tensor]()
         self._hidden: list[tuple[Tensor, Tensor]] = []
-        self._looked, self._kept, self._watched = True, False, False
+        self._open, self._looked, self._kept, self._watched = False, True, False, False
 
     def begin(self, *, with_closure: bool = False) -> None:
         """Prepare for a step.
@@ -78,7 +80,7 @@ class Refusal:
         Args:
             with_closure: whether the step evaluates a closure.
         """
-        self.names, self._looked, self._kept = (), False, False
+        self.names, self._open, self._looked, self._kept = (), True, False, False
         self._watched = self._iterates or (with_closure and not self._inert)
         if self._watched:
             self._keep()
@@ -119,15 +121,38 @@ class Refusal:
             self.names = nonfinite_names(found, self._processes)
         if self.names and self._kept and self._memory is not None:
             self._memory.restore()
+        if self.names:
+            self._mend_buffers()
+        elif not raised and self._open:
+            self._keep_buffers()
         for p, gradient in self._hidden:
             p.grad = gradient
-        self._hidden, self._kept, self._watched, self._looked = [], False, False, True
+        self._hidden, self._open, self._kept, self._watched, self._looked = [], False, False, False, True
 
     @property
     def _guards(self) -> bool:
         """Whether the optimizer skips by itself a step whose gradients are not finite."""
         optimizer = self._optimizer
         return isinstance(optimizer, GuardedOptimizer) and optimizer.param_groups[0]["guard"] not in {"off", "monitor"}
+
+    @torch.no_grad()
+    def _keep_buffers(self) -> None:
+        copies, old, self._buffers = Copies(), self._buffers, {}
+        for module in self._model.modules():
+            for key, buffer in module._buffers.items():  # noqa: SLF001 - named_buffers would leave out shared ones
+                if buffer is not None and (buffer.is_floating_point() or buffer.is_complex()):
+                    self._buffers[module, key] = copies.of(buffer.detach(), old.get((module, key)))
+        copies.run()
+
+    @torch.no_grad()
+    def _mend_buffers(self) -> None:
+        """Put back the buffers that are not finite but were."""
+        plan = Plan()
+        for (module, key), value in self._buffers.items():
+            buffer = module._buffers.get(key)  # noqa: SLF001
+            if buffer is not None and not local(buffer).isfinite().all() and local(value).isfinite().all():
+                plan.fill(module._buffers, key, value)  # noqa: SLF001
+        plan.carry_out()
 
     def _keep(self) -> None:
         self._kept = True

@@ -12,6 +12,7 @@ from torch import nn
 from stableopt.lyapunov.moment import Moment, Still
 from stableopt.nn.sharded import reshard
 from stableopt.optim import GuardedOptimizer
+from stableopt.optim.snapshot import OF_SCHEDULERS
 
 __all__ = ["Checkpoints", "Restoration"]
 
@@ -74,7 +75,7 @@ class Checkpoints:
         self._modules = [model, *(x for x in known.values() if isinstance(x, nn.Module))]
         self._optimizers = [optimizer, *(x for x in known.values() if isinstance(x, torch.optim.Optimizer))]
         self._others = [x for x in known.values() if not isinstance(x, nn.Module | torch.optim.Optimizer)]
-        self._still = Still(model, self._optimizers)
+        self._still = Still(model, self._optimizers, self._modules[1:])
         self._k = k
         self._ring: list[Moment] = []
         self._free: list[Moment] = []
@@ -228,6 +229,8 @@ class Restoration:
             )
         self._plan = moment.plan()  # all memory is there before anything is written
         self._loaded: list[tuple[Any, Any]] = []
+        groups = [group for optimizer in moment.optimizers for group in optimizer.param_groups]
+        self._rates = [(group, {k: group[k] for k in OF_SCHEDULERS & group.keys()}) for group in groups]
         for thing, state in moment.others:
             try:
                 self._loaded.append((thing, copy.deepcopy(thing.state_dict())))
@@ -274,6 +277,8 @@ class Restoration:
         """
         for thing, state in reversed(self._loaded):
             thing.load_state_dict(state)
+        for group, rates in self._rates if self._loaded else ():  # some schedulers write into the groups at once
+            group.update(rates)
         self._loaded = []
 
     def _write(self) -> None:
