@@ -234,9 +234,8 @@ class Enforcer:
         names = {*_COUNTS, "until"}
         if not isinstance(state, dict) or state.keys() != names:
             raise ValueError(f"the state of an Enforcer has {', '.join(sorted(names))}, got {state!r}.")
-        until = state["until"]
-        numbers = [*(state[name] for name in _COUNTS), *(until.values() if isinstance(until, dict) else [until])]
-        if not all(isinstance(n, int) and not isinstance(n, bool) for n in numbers):
+        until, counts = state["until"], [state[name] for name in _COUNTS]
+        if not isinstance(until, dict) or not all(type(n) is int for n in (*counts, *until.values())):
             raise ValueError(f"the state of an Enforcer has integers, got {state!r}.")
         for name in _COUNTS:
             setattr(self, f"_{name}", state[name])
