@@ -2,26 +2,75 @@
 
 from __future__ import annotations
 
+from stableopt.lyapunov.alarms import (
+    Alarm,
+    Alarms,
+    Channel,
+    EDetector,
+    Increase,
+    Leap,
+    Level,
+    NonFinite,
+    Relapse,
+    Sample,
+    Sublevel,
+)
 from stableopt.lyapunov.budget import Every
 from stableopt.lyapunov.events import KINDS, POLICIES, Event
-from stableopt.lyapunov.layers import LayerNorms, NormEstimator
+from stableopt.lyapunov.layers import LayerNorms, LayerProbe, LayerReading, NormEstimator
 from stableopt.lyapunov.monitor import Monitor
+from stableopt.lyapunov.policy import Policy
 from stableopt.lyapunov.record import ACTIONS, VERDICTS, StepRecord
-from stableopt.lyapunov.sinks import JSONLSink, Sink, read_records, truncate_records
+from stableopt.lyapunov.rollback import Checkpoints
+from stableopt.lyapunov.sinks import (
+    CSVSink,
+    JSONLSink,
+    MemorySink,
+    Sink,
+    TensorBoardSink,
+    WandbSink,
+    iter_records,
+    read_records,
+    scalars,
+    truncate_records,
+    verify_chain,
+)
 
 __all__ = [
     "ACTIONS",
     "KINDS",
     "POLICIES",
     "VERDICTS",
+    "Alarm",
+    "Alarms",
+    "CSVSink",
+    "Channel",
+    "Checkpoints",
+    "EDetector",
     "Event",
     "Every",
+    "Increase",
     "JSONLSink",
     "LayerNorms",
+    "LayerProbe",
+    "LayerReading",
+    "Leap",
+    "Level",
+    "MemorySink",
     "Monitor",
+    "NonFinite",
     "NormEstimator",
+    "Policy",
+    "Relapse",
+    "Sample",
     "Sink",
     "StepRecord",
+    "Sublevel",
+    "TensorBoardSink",
+    "WandbSink",
+    "iter_records",
     "read_records",
+    "scalars",
     "truncate_records",
+    "verify_chain",
 ]

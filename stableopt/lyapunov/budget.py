@@ -1,8 +1,8 @@
 r"""When to look: intervals that keep the cost of the monitor within a share of the time of the run.
 
 Each tier i costs :math:`c_i` seconds when it looks. With interval :math:`n_i` and :math:`\bar s` seconds per step of the run
-itself the overhead is :math:`\sum_i c_i / (n_i \bar s)`. Tiers that fit at their own intervals keep them; what is left is divided among the
-others in proportion to their weights.
+itself the overhead is :math:`\sum_i c_i / (n_i \bar s)`. Tiers that fit at their own intervals keep them; what is left is
+divided among the others in proportion to their weights.
 """
 
 from __future__ import annotations
@@ -178,17 +178,14 @@ class Schedule:
         """
         return frozenset(name for name, at in self.next.items() if step >= at)
 
-    def spent(self, tier: str, seconds: float) -> None:
-        """Note what one look of a tier has cost.
-
-        Examples:
-            >>> schedule = Schedule(Every(), 0.05)
-            >>> schedule.spent("vitals", 1e-3)
-        """
-        self._costs[tier].append(seconds)
-
     def stepped(
-        self, step: int, due: frozenset[str], *, run: float = 0.0, monitor: float = 0.0, looks: float = 0.0
+        self,
+        step: int,
+        due: frozenset[str],
+        *,
+        run: float = 0.0,
+        monitor: float = 0.0,
+        costs: Mapping[str, float] | None = None,
     ) -> None:
         """Note that a step has been taken and the time of it, and plan anew if it is time.
 
@@ -197,13 +194,12 @@ class Schedule:
             due: the tiers that have looked.
             run: seconds since the end of the step before, without the monitor.
             monitor: seconds of the monitor in this step.
-            looks: the part of them that :meth:`spent` has been told.
+            costs: tier -> the part of them that its look took.
 
         Examples:
             >>> schedule = Schedule(Every(energy=None, sharpness=None, layers=None, gaps=None), 0.1)
             >>> for step in range(1, 9):
-            ...     schedule.spent("vitals", 1.0)
-            ...     schedule.stepped(step, frozenset({"vitals"}), run=1.0, monitor=1.0, looks=1.0)
+            ...     schedule.stepped(step, frozenset({"vitals"}), run=1.0, monitor=1.0, costs={"vitals": 1.0})
             >>> schedule.interval  # 10 would do from here on, but it is to make up for the beginning as well
             {'vitals': 40}
         """
@@ -216,7 +212,10 @@ class Schedule:
         if self.limit is None:
             return
         self._steps.append(run)
-        self._hooks.append(monitor - looks)
+        self._hooks.append(monitor - sum((costs or {}).values()))
+        for name, seconds in (costs or {}).items():
+            if name in self._costs:
+                self._costs[name].append(seconds)
         if step in _PLANS or step % _PLAN_EVERY == 0:
             self._plan(step)
 
@@ -228,7 +227,7 @@ class Schedule:
         budget = self.limit * median(self._steps) - median(self._hooks)
         if self.overhead > self.limit:
             budget *= max(0.25, self.limit / self.overhead)
-        costs = {name: median(seen) for name, seen in self._costs.items() if seen}
+        costs = {name: _typical(seen) for name, seen in self._costs.items() if seen}
         plan = intervals(costs, {name: self.base[name] for name in costs}, budget)
         if not alone:
             plan = self._agreed(dict(self.interval) if self.seconds < GRACE else plan)
@@ -263,3 +262,8 @@ class Schedule:
         for name in self.base:
             self.interval[name] = max(self.base[name], state["interval"].get(name, self.base[name]))
             self.next[name] = state["next"].get(name, 1)
+
+
+def _typical(seen: deque[float]) -> float:
+    """Return what a look costs: the first one prepares what later ones use, and says little."""
+    return seen[0] / 4.0 if len(seen) == 1 else median(list(seen)[1:])

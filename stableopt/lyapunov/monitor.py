@@ -17,19 +17,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stableopt.errors import StabilityError
-try:
-    from stableopt.lyapunov.alarms import Alarms, Sample
-except ImportError:
-    from stableopt.lyapunov._pending import Alarms, Sample
-from stableopt.lyapunov.budget import Every, Schedule
+from stableopt.lyapunov.alarms import Alarms, Sample
+from stableopt.lyapunov.budget import TIERS, Every, Schedule
 from stableopt.lyapunov.energy import direction
+from stableopt.lyapunov.enforcer import Enforcer
 from stableopt.lyapunov.events import Event
 from stableopt.lyapunov.hooks import Closure, StepHooks
 from stableopt.lyapunov.observation import Observation
-try:
-    from stableopt.lyapunov.policy import Enforcer, Policy
-except ImportError:
-    from stableopt.lyapunov._pending import Enforcer, Policy
+from stableopt.lyapunov.policy import Policy
 from stableopt.lyapunov.record import StepRecord
 from stableopt.lyapunov.scaler import ScalerWatch
 from stableopt.lyapunov.sinks import JSONLSink, Sink, last_step, truncate_records
@@ -145,7 +140,7 @@ class Monitor:
         device = next((p.device for g in optimizer.param_groups for p in g["params"]), torch.device("cpu"))
         self._processes = Processes.of(process_group, device)
         self._schedule = Schedule(Every.of(every), max_overhead, self._processes)
-        self._tiers = Tiers(model, optimizer, self._schedule, self._processes, probe, seed)
+        self._tiers = Tiers(model, optimizer, self._processes, probe, seed)
         self._alarms = Alarms() if alarms is None else alarms
         self._enforcer = Enforcer(
             Policy.of(policy), model, optimizer, also=also, on_rollback=on_rollback, processes=self._processes
@@ -223,7 +218,7 @@ class Monitor:
         """Stop watching and close the sinks; may be called twice."""
         self._hooks.remove()
         self._forget()
-        self._enforcer.after(self._step)
+        self._enforcer.after(self._step, raised=True)
         for sink in self._sinks:
             sink.close()
 
@@ -341,11 +336,11 @@ class Monitor:
         began = time.perf_counter()
         optimizer, step = self._optimizer, self._step + 1
         self._forget()
-        self._enforcer.after(step)  # of a step that ended in an error
-        self._tiers.seconds = 0.0
+        self._enforcer.after(step, raised=True)  # of a step that ended in an error
+        self._tiers.costs = {}
         self._report = optimizer.last_step if isinstance(optimizer, GuardedOptimizer) else None
         self._due = due = self._schedule.due(step)
-        self._enforcer.before(step)
+        self._enforcer.before(step, with_closure=closure is not None)
         guards = (trial or closure is not None) and _guards(optimizer)
         lazy = guards and optimizer.param_groups[0]["guard"] == "lazy"
         self._by_guard, self._started = guards, bool(due & {"vitals", "energy"}) and (lazy or not guards)
@@ -383,46 +378,54 @@ class Monitor:
         self._enforcer.after(self._step)
         events = self._judge(facts)
         if self._due or events:
-            self._record(facts, events)
+            with self._tiers.timed(min(self._due, default="vitals", key=TIERS.index)):
+                self._record(facts, events)
         failed = next((event for event in events if event.kind == "action" and event.action == "raise"), None)
-        due, looks = self._due, self._tiers.seconds
+        due, costs = self._due, self._tiers.costs
         now = time.perf_counter()
         monitor = self._spent + now - began
         self._forget()
         run = max(0.0, now - self._ended - monitor)
-        self._schedule.stepped(self._step, due, run=run, monitor=monitor, looks=looks)
+        self._schedule.stepped(self._step, due, run=run, monitor=monitor, costs=costs)
         self._ended = time.perf_counter()
         if failed is not None:
             raise StabilityError(str(failed))
 
     def _glance(self, report: StepReport | None, observation: Observation | None) -> dict[str, Any]:
         """Return what is known of a step without looking."""
+        told, self._told = self._told, None
+        told = None if isinstance(told, Tensor) else told  # a tensor on a device is not waited for
         if report is not None and (self._by_guard or observation is None):
-            return self._reported(report, None)
-        return {} if observation is None or self._processes.size > 1 else observation.glance()
+            return self._reported(report, told)
+        if observation is not None:
+            return observation.glance() if self._processes.size == 1 else {}
+        return {} if told is None else {"loss": told, "nonfinite": () if math.isfinite(told) else ("loss",)}
 
     def _look(self, report: StepReport | None, observation: Observation | None) -> dict[str, Any]:
         """Return what the tiers find whose turn it is."""
         due, tiers = self._due, self._tiers
-        told = self._told_loss()
-        facts: dict[str, Any] = {}
+        facts: dict[str, Any] = {"lr": tuple(float(group["lr"]) for group in self._optimizer.param_groups)}
         if report is not None and (self._by_guard or observation is None):
-            facts = self._reported(report, told)
+            facts |= self._reported(report, self._told_loss())
         elif self._started:
+            watched = observation or Observation(self._model, self._optimizer, None)
             with tiers.timed("energy" if "energy" in due else "vitals"):
-                watched = observation or Observation(self._model, self._optimizer, None)
-                facts = watched.finish(tiers.start.motion(), told, compare="energy" in due)
+                facts |= watched.finish(tiers.start.motion() if "energy" in due else None, self._told_loss())
                 self._compared += facts["verdict"] in {"decreased", "undecided", "increased"}
                 self._distrust = watched.distrust
+        else:
+            facts |= {"reason": "not compared at this step", **self._glance(None, observation)}
         if due & {"vitals", "energy"}:
             with tiers.timed("vitals"):
-                before = tiers.start.values if self._started else known_before(self._optimizer, report)
+                before = None if self._started else known_before(self._optimizer, report)
                 facts = _with_vitals(facts, tiers.vitals(before))
             facts |= self._trust(facts)
-        for tier, look in (("sharpness", tiers.sharpness), ("layers", tiers.layers)):
-            if tier in due:
-                with tiers.timed(tier):
-                    facts |= look(observation)
+        if "sharpness" in due:
+            with tiers.timed("sharpness"):
+                facts |= tiers.sharpness(observation)
+        if "layers" in due:
+            with tiers.timed("layers"):
+                facts |= tiers.layers(observation, _ratio(facts))
         if "gaps" in due:
             with tiers.timed("gaps"):
                 facts |= tiers.gaps()
@@ -441,7 +444,6 @@ class Monitor:
     def _trust(self, facts: dict[str, Any]) -> dict[str, float]:
         sign = direction(self._optimizer)
         loss, after, slope = (sign * facts.get(name, math.nan) for name in ("loss", "loss_after", "slope"))
-        facts.setdefault("lr", tuple(float(group["lr"]) for group in self._optimizer.param_groups))
         return trust_facts(loss, after, slope, facts["lr"], facts.get("tolerance", math.nan))
 
     def _judge(self, facts: dict[str, Any]) -> tuple[Event, ...]:
@@ -450,8 +452,11 @@ class Monitor:
         if self._scaler is not None and self._due and (event := self._scaler.look(self._step)) is not None:
             found.append(event)
         if self._due or self._processes.size == 1:
+            sign = direction(self._optimizer) or math.nan
             sample = Sample(
                 step=self._step,
+                loss=sign * facts.get("loss", math.nan),
+                loss_after=sign * facts.get("loss_after", math.nan),
                 **{name: facts.get(name, math.nan) for name in _SAMPLED},
                 verdict=facts.get("verdict", "unobserved"),
                 nonfinite=facts.get("nonfinite", ()),
@@ -487,6 +492,12 @@ def _guards(optimizer: Optimizer) -> bool:
     return isinstance(optimizer, GuardedOptimizer) and optimizer.param_groups[0]["guard"] != "off"
 
 
+def _ratio(facts: dict[str, Any]) -> float:
+    """Return the size of the step over that of the weights."""
+    weight = facts.get("weight_norm", math.nan)
+    return facts["displacement"] / weight if weight > 0 else math.nan
+
+
 def _with_vitals(facts: dict[str, Any], vitals: Vitals) -> dict[str, Any]:
     """Return the facts with what the vitals add; the displacement is that of the energy, where it is known."""
     found = {item.name: getattr(vitals, item.name) for item in fields(vitals)}
@@ -497,5 +508,5 @@ def _with_vitals(facts: dict[str, Any], vitals: Vitals) -> dict[str, Any]:
 
 _SHARED = tuple({item.name for item in fields(StepReport)} & {item.name for item in fields(StepRecord)} - {"step"})
 _SAMPLED = (
-    "loss", "loss_after", "energy_before", "energy_after", "tolerance", "trust", "displacement", "weight_norm",
+    "energy_before", "energy_after", "tolerance", "trust", "displacement", "weight_norm",
 )  # fmt: skip

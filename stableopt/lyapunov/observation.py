@@ -19,6 +19,8 @@ from stableopt.optim.agree import Alone, Processes
 
 __all__ = ["Observation"]
 
+_NOT_COMPARED = Motion(math.nan, math.nan, math.nan, math.nan, "")
+
 
 class Observation:
     """What is kept from before a step, and what the step then turns out to be.
@@ -102,18 +104,17 @@ class Observation:
         known = self._loss if self._loss is not None else told
         return math.nan if known is None else known
 
-    def finish(self, motion: Motion, told: float | None = None, *, compare: bool = True) -> dict[str, Any]:
+    def finish(self, motion: Motion | None, told: float | None = None) -> dict[str, Any]:
         """Return the fields of the record, after the step.
 
         Args:
-            motion: what the step moved.
+            motion: what the step moved; None where the energies are not compared at this step.
             told: the loss, where it is known from elsewhere; the one of the closure comes first.
-            compare: whether the loss after the step is to be evaluated.
         """
         loss = self.loss(told)
         known = self._loss is not None or told is not None
-        if not compare and not self._doubt:
-            self._doubt = "not compared at this step"
+        if motion is None:
+            motion, self._doubt = _NOT_COMPARED, self._doubt or "not compared at this step"
         value, doubted = self._together(motion, loss)
         loss = self._mean_loss
         facts: dict[str, Any] = {
@@ -128,7 +129,7 @@ class Observation:
                 "reason": f"the loss before the step is {loss}",
                 "nonfinite": ("loss",),
             }
-        if not math.isfinite(motion.displacement):
+        if motion is not _NOT_COMPARED and not math.isfinite(motion.displacement):
             return facts | {"verdict": "nonfinite", "reason": "the displacement is not finite"}
         if doubted or not known:
             return facts | {"verdict": "unobserved", "reason": self._doubt or "another process could not compare"}

@@ -68,7 +68,10 @@ class StepRecord:
         trace_error: see ``trace``.
         noise_scale: :math:`\operatorname{tr}\Sigma/\|G\|^2`, the noise scale of the gradient, in samples of a micro-batch.
         hvp: how the products with the Hessian were made; empty if there were none.
-        forward_exponent: the mean logarithm of the measured gain of a layer.
+        forward_exponent: the mean of ``gains``.
+        weight_exponent: the mean logarithm of the constant of a layer by its estimated norm; NaN unless the model is a chain.
+        gains: layer name -> the logarithm of the measured growth of a perturbation of the input through this layer.
+        growth: block name -> estimate of the growth :math:`1+\\tau L` of a residual block that has no step limit.
         kinks: module name -> the fraction of its units that are near a kink.
         overhead: seconds of the monitor over seconds of the run without it, so far; NaN if it is not timed.
         events: alarms and actions of this step.
@@ -125,6 +128,9 @@ class StepRecord:
     noise_scale: float = math.nan
     hvp: str = ""
     forward_exponent: float = math.nan
+    weight_exponent: float = math.nan
+    gains: Mapping[str, float] = field(default_factory=dict)
+    growth: Mapping[str, float] = field(default_factory=dict)
     kinks: Mapping[str, float] = field(default_factory=dict)
     overhead: float = math.nan
     events: tuple[Event, ...] = ()

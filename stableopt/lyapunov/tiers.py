@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stableopt.lyapunov.budget import Schedule
 try:
     from stableopt.lyapunov.curvature import CurvatureProbe
 except ImportError:
     from stableopt.lyapunov._pending import CurvatureProbe
 from stableopt.lyapunov.energy import Start
-try:
-    from stableopt.lyapunov.layers import LayerProbe
-except ImportError:
-    from stableopt.lyapunov._pending import LayerProbe
+from stableopt.lyapunov.layers import LayerProbe, LayerReading
 from stableopt.lyapunov.observation import Observation
+from stableopt.lyapunov.record import StepRecord
 from stableopt.lyapunov.vitals import Names, Vitals, measure_vitals
 from stableopt.optim import GuardedOptimizer, StepReport
 from stableopt.optim.agree import Processes
@@ -38,18 +36,20 @@ class Tiers:
     Args:
         model: watched, not changed.
         optimizer: of any kind.
-        schedule: is told what each look costs.
         processes: those that train the model together.
         probe: the loss of a fixed batch with its graph, or of several micro-batches; None for the batch of the step.
         seed: of random directions.
 
+    Attributes:
+        start: parameters and momentum before the step.
+        costs: tier -> seconds of its look at this step.
+
     Examples:
-        >>> from stableopt.lyapunov.budget import Every
         >>> import torch
         >>> from stableopt.optim.agree import Alone
         >>> model = nn.Linear(2, 1)
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> tiers = Tiers(model, optimizer, Schedule(Every(), None), Alone)
+        >>> tiers = Tiers(model, optimizer, Alone)
         >>> facts = tiers.layers(None)
         >>> list(facts["norms"])
         ['weight']
@@ -59,39 +59,37 @@ class Tiers:
         self,
         model: nn.Module,
         optimizer: Optimizer,
-        schedule: Schedule,
         processes: Processes,
         probe: Probe | None = None,
         seed: int = 0,
     ) -> None:
         self.start = Start(optimizer, processes)
-        self._model, self._optimizer, self._schedule, self._processes = model, optimizer, schedule, processes
+        self._model, self._optimizer, self._processes = model, optimizer, processes
         self._names = Names(model, optimizer)
         self._probe, self._observation = probe, None
-        self.seconds = 0.0
+        self.costs: dict[str, float] = {}
         self._layers = LayerProbe(model, self._any_loss, seed=seed)
         self._curvature: CurvatureProbe | None = None
         self._no_curvature, self._seed = "", seed
 
     @contextmanager
-    def timed(self, tier: str, started: float = 0.0) -> Any:
-        """Time a look of a tier.
-
-        Args:
-            tier: which.
-            started: seconds that it has taken already.
-        """
+    def timed(self, tier: str) -> Iterator[None]:
+        """Add the time inside to what this look of a tier costs."""
         began = time.perf_counter()
         try:
             yield
         finally:
-            spent = time.perf_counter() - began + started
-            self._schedule.spent(tier, spent)
-            self.seconds += spent
+            self.costs[tier] = self.costs.get(tier, 0.0) + time.perf_counter() - began
 
-    def vitals(self, before: Mapping[Tensor, Tensor]) -> Vitals:
-        """Look at parameters, gradients and buffers after the step; ``before`` are the parameters before it, if they are known."""
-        return measure_vitals(self._names.parameters(), before, self._processes, self._names.buffers())
+    def vitals(self, before: Mapping[Tensor, Tensor] | None) -> Vitals:
+        """Look at parameters, gradients and buffers after the step.
+
+        Args:
+            before: the parameters before it, if they are known; None for those kept in ``start``, which are then used up.
+        """
+        mine = before is None
+        values = self.start.values if before is None else before
+        return measure_vitals(self._names.parameters(), values, self._processes, self._names.buffers(), overwrite=mine)
 
     def sharpness(self, observation: Observation | None) -> dict[str, Any]:
         """Measure curvature on the probe batch, or on that of the step."""
@@ -114,21 +112,20 @@ class Tiers:
             "hvp": reading.hvp,
         }
 
-    def layers(self, observation: Observation | None) -> dict[str, Any]:
-        """Measure what is known per layer, with a forward pass where there is something to pass."""
+    def layers(self, observation: Observation | None, update_ratio: float = math.nan) -> dict[str, Any]:
+        r"""Measure what is known per layer, with a forward pass where there is something to pass.
+
+        Args:
+            observation: of this step, whose closure is the forward pass if there is no probe.
+            update_ratio: :math:`\|d\|/\|\theta\|` of this step.
+        """
         self._observation = observation
         try:
             passes = self._probe is not None or (observation is not None and observation.closure is not None)
-            reading = self._layers.measure(forward=passes)
+            reading = self._layers.measure(forward=passes, update_ratio=update_ratio)
         finally:
             self._observation = None
-        return {
-            "norms": reading.norms,
-            "limits": reading.limits,
-            "cfl": reading.cfl,
-            "forward_exponent": reading.forward_exponent,
-            "kinks": reading.kinks,
-        }
+        return {name: getattr(reading, name) for name in _LAYERS}
 
     def gaps(self) -> dict[str, Any]:
         """Prove how far weights that are trained with an estimate are from their limits."""
@@ -212,3 +209,7 @@ def trust_facts(loss: float, after: float, slope: float, lr: Sequence[float], to
         "batch_sharpness": 2.0 * (1.0 - rho) / eta if eta > 0 else nan,
         "edge_distance": nan if slope > 0 else math.inf if rho >= 1.0 else 1.0 / (1.0 - rho),
     }
+
+
+_LAYERS = tuple({item.name for item in fields(LayerReading)} & {item.name for item in fields(StepRecord)} - {"reason"})
+"""What a reading of the layers says in a record."""

@@ -20,6 +20,7 @@ __all__ = ["Names", "Vitals", "measure_vitals"]
 _TORCH: Any = torch
 """The kernels for lists of tensors, which torch exports without types."""
 _HALF = (torch.float16, torch.bfloat16)
+_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,8 @@ def measure_vitals(
     before: Mapping[Tensor, Tensor],
     processes: Processes,
     buffers: Mapping[Tensor, str] | None = None,
+    *,
+    overwrite: bool = False,
 ) -> Vitals:
     """Look at parameters after a step, with one wait for the device.
 
@@ -105,6 +108,7 @@ def measure_vitals(
         before: parameter -> values before the step, for all that may have moved; empty if not known.
         processes: that train the model; parts of a sharded parameter are summed over them.
         buffers: with their names.
+        overwrite: whether the values before may be overwritten, which spares memory.
 
     Examples:
         >>> from stableopt.optim.agree import Alone
@@ -118,7 +122,7 @@ def measure_vitals(
     """
     here = [p for p in parameters if p.numel() and p.device.type != "meta"]
     grads = {p: g for p in here if (g := _gradient(p)) is not None}
-    moved = _moves({p: before[p] for p in here if p in before})
+    moved = _moves({p: before[p] for p in here if p in before}, overwrite=overwrite)
     slopes = {p: _dot(grads[p], d) for p, d in moved.items() if p in grads}
     names = buffers or {}
     inner = {b: local(b) for b in names}
@@ -144,7 +148,7 @@ def measure_vitals(
         grad_norm=_length(g),
         weight_norm=_length(w),
         displacement=_length(d) if d or before else math.nan,
-        slope=math.fsum(s.values()) if d and all(map(math.isfinite, s.values())) else math.nan,
+        slope=-math.fsum(s.values()) if d and all(map(math.isfinite, s.values())) else math.nan,
         grad_norms={parameters[p]: x for p, x in g.items()},
         update_ratio={parameters[p]: x / w[p] for p, x in d.items() if w[p] > 0},
         nonfinite=nonfinite,
@@ -158,22 +162,33 @@ def _gradient(p: Tensor) -> Tensor | None:
     return g.coalesce().values() if g.is_sparse else g
 
 
-def _moves(before: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-    """Return the displacements."""
+def _moves(before: dict[Tensor, Tensor], *, overwrite: bool) -> dict[Tensor, Tensor]:
+    """Return the displacements with the opposite sign."""
     if not before:
         return {}
-    after = [local(p).detach() for p in before]
-    return dict(zip(before, _TORCH._foreach_sub(after, [local(x) for x in before.values()]), strict=True))  # noqa: SLF001
+    starts, ends = [local(x) for x in before.values()], [local(p).detach() for p in before]
+    if overwrite:
+        _TORCH._foreach_sub_(starts, ends)
+        return dict(zip(before, starts, strict=True))
+    return dict(zip(before, _TORCH._foreach_sub(starts, ends), strict=True))  # noqa: SLF001
 
 
 def _dot(g: Tensor, d: Tensor) -> Tensor:
-    """Return the real inner product in float64; a gradient of another shape than the displacement is sparse, and has no slope."""
+    """Return the real inner product; a gradient of another shape than the displacement is sparse, and has no slope."""
     if g.shape != d.shape:
         return torch.full((), math.nan, dtype=torch.float64, device=d.device)
     if g.is_complex() or d.is_complex():
         return (torch.view_as_real(g.resolve_conj()) * torch.view_as_real(d.resolve_conj())).sum(dtype=torch.float64)
+    if g.dtype == d.dtype and g.dtype not in _HALF and g.is_contiguous() and d.is_contiguous():
+        g, d = g.view(-1), d.view(-1)
+        if g.numel() <= _PIECE:
+            return torch.dot(g, d)
+        # in pieces: within one, a float32 sum loses no more than its terms themselves
+        return torch.stack([torch.dot(a, b) for a, b in zip(g.split(_PIECE), d.split(_PIECE), strict=True)]).sum(
+            dtype=torch.float64
+        )
     wide = torch.float32 if g.dtype in _HALF else g.dtype
-    return (g.to(wide) * d).sum().double()
+    return (g.to(wide) * d).sum(dtype=torch.float64)
 
 
 def _norms(tensors: Iterable[Tensor]) -> list[Tensor]:

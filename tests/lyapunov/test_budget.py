@@ -54,16 +54,17 @@ def looked(schedule: Schedule, first: int, end: int) -> list[int]:
     return steps
 
 
-def drive(schedule: Schedule, steps: int, costs: dict[str, float], run: float = 1.0, hook: float = 0.0) -> dict[str, int]:
+def drive(
+    schedule: Schedule, steps: int, costs: dict[str, float], run: float = 1.0, hook: float = 0.0
+) -> dict[str, int]:
     """Go on for some steps with given costs, and return how often each tier has looked."""
     looks = dict.fromkeys(costs, 0)
     for step in range(1, steps + 1):
         due = schedule.due(step)
         for name in due:
-            schedule.spent(name, costs[name])
             looks[name] += 1
-        spent = sum(costs[name] for name in due)
-        schedule.stepped(step, due, run=run, monitor=spent + hook, looks=spent)
+        spent = {name: costs[name] for name in due}
+        schedule.stepped(step, due, run=run, monitor=sum(spent.values()) + hook, costs=spent)
     return looks
 
 
@@ -82,7 +83,9 @@ def test_a_cheap_monitor_looks_at_its_own_intervals():
 
 
 def test_the_hooks_themselves_are_paid_for():
-    looks = drive(Schedule(Every(sharpness=None, layers=None, gaps=None), 0.05), 4000, {"vitals": 0.01, "energy": 0.01}, hook=0.04)
+    looks = drive(
+        Schedule(Every(sharpness=None, layers=None, gaps=None), 0.05), 4000, {"vitals": 0.01, "energy": 0.01}, hook=0.04
+    )
     assert looks["vitals"] + looks["energy"] < 4000 * 1.3
     free = drive(Schedule(Every(sharpness=None, layers=None, gaps=None), 0.05), 4000, {"vitals": 0.01, "energy": 0.01})
     assert free["vitals"] + free["energy"] == 8000
@@ -108,7 +111,9 @@ def test_a_run_begun_in_the_middle_keeps_the_grid():
     assert looked(schedule, 11, 22) == [11, 13, 17, 21]
 
 
-@pytest.mark.parametrize("bad", [{"vitals": 0}, {"energy": -1}, {"layers": 2.0}, {"gaps": True}, {"sharpness": "often"}])
+@pytest.mark.parametrize(
+    "bad", [{"vitals": 0}, {"energy": -1}, {"layers": 2.0}, {"gaps": True}, {"sharpness": "often"}]
+)
 def test_intervals_are_positive_integers_or_none(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         Every(**bad)

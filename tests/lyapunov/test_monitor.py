@@ -23,9 +23,8 @@ from stableopt.nn import GradientBlock, constrain, stabilize
 from stableopt.optim import as_loss
 from tests.lyapunov.training import batches, make_closure, make_model, seed_everything
 
-
-Monitor = functools.partial(MonitorWithBudget, max_overhead=None)
-"""Looks at each step, however long it takes."""
+Monitor = functools.partial(MonitorWithBudget, max_overhead=None, policy="observe")
+"""Looks at each step, however long it takes, and warns of nothing."""
 
 
 class Parabola(nn.Module):
@@ -398,7 +397,7 @@ def test_what_the_guard_saw_is_what_is_recorded(guard):
         calls += 1
         return inner()
 
-    with Monitor(model, optimizer) as monitor:
+    with Monitor(model, optimizer, every=Every(sharpness=None, layers=None)) as monitor:
         for _ in range(4):
             calls = 0
             optimizer.step(closure)
@@ -479,7 +478,8 @@ def test_every_counts_steps_from_the_first(every, steps, tmp_path):
         calls += 1
         return inner()
 
-    with Monitor(model, optimizer, tmp_path, every=every) as monitor:
+    only = Every(vitals=every, energy=every, sharpness=None, layers=None)
+    with Monitor(model, optimizer, tmp_path, every=only) as monitor:
         for _ in range(7):
             optimizer.step(closure)
     assert [r.step for r in monitor.records] == [r.step for r in read_records(tmp_path / "energy.jsonl")] == steps

@@ -35,9 +35,9 @@ KEYS = [
 FLOATS = ["loss", "energy_before", "energy_after", "dissipation", "predicted", "tolerance", "scale", "displacement"]
 LATER = [
     "grad_norm", "weight_norm", "slope", "loss_after", "trust", "batch_sharpness", "edge_distance", "sharpness", "edge",
-    "plain_sharpness", "sharpness_residual", "trace", "trace_error", "noise_scale", "forward_exponent", "overhead",
+    "plain_sharpness", "sharpness_residual", "trace", "trace_error", "noise_scale", "forward_exponent", "weight_exponent", "overhead",
 ]  # fmt: skip
-TABLES = ["norms", "limits", "cfl", "norm_gap", "grad_norms", "update_ratio", "kinks"]
+TABLES = ["norms", "limits", "cfl", "norm_gap", "grad_norms", "update_ratio", "kinks", "gains", "growth"]
 
 floats = st.floats(allow_nan=True, allow_infinity=True)
 tables = st.dictionaries(st.text(max_size=8), floats, max_size=3)

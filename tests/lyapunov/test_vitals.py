@@ -20,7 +20,10 @@ def parameter(values, grad, dtype=torch.float64, device="cpu"):
 
 
 def test_norms_ratios_and_slope_are_those_of_the_formulas(device):
-    a, b = parameter([[3.0, 0.0], [0.0, 4.0]], [[1.0, 2.0], [2.0, 0.0]], device=device), parameter([2.0], [6.0], device=device)
+    a, b = (
+        parameter([[3.0, 0.0], [0.0, 4.0]], [[1.0, 2.0], [2.0, 0.0]], device=device),
+        parameter([2.0], [6.0], device=device),
+    )
     before = {a: a.detach() + 0.5, b: b.detach() - 1.0}
     found = measure_vitals({a: "a", b: "b"}, before, Alone)
     assert found.weight_norm == pytest.approx(math.sqrt(25 + 4))
