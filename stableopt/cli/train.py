@@ -19,7 +19,7 @@ from stableopt.certify import Certificate, certify
 from stableopt.cli.data import Dataset, load_data
 from stableopt.cli.models import RECIPES, build_model, prepare
 from stableopt.cli.storage import load_checkpoint, save_checkpoint, write_json
-from stableopt.lyapunov import Monitor, StepRecord, read_records
+from stableopt.lyapunov import Every, Monitor, StepRecord, read_records
 from stableopt.nn import MarginCrossEntropy, lipschitz
 
 __all__ = ["EPSILONS", "Progress", "Settings", "certify_run", "train"]
@@ -181,7 +181,7 @@ class _Run:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.epochs_done = state["epoch"]
-            self.monitor = Monitor(self.model, self.optimizer, self.out)
+            self.monitor = self._watch()
             self.monitor.load_state_dict(state["monitor"])
         elif checkpoint.exists():
             raise FileExistsError(
@@ -190,10 +190,16 @@ class _Run:
         else:
             self.out.mkdir(parents=True, exist_ok=True)
             (self.out / "energy.jsonl").unlink(missing_ok=True)
-            self.monitor = Monitor(self.model, self.optimizer, self.out)
+            self.monitor = self._watch()
         write_json(self.out / "run.json", description)
         if not resume:
             self.finish_epoch(0)
+
+    def _watch(self) -> Monitor:
+        """Return the monitor of the run; it looks by the count of steps alone, so that the same run writes the same bytes."""
+        return Monitor(
+            self.model, self.optimizer, self.out, every=Every(sharpness=100, layers=50), max_overhead=None, policy="observe"
+        )
 
     def set_learning_rate(self, epoch: int) -> None:
         """Let the learning rate fall to zero along a cosine over the epochs."""

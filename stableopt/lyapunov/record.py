@@ -71,7 +71,7 @@ class StepRecord:
         forward_exponent: the mean of ``gains``.
         weight_exponent: the mean logarithm of the constant of a layer by its estimated norm; NaN unless the model is a chain.
         gains: layer name -> the logarithm of the measured growth of a perturbation of the input through this layer.
-        growth: block name -> estimate of the growth :math:`1+\\tau L` of a residual block that has no step limit.
+        growth: block name -> estimate of the growth :math:`1+\tau L` of a residual block that has no step limit.
         kinks: module name -> the fraction of its units that are near a kink.
         overhead: seconds of the monitor over seconds of the run without it, so far; NaN if it is not timed.
         events: alarms and actions of this step.

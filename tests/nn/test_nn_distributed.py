@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from stableopt import optim
 from stableopt.errors import UncertifiableError
-from stableopt.lyapunov import Monitor
+from stableopt.lyapunov import Every, Monitor
 from stableopt.nn import (
     METHODS,
     SLL,
@@ -338,7 +338,7 @@ def check_monitor() -> None:
         for spread in SPREADS.values():
             model, plain = spread(limited(method)), spread(limited(method))
             opt = sgd(model)
-            with Monitor(model, opt, norms_every=2) as monitor:
+            with Monitor(model, opt, every=Every(layers=2), max_overhead=None) as monitor:
                 for x, y in batches():
 
                     def closure(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 import torch.nn.utils.parametrize as P
 from torch import Tensor, nn
 
-from stableopt.lyapunov import Monitor
+from stableopt.lyapunov import Every, Monitor
 from stableopt.nn import export, lipschitz, norm_gap, plain_state_dict, release, stabilize
 from tests.nn.zoo import ANIMALS
 
@@ -292,7 +292,7 @@ def test_69_transforms_in_evaluation_need_no_history(name: str) -> None:
 def test_a_diverged_weight_is_recorded_and_stops_nothing() -> None:
     layer, x, _ = estimated()
     opt = torch.optim.SGD(layer.parameters(), lr=0.1)
-    with Monitor(layer, opt, norms_every=1) as monitor:
+    with Monitor(layer, opt, every=Every(layers=1), max_overhead=None, policy="observe") as monitor:
         for factor in (1.0, float("nan"), 1.0):
 
             def closure(factor: float = factor) -> Tensor:
