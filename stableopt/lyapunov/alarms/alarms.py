@@ -42,7 +42,9 @@ class Alarms:
         self.channels, self.cooldown = tuple(channels), count("Alarms", "cooldown", cooldown)
         names = [channel.name for channel in self.channels]
         if len(set(names)) < len(names):
-            raise ValueError(f"Alarms needs channels of different names, got {', '.join(names)}: name each after what it sees.")
+            raise ValueError(
+                f"Alarms needs channels of different names, got {', '.join(names)}: name each after what it sees."
+            )
         self._silent = dict.fromkeys(names, 0)
 
     def update(self, sample: Sample) -> tuple[Alarm, ...]:
@@ -94,7 +96,8 @@ class Alarms:
         names = [channel.name for channel in self.channels]
         if sorted(state["channels"]) != sorted(names):
             raise ValueError(
-                f"these alarms have the channels {', '.join(names)}, the state is of {', '.join(state['channels'])}: make both alike."
+                f"these alarms have the channels {', '.join(names)}, the state is of {', '.join(state['channels'])}: "
+                "make both alike."
             )
         for channel in self.channels:
             channel.load_state_dict(state["channels"][channel.name])

@@ -71,7 +71,7 @@ class EDetector:
             >>> EDetector(null=0.1, run_length=1e4).statistic
             0.0
         """
-        return math.fsum(self._sums) / len(self._sums)
+        return self._statistic
 
     @property
     def evidence(self) -> tuple[int, int, int]:
@@ -99,8 +99,9 @@ class EDetector:
             (0.0, (0, 0, 0))
         """
         self._sums = [0.0] * len(self.rates)
-        self._peaks = [0.0] * len(self.rates)
+        self._peaks = [1.0] * len(self.rates)
         self._since = [[0, 0, 0] for _ in self.rates]
+        self._statistic, self._at_rest = 0.0, False
 
     def update(self, event: bool, step: int = 0) -> float:
         """Take one observation and return the statistic.
@@ -114,22 +115,31 @@ class EDetector:
             >>> detector.update(True), detector.update(True)
             (2.0, 6.0)
         """
-        ratios = self._come if event else self._stay
-        for i, ratio in enumerate(ratios):
+        if self._at_rest and not event:
+            return self._statistic
+        before = list(self._sums)
+        for i, ratio in enumerate(self._come if event else self._stay):
             self._sums[i] = min((self._sums[i] + 1.0) * ratio, _LARGE)
-            if self._peaks[i] <= 1.0:  # the likeliest change is now
-                self._peaks[i], self._since[i] = 1.0, [0, 0, step]
-            self._peaks[i] = min(self._peaks[i] * ratio, _LARGE)
-            self._since[i][0] += event
-            self._since[i][1] += 1
-        return self.statistic
+            self._note(i, event, step, ratio)
+        self._at_rest = self._sums == before and not event  # a quiet run stays where it is
+        self._statistic = math.fsum(self._sums) / len(self._sums)
+        return self._statistic
+
+    def _note(self, i: int, event: bool, step: int, ratio: float) -> None:
+        """Keep where the likelihood of rate i sees the change: the highest product of ratios up to now, and its first step."""
+        if self._peaks[i] * ratio <= 1.0:
+            self._peaks[i], self._since[i] = 1.0, [0, 0, 0]
+            return
+        came, seen, since = self._since[i]
+        self._peaks[i] = min(self._peaks[i] * ratio, _LARGE)
+        self._since[i] = [came + event, seen + 1, since if seen else step]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the evidence.
 
         Examples:
             >>> EDetector(null=0.1, run_length=1e4, rates=[0.5]).state_dict()
-            {'sums': [0.0], 'peaks': [0.0], 'since': [[0, 0, 0]]}
+            {'sums': [0.0], 'peaks': [1.0], 'since': [[0, 0, 0]]}
         """
         return {"sums": list(self._sums), "peaks": list(self._peaks), "since": [list(row) for row in self._since]}
 
@@ -152,6 +162,7 @@ class EDetector:
             )
         self._sums, self._peaks = list(state["sums"]), list(state["peaks"])
         self._since = [list(row) for row in state["since"]]
+        self._statistic, self._at_rest = math.fsum(self._sums) / len(self._sums), False
 
 
 def finite_number(owner: str, name: str, value: object, *, low: float, high: float = math.inf) -> float:

@@ -12,9 +12,9 @@ __all__ = ["Levels", "RecentHighest"]
 class Levels:
     r"""The level of a noisy sequence at its start, at its lowest and now, and how much it scatters.
 
-    The sequence is cut into blocks; the level of a block is its median. The scatter is an average over the last blocks of the median
-    distance from the level plus what the level rose since the block before. All numbers move along if the sequence is shifted or
-    scaled, so nothing that is derived from them depends on the unit of a loss, on its sign or on where its zero is.
+    The sequence is cut into blocks; the level of a block is its median. The scatter is an average over the last blocks of the
+    median distance from the level plus what the level rose since the block before. All numbers move along if the sequence is
+    shifted or scaled, so nothing that is derived from them depends on the unit of a loss, on its sign or on where its zero is.
 
     Args:
         block: number of values in a block, an integer >= 3.

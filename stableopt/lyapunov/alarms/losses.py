@@ -55,8 +55,8 @@ class _Losses(Channel):
 class Sublevel(_Losses):
     r"""Alarm where the losses leave the sublevel set in which the run began.
 
-    The sublevel sets of a Lyapunov function are invariant: a run that goes well does not come out of the set it began in. A violation
-    is a step with a loss above
+    The sublevel sets of a Lyapunov function are invariant: a run that goes well does not come out of the set it began in. A
+    violation is a step with a loss above
 
     .. math::
         \max\bigl(\text{highest},\ \text{start} + \max(\mathit{margin}\cdot\text{fall},\ 8\cdot\text{scatter})\bigr),
@@ -148,8 +148,9 @@ class Relapse(_Losses):
         ValueError: if a number is out of range.
 
     Note:
-        Assumption: given its past, a loss of a healthy run is a violation with a probability of at most ``null``. Were the order of the
-        losses random, whatever they are distributed like, a loss above all n before would come with probability 1/(n + 1) on average.
+        Assumption: given its past, a loss of a healthy run is a violation with a probability of at most ``null``. Were the order
+        of the losses random, whatever they are distributed like, a loss above all n before would come with probability 1/(n + 1)
+        on average.
 
     Examples:
         >>> channel = Relapse(window=20)
@@ -184,10 +185,11 @@ class Relapse(_Losses):
         recent.update(value)
         if not statistic >= self.detector.run_length:
             return None
-        lost = (value - levels.best) / levels.fall if levels.fall > 0.0 else math.inf
+        lost = value - levels.best
+        share = f"{lost / levels.fall:.0%}" if lost < levels.fall else "all"
         return self._alarm(
             f"The loss has come back up ({value:.4g}, above all of {recent.window} before: at most {usual:.4g})",
-            f"did so, and {lost:.0%} of the descent from {levels.start:.4g} to {levels.best:.4g} are lost",
+            f"did so, with {share} of the descent from {levels.start:.4g} to {levels.best:.4g} lost",
             "steps",
             "Look at the learning rate, the data and the labels of these steps; go back to weights from before if it stays.",
         )
@@ -209,8 +211,8 @@ class Relapse(_Losses):
 class Level(_Losses):
     r"""Alarm where the level of the losses rises and stays up.
 
-    A violation is a block of steps whose median is above that of each of the last ``window`` blocks (the last few left out) and above
-    :math:`\text{best} + \max(\mathit{margin}\cdot\text{fall},\ 6\cdot\text{scatter})`.
+    A violation is a block of steps whose median is above that of each of the last ``window`` blocks (the last few left out) and
+    above :math:`\text{best} + \max(\mathit{margin}\cdot\text{fall},\ 6\cdot\text{scatter})`.
 
     Args:
         null: :math:`p_0`, the share of such blocks that a healthy run may have.

@@ -68,8 +68,12 @@ class NonFinite(Channel):
 class Increase(Channel):
     r"""Alarm where steps raise the energy of their own batch too often.
 
-    A violation is a step with :math:`E^+ - E > \max(\text{tolerance},\ \mathit{noticeable}\cdot(\text{scatter or fall of the loss}))`:
-    more than rounding, and more than a small part of what the run has come down or of what its batches differ by.
+    A violation is a step with
+
+    .. math::
+        E^+ - E > \max(\text{tolerance},\ \mathit{noticeable}\cdot\text{fall},\ \mathit{noticeable}\cdot\text{scatter}):
+
+    more than rounding, and more than a small part of what the loss of the run has come down and of what its batches differ by.
 
     Args:
         null: :math:`p_0`, the share of violations that a healthy run may have.
@@ -111,7 +115,7 @@ class Increase(Channel):
         rise = sample.rise
         if math.isnan(rise):
             return None
-        scale = abs(sample.energy_before) if levels.blocks == 0 else max(levels.fall, levels.scatter)
+        scale = max(levels.fall, levels.scatter) if levels.blocks else 0.0
         violated = rise > max(sample.tolerance if sample.tolerance > 0 else 0.0, self.noticeable * scale)
         statistic = self.detector.update(violated, sample.step)
         if not statistic >= self.detector.run_length:
@@ -148,8 +152,8 @@ class Increase(Channel):
 class Leap(Channel):
     r"""Alarm where the steps are suddenly much longer than all before.
 
-    A violation is a step whose length :math:`\|d\|` is greater than that of every step so far and more than ``factor`` times that of
-    every one of the last ``window`` (the last few, and those of the alarm itself, left out).
+    A violation is a step whose length :math:`\|d\|` is greater than that of every step so far and more than ``factor`` times that
+    of every one of the last ``window`` (the last few left out, so that a leap is not compared with itself).
 
     Args:
         null: :math:`p_0`, the share of such steps that a healthy run may have.
@@ -161,10 +165,10 @@ class Leap(Channel):
         ValueError: if a number is out of range.
 
     Note:
-        Assumption: given its past, a step of a healthy run is a violation with a probability of at most ``null``. Were the order of the
-        lengths random, a new longest one among n + 1 would come with probability 1/(n + 1), without the factor. A learning rate
-        that is raised on purpose by more than the factor and beyond all before is reported as well; a warm restart that only comes
-        back to the rate from the start is not.
+        Assumption: given its past, a step of a healthy run is a violation with a probability of at most ``null``. Were the order
+        of the lengths random, a new longest one among n + 1 would come with probability 1/(n + 1), without the factor. A learning
+        rate that is raised on purpose by more than the factor and beyond all before is reported as well; a warm restart that only
+        comes back to the rate from the start is not.
 
     Examples:
         >>> channel = Leap(window=20)
@@ -204,7 +208,8 @@ class Leap(Channel):
         return Alarm(
             self.name,
             f"The steps are suddenly {d / usual:.2g} times longer than the longest of the last {recent.window}",
-            f"{came} of {seen} steps are longer than all before, the last one {d:.3g}{share}; {rate_in_words(self.detector, 'steps')}",
+            f"{came} of {seen} steps are longer than all before, the last one {d:.3g}{share}; "
+            + rate_in_words(self.detector, "steps"),
             since,
             "Look at the learning rate and its schedule; if they are meant to be so, nothing is wrong.",
             statistic,
@@ -235,7 +240,7 @@ def rate_in_words(detector: EDetector, units: str) -> str:
 
     Examples:
         >>> rate_in_words(EDetector(null=0.1, run_length=1e4), "steps")
-        'if a healthy run does so with a probability of at most 0.1 given its past, a false alarm comes on average at most once in 1e+04 steps'
+        'if a healthy run does so with a probability of at most 0.1 given its past, ...once in 1e+04 steps'
     """
     return (
         f"if a healthy run does so with a probability of at most {detector.null:g} given its past, "
