@@ -10,7 +10,6 @@ block has a *growth*, at most :math:`1 + \tau L`.
 
 from __future__ import annotations
 
-import copy
 import functools
 import math
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from stableopt.constraints.sharding import is_sharded, whole
 from stableopt.errors import UncertifiableError
 from stableopt.nn.blocks import GradientBlock
 from stableopt.nn.rules import lipschitz
+from stableopt.nn.sharded import class_of
 from stableopt.nn.slope import SLL, FoldedSLL
 from stableopt.nn.structure import Residual
 
@@ -162,7 +162,8 @@ def _gathered(module: Block) -> Block:
     own = module._parameters  # noqa: SLF001 torch has no public access
     if not any(is_sharded(p) for p in own.values()):
         return module
-    twin: Any = copy.copy(module)
+    twin: Any = object.__new__(class_of(module))  # fully_shard puts a class in front whose copies are made anew
+    vars(twin).update(vars(module))
     vars(twin)["_parameters"] = {
         name: None if p is None else nn.Parameter(whole(p.detach())) for name, p in own.items()
     }

@@ -29,6 +29,8 @@ from stableopt.optim import RandomState
 __all__ = ["END", "Growth", "dual_numbers", "relative_step"]
 
 END = "end"
+_APART = 0x51AB1E
+"""Added to the seed, so that data drawn with a small seed of the user is not the direction itself."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -124,7 +126,7 @@ class Growth:
     def _direction(self, x: Tensor) -> Tensor:
         v = self._kept
         if v is None or (v.shape, v.dtype, v.device) != (x.shape, x.dtype, x.device):
-            generator = torch.Generator().manual_seed(self._seed)
+            generator = torch.Generator().manual_seed(_APART + self._seed)
             v = self._kept = torch.randn(x.shape, generator=generator, dtype=torch.float32).to(x)
         return v
 
@@ -204,7 +206,7 @@ class _Tangents:
         if not tangents:
             raise NotImplementedError("no tangent reached the output")
         self.norms[END] = _norm(tangents)
-        return [fwd.unpack_dual(y).primal for y in outputs]
+        return [fwd.unpack_dual(y).primal.clone() for y in outputs]  # a view would make fully_shard warn
 
 
 def _tangents(tensors: list[Tensor]) -> list[Tensor]:

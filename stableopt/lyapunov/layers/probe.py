@@ -209,8 +209,9 @@ class LayerProbe:
         kinks = {self._label(name[0]): value for (kind, *name), value in numbers.items() if kind == "kinks"}
         gains = {} if trunk is None else _gains(numbers, trunk)
         total = sum(gains.values()) / len(gains) if gains else math.nan
-        if gains and math.isinf(total):
-            reasons.append("the output does not move with the input")
+        if gains and not math.isfinite(total):
+            still = any(value == 0.0 for (kind, *_), value in numbers.items() if kind == "growth")
+            reasons.append("the output does not move with the input" if still else "a representation is not finite")
         return LayerReading(
             norms=layers.norms,
             limits=layers.limits,

@@ -1,0 +1,104 @@
+"""The use of a step limit is 1 where the block begins to expand, on both sides of the limit."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from stableopt.lyapunov.layers import LayerProbe, NormEstimator, StepLaw, step_law
+from stableopt.lyapunov.layers.cfl import constant_of, has_law
+from stableopt.nn import SLL, GradientBlock, Residual
+
+
+class FreeStep(nn.Module):
+    """A gradient step whose step size nobody limits."""
+
+    def __init__(self, dim: int, share: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(dim, dim))
+        self.share = share
+
+    @property
+    def size(self) -> torch.Tensor:
+        return self.share * 2.0 / torch.linalg.matrix_norm(self.weight.detach(), 2) ** 2
+
+    def forward(self, x):
+        return x - self.size * torch.relu(x @ self.weight.T + 100.0) @ self.weight  # all units active
+
+
+@step_law.register(FreeStep)
+def _(module: FreeStep) -> StepLaw:
+    return StepLaw(module.size / 2.0)
+
+
+def expansion(block: nn.Module, dim: int) -> float:
+    jacobian = torch.autograd.functional.jacobian(block, torch.randn(dim))
+    return float(torch.linalg.matrix_norm(jacobian, 2))
+
+
+def settled(model: nn.Module) -> dict[str, float]:
+    estimator = NormEstimator(model)
+    return [estimator.measure() for _ in range(60)][-1].cfl
+
+
+@pytest.mark.parametrize("share", [0.3, 0.7, 0.99, 1.01, 1.3, 2.0])
+def test_a_block_expands_exactly_when_it_uses_more_than_its_limit(share):
+    torch.manual_seed(0)
+    block = FreeStep(5, share)
+    (use,) = settled(nn.Sequential(block)).values()
+    assert use == pytest.approx(share, rel=1e-6)
+    if share > 1.0:
+        assert expansion(block, 5) == pytest.approx(2.0 * share - 1.0)
+    else:
+        assert expansion(block, 5) <= 1.0
+
+
+@pytest.mark.parametrize("stretch", [0.5, 1.0, 1.5])
+def test_the_use_of_an_sll_layer_is_that_of_its_steps(stretch):
+    torch.manual_seed(0)
+    layer = SLL(4, 6)
+    nn.init.normal_(layer.raw_q)
+    nn.init.constant_(layer.bias, 100.0)
+    folded = layer.folded()
+    folded.step.mul_(stretch)
+    W, s = layer.weight.detach(), layer.step_sizes().detach() * stretch
+    exact = float(torch.linalg.matrix_norm(s.sqrt().unsqueeze(1) * W, 2) ** 2 / 2.0)
+    assert settled(nn.Sequential(folded)) == {"0": pytest.approx(exact, rel=1e-6)}
+    if stretch == 1.0:
+        assert settled(nn.Sequential(layer)) == {"0": pytest.approx(exact, rel=1e-6)}
+        assert exact <= 1.0
+    assert (expansion(folded, 4) <= 1.0 + 1e-12) == (exact <= 1.0)
+
+
+def test_a_convex_mix_uses_its_weight_while_its_branch_does_not_expand():
+    model = nn.Sequential(Residual(nn.Linear(3, 3, bias=False), 0.25, learnable=False))
+    with torch.no_grad():
+        model[0].branch.weight.copy_(torch.diag(torch.tensor([1.0, -0.5, 0.2])))
+    assert LayerProbe(model).measure().cfl == {"0": 0.25}
+    with torch.no_grad():
+        model[0].branch.weight.mul_(3.0)
+    reading = LayerProbe(model).measure()
+    assert reading.cfl == {}
+    assert reading.growth == {"0": pytest.approx(1.0 + 0.25 * 2.0)}
+    assert expansion(model, 3) == pytest.approx(reading.growth["0"])
+
+
+def test_what_is_said_about_a_constant_is_never_less_than_the_map_shows():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(4, 4),
+        nn.LeakyReLU(2.0),
+        GradientBlock(4),
+        Residual(nn.Sequential(nn.Linear(4, 4), nn.Tanh())),
+        nn.Dropout(0.5),
+    )
+    norms = NormEstimator(model.eval()).measure().norms
+    found = constant_of(model, "", norms)
+    assert found >= expansion(model, 4)
+    assert constant_of(model.train(), "", norms) == pytest.approx(2.0 * found)  # what dropout keeps is doubled
+    assert math.isnan(constant_of(nn.Sequential(nn.LayerNorm(4)), "", {}))
+    assert math.isnan(constant_of(nn.Linear(2, 2), "", {}))
+    assert not has_law(nn.Linear(2, 2))
