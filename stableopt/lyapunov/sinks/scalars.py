@@ -30,6 +30,7 @@ _NUMBERS = {
     "trace/error": "trace_error",
     "noise_scale": "noise_scale",
     "forward_exponent": "forward_exponent",
+    "weight_exponent": "weight_exponent",
     "overhead": "overhead",
 }
 _TABLES = {
@@ -39,6 +40,8 @@ _TABLES = {
     "limit": "limits",
     "norm_gap": "norm_gap",
     "cfl": "cfl",
+    "growth": "growth",
+    "gain": "gains",
     "kinks": "kinks",
 }
 
@@ -51,7 +54,7 @@ def scalars(record: StepRecord, *, tables: bool = True) -> dict[str, float]:
     ========================================================================== =====================================================
     ``loss``, ``loss_after``, ``grad_norm``, ``weight_norm``,                  of the same name
     ``displacement``, ``slope``, ``noise_scale``, ``forward_exponent``,
-    ``overhead``
+    ``weight_exponent``, ``overhead``
     ``energy/before``, ``/after``, ``/predicted``, ``/tolerance``              ``energy_before``, …
     ``energy/delta``                                                           ``-dissipation``, after - before: a decrease is < 0
     ``trust/rho``, ``/batch_sharpness``, ``/edge_distance``                    ``trust``, …
@@ -61,7 +64,7 @@ def scalars(record: StepRecord, *, tables: bool = True) -> dict[str, float]:
     ``lr/<group>``                                                             ``lr``; groups are counted from 0
     ``grad_norm/<parameter>``, ``update_ratio/<parameter>``,                   ``grad_norms``, ``update_ratio``,
     ``norm/<weight>``, ``limit/<weight>``, ``norm_gap/<weight>``,              ``norms``, ``limits``, ``norm_gap``,
-    ``cfl/<block>``, ``kinks/<module>``                                        ``cfl``, ``kinks``
+    ``cfl/<block>``, ``growth/<block>``, ``gain/<layer>``, ``kinks/<module>``  ``cfl``, ``growth``, ``gains``, ``kinks``
     ========================================================================== =====================================================
 
     Args:

@@ -19,7 +19,7 @@ COLUMNS = (
     "step", "verdict", "action", "loss", "loss_after", "energy_before", "energy_after", "dissipation", "predicted", "tolerance",
     "scale", "trials", "displacement", "grad_norm", "weight_norm", "slope", "trust", "batch_sharpness", "edge_distance",
     "sharpness", "edge", "plain_sharpness", "sharpness_residual", "trace", "trace_error", "noise_scale", "hvp",
-    "forward_exponent", "overhead", "reason", "lr", "nonfinite", "events",
+    "forward_exponent", "weight_exponent", "overhead", "reason", "lr", "nonfinite", "events",
 )  # fmt: skip
 
 

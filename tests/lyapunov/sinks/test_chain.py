@@ -194,7 +194,13 @@ def test_a_link_comes_off_as_it_was_put_on(data):
 
 def test_a_digest_is_64_small_hexadecimal_digits():
     line, _ = add_link(b'{"a": 1}', first_link())
-    for wrong in (line.upper(), line[:-3] + b'g"}', line + b" ", line.replace(b', "chain"', b',"chain"'), line[:-1]):
+    for wrong in (
+        line[:-66] + line[-66:].upper(),
+        line[:-3] + b'g"}',
+        line + b" ",
+        line.replace(b', "chain"', b',"chain"'),
+        line[:-1],
+    ):
         assert split_link(wrong) == (wrong, "")
 
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from stableopt.lyapunov import JSONLSink, StepRecord, read_records, truncate_records
 from stableopt.lyapunov.sinks import iter_records, last_step, verify_chain
 from tests.lyapunov.sinks.files import plain, write
 from tests.lyapunov.sinks.files import records_of as steps
+from tests.lyapunov.test_record import records
 
 
 def test_cut_at_any_byte_the_whole_lines_are_read_and_the_run_goes_on_as_if_uninterrupted(tmp_path):
@@ -23,10 +30,28 @@ def test_cut_at_any_byte_the_whole_lines_are_read_and_the_run_goes_on_as_if_unin
         path.write_bytes(content[:cut])
         whole = sum(cut >= end - 1 for end in ends)  # a line that lacks only its line break is whole
         assert steps(path) == [1, 2][:whole], cut
-        assert verify_chain(path).chained == whole, cut
         assert last_step(path) == whole, cut
         write(path, range(whole + 1, 3))
         assert path.read_bytes() + b"\n" * (cut == len(content) - 1) == content, cut
+
+
+@settings(max_examples=30)
+@given(st.lists(records, min_size=1, max_size=4), st.data())
+def test_any_records_come_back_also_when_the_file_was_cut_and_continued(tmp_path_factory, some, data):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.unlink(missing_ok=True)
+    some = [replace(record, step=step) for step, record in enumerate(some, start=1)]
+    lines = [record.to_json() for record in some]
+    whole = b""
+    for _ in range(2):
+        sink = JSONLSink(path)
+        for record in some[len(read_records(path)) if path.exists() else 0 :]:
+            sink.write(record)
+        sink.close()
+        assert [record.to_json() for record in read_records(path)] == lines
+        assert whole in {b"", path.read_bytes()}
+        whole = path.read_bytes()
+        path.write_bytes(whole[: data.draw(st.integers(0, len(whole) - 2))])
 
 
 def test_a_long_torn_line_is_removed_whole(tmp_path):
@@ -223,3 +248,21 @@ def test_to_continue_a_file_only_its_end_is_read(tmp_path, monkeypatch):
     assert truncate_records(path, 998) == 2
     with pytest.raises(ValueError, match="line 1 "):
         read_records(path)
+
+
+def test_the_documentation_names_every_key():
+    page = (Path(__file__).parents[3] / "docs" / "records.md").read_text(encoding="utf-8")
+    table = page.partition("| key |")[2].partition("\n\n")[0]
+    keys = {name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)`", row.split("|")[1])}
+    assert keys == {item.name for item in fields(StepRecord)} | {"schema", "chain"}
+    always = {name for row in table.splitlines() for name in re.findall(r"`(\w+)` •", row.split("|")[1])}
+    assert always == {*json.loads(StepRecord(step=1).to_json()), "chain"}
+
+
+def test_a_file_that_was_removed_begins_anew(tmp_path):
+    sink = JSONLSink(tmp_path / "a.jsonl")
+    for _ in range(2):
+        sink.write(StepRecord(step=1))
+        sink.close()
+        assert verify_chain(sink.path).chained == 1
+        sink.path.unlink()

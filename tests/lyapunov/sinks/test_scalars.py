@@ -29,8 +29,9 @@ def test_the_names_are_the_agreed_ones():
         "loss", "loss_after", "energy/before", "energy/after", "energy/delta", "energy/predicted", "energy/tolerance",
         "grad_norm", "weight_norm", "displacement", "slope", "trust/rho", "trust/batch_sharpness", "trust/edge_distance",
         "sharpness/value", "sharpness/ratio", "sharpness/plain", "sharpness/residual", "trace/value", "trace/error",
-        "noise_scale", "forward_exponent", "overhead", "guard/scale", "guard/trials", "lr/0", "lr/1",
-        "grad_norm/a.b", "update_ratio/a.b", "norm/a.b", "limit/a.b", "norm_gap/a.b", "cfl/a.b", "kinks/a.b",
+        "noise_scale", "forward_exponent", "weight_exponent", "overhead", "guard/scale", "guard/trials", "lr/0", "lr/1",
+        "grad_norm/a.b", "update_ratio/a.b", "norm/a.b", "limit/a.b", "norm_gap/a.b", "cfl/a.b", "growth/a.b",
+        "gain/a.b", "kinks/a.b",
     }  # fmt: skip
 
 

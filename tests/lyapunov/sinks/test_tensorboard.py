@@ -104,8 +104,10 @@ def test_a_resumed_run_replaces_the_later_steps(tensorboard, tmp_path):
     for step in (1, 2, 3):
         sink.write(record(step))
     sink.truncate(1)
-    for step in (2, 3, 4):
+    for step in (2, 3):
         sink.write(StepRecord(step=step, loss=7.0))
+    sink.close()
+    sink.write(StepRecord(step=4, loss=7.0))  # goes on, and replaces nothing
     sink.close()
     found, _ = curves(tensorboard, tmp_path)
     assert found["loss"] == [(1, 1.0), (2, 7.0), (3, 7.0), (4, 7.0)]
