@@ -27,7 +27,7 @@ from stableopt.lyapunov.observation import Observation
 from stableopt.lyapunov.policy import Policy
 from stableopt.lyapunov.record import StepRecord
 from stableopt.lyapunov.scaler import ScalerWatch
-from stableopt.lyapunov.sinks import JSONLSink, Sink, last_step, truncate_records
+from stableopt.lyapunov.sinks import JSONLSink, Sink, last_step
 from stableopt.lyapunov.tiers import Probe, Tiers, known_before, trust_facts
 from stableopt.lyapunov.vitals import Vitals
 from stableopt.optim import GuardedOptimizer, StepReport, as_loss
@@ -300,7 +300,7 @@ class Monitor:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state; records of later steps are dropped from ``energy.jsonl``, since they are taken again.
+        """Continue from a state; records of later steps are dropped from the sinks, since they are taken again.
 
         Args:
             state: as :meth:`state_dict` gave it, from the moment of the checkpoint of model and optimizer.
@@ -320,9 +320,7 @@ class Monitor:
         if missing := sorted({"compared", "distrust", "schedule", "tiers", "alarms", "policy"} - state.keys()):
             raise ValueError(f"the state of a Monitor lacks {', '.join(missing)}: it is not one of this version.")
         for sink in self._sinks:
-            sink.close()
-        if self._path is not None:
-            truncate_records(self._path, step)
+            sink.truncate(step)
         self._tiers.load_state_dict(state["tiers"])
         self._schedule.load_state_dict(state["schedule"])
         self._alarms.load_state_dict(state["alarms"])
