@@ -68,11 +68,14 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the initial weights and the order of the batches.")] = 0,
     threads: Annotated[int, typer.Option(help="Threads of torch; the bytes of a run depend on them.")] = 1,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in --out.")] = False,
+    live: Annotated[
+        bool, typer.Option("--live", help="Show loss, trust, edge and alarms of each step as it goes.")
+    ] = False,
 ) -> None:
     """Train a model under the guard, certify it, and print what is proved."""
     settings = Settings(model, optimizer, lipschitz, epochs, lr, batch_size, guard, data, seed, threads)
     try:
-        with LiveProgress(console, settings.resolved().epochs or 0) as progress:
+        with LiveProgress(console, settings.resolved().epochs or 0, live=live) as progress:
             metrics = run_training(settings, out, resume=resume, progress=progress)
     except KeyboardInterrupt:
         metrics = certify_run(out)

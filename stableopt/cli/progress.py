@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from stableopt.lyapunov import StepRecord
+from stableopt.report.live import LiveView
 
 __all__ = ["LiveProgress"]
 
@@ -20,6 +21,7 @@ class LiveProgress:
     Args:
         console: where to show it; without a terminal, one line is printed per epoch.
         epochs: how many epochs the run has in all.
+        live: show the panel of :class:`~stableopt.report.live.LiveView` in place of the bar.
 
     Examples:
         >>> with LiveProgress(Console(file=__import__("io").StringIO()), epochs=1) as progress:
@@ -28,7 +30,7 @@ class LiveProgress:
         'epoch 1/1 loss nan energy nan accepted 0 shrunk 0 undone 0 bound 1.000000 accuracy 0.9700\n'
     """
 
-    def __init__(self, console: Console, epochs: int) -> None:
+    def __init__(self, console: Console, epochs: int, *, live: bool = False) -> None:
         self.console, self.epochs = console, epochs
         self._counts = {"accepted": 0, "shrunk": 0, "undone": 0}
         self._loss = self._energy = self._proved = math.nan
@@ -39,7 +41,9 @@ class LiveProgress:
             TextColumn("{task.fields[text]}"),
             TimeElapsedColumn(),
         )
-        self._bar = Progress(*columns, console=console, disable=not console.is_terminal)
+        self._bar = Progress(*columns, console=console, disable=live or not console.is_terminal)
+        self._view = LiveView(console) if live else None
+        self._shown: StepRecord | None = None
         self._task = self._bar.add_task("", total=epochs, text="")
 
     def __enter__(self) -> Self:
@@ -50,6 +54,8 @@ class LiveProgress:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bar.stop()
+        if self._view is not None:
+            self._view.close()
 
     def step(self, epoch: int, record: StepRecord) -> None:
         """Count a step: accepted, shrunk (smaller or restarted), or undone."""
@@ -58,11 +64,17 @@ class LiveProgress:
         self._loss, self._energy = record.loss, record.energy_after
         if not self._bar.disable:
             self._bar.update(self._task, completed=epoch, text=self._text())
+        if self._view is not None and record is not self._shown:
+            self._view.note = self._view.note or f"epoch {epoch + 1}/{self.epochs}"
+            self._view.write(record)
+        self._shown = record
 
     def epoch(self, epoch: int, proved: float, accuracy: float) -> None:
         """Show the proved bound and the accuracy at the end of an epoch."""
         self._proved = proved
-        if self._bar.disable:
+        if self._view is not None:
+            self._view.note = f"epoch {epoch + 1}/{self.epochs} bound {proved:.6f} accuracy {accuracy:.4f}"
+        if self._bar.disable and not (self._view is not None and self.console.is_terminal):
             line = f"epoch {epoch + 1}/{self.epochs} {self._text()} accuracy {accuracy:.4f}"
             self.console.print(line, highlight=False, soft_wrap=True)
         else:

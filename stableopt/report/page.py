@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import math
+import importlib
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from stableopt._version import __version__
-from stableopt.lyapunov import ACTIONS, VERDICTS
-from stableopt.report.figures import accuracy_figure, energy_figure, layer_figures, natural, require, steps_figure
-from stableopt.report.runs import Run, as_number, read_run, round_up_text
+from stableopt.files import write_atomically
+from stableopt.report import figures, tables
+from stableopt.report.figures import Picture
+from stableopt.report.runs import Run, read_run, round_up_text
 
 __all__ = ["write_report"]
 
-_UNKNOWN = "—"
-Row = tuple[str, list[str]]
+
+class Section(NamedTuple):
+    """A part of the page: figures, and tables of (caption, rows)."""
+
+    key: str
+    title: str
+    pictures: Sequence[Picture]
+    grids: Sequence[tuple[str, list[tables.Row]]] = ()
 
 
 def write_report(
@@ -29,9 +34,10 @@ def write_report(
 ) -> Path:
     """Write one self-contained HTML page about one or several runs.
 
-    The page holds the curves of energy, loss, step scale, layer norms and certified accuracy, the runs overlaid, and tables of
-    the final numbers, the claims of the certificates and the settings. A file that is absent or damaged is named where its
-    content would be. The same folders give the same bytes.
+    The page holds, for what was recorded, figures of energy and loss with the alarms, the trust ratio in its bands, sharpness
+    against the limit, updates, gradients and norms of the layers against their limits, and the actions of the guard, the runs
+    overlaid; and tables of the final numbers, the events, the claims of the certificates and the settings. A file that is absent
+    or damaged is named. The same folders give the same bytes.
 
     Args:
         run_dirs: one run folder, or several to compare.
@@ -42,12 +48,13 @@ def write_report(
 
     Raises:
         ValueError: if there is no run folder, one is not a folder, or ``out`` is a folder.
-        ImportError: if matplotlib or jinja2 is not installed.
+        ImportError: if jinja2 is not installed.
 
     Note:
         Shows what the files say and proves nothing; a certificate is checked by ``stableopt verify``.
 
     Examples:
+        >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     run = Path(folder, "a")
         ...     run.mkdir()
@@ -65,31 +72,54 @@ def write_report(
     runs = [read_run(folder) for folder in folders]
     page = _render(runs, _names(runs))
     out.parent.mkdir(parents=True, exist_ok=True)
-    _replace(out, page.encode("utf-8", errors="replace"))
+    write_atomically(out, page.encode("utf-8", errors="replace"))
     return out
 
 
 def _render(runs: Sequence[Run], names: Sequence[str]) -> str:
-    jinja2 = require("jinja2")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    jinja2 = _require_jinja2()
+    environment = jinja2.Environment(
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        loader=jinja2.FunctionLoader(_template),
+    )
     environment.filters["bound"] = round_up_text
-    text = resources.files("stableopt.report").joinpath("templates/report.html").read_text(encoding="utf-8")
     runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
-    problems = [(run.name, sorted(run.problems.items())) for run in runs if run.problems]
-    return environment.from_string(text).render(
+    return environment.get_template("report.html").render(
         version=__version__,
         title=", ".join(names),
         names=names,
-        summary=_summary(runs),
-        damaged=problems,
-        energy=energy_figure(runs),
-        counts=_counts(runs),
-        steps=steps_figure(runs),
-        layers=layer_figures(runs),
-        accuracy=accuracy_figure(runs),
+        headlines=[(run.name, tables.headline(run)) for run in runs],
+        summary=tables.summary(runs),
+        missing=tables.missing(runs),
+        damaged=[(run.name, sorted(run.problems.items())) for run in runs if run.problems],
+        recorded=any(run.history.count for run in runs),
+        sections=[section for section in _sections(runs) if section.pictures],
+        events=tables.events(runs),
+        event_count=sum(run.history.events.count for run in runs),
+        cost=tables.cost(runs),
+        accuracy=figures.accuracy_figure(runs),
         certificates=[(run.name, run.certificate) for run in runs],
-        settings=_settings(runs),
+        settings=tables.settings(runs),
     )
+
+
+def _sections(runs: Sequence[Run]) -> list[Section]:
+    verdicts = ("Recorded steps by verdict.", tables.counts(runs, "verdict"))
+    shares = ("Checked steps by band of the trust ratio.", tables.trust_shares(runs))
+    actions = ("Recorded steps by action.", tables.counts(runs, "action"))
+    return [
+        Section("energy", "Energy and loss", figures.energy_figures(runs), [verdicts]),
+        Section("trust", "Trust in the steps", figures.trust_figures(runs), [shares]),
+        Section("curvature", "Sharpness against its limit", figures.curvature_figures(runs)),
+        Section("updates", "Updates by layer", figures.update_figures(runs)),
+        Section("gradients", "Gradients", figures.gradient_figures(runs)),
+        Section(
+            "layers", "Layers against their limits", [*figures.limit_figures(runs), *figures.exponent_figures(runs)]
+        ),
+        Section("steps", "Steps and what was done to them", figures.step_figures(runs), [actions]),
+    ]
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -98,93 +128,14 @@ def _names(runs: Sequence[Run]) -> list[str]:
     return [f"{run.name} ({k})" if counts[run.name] > 1 else run.name for k, run in enumerate(runs, start=1)]
 
 
-def _summary(runs: Sequence[Run]) -> list[Row]:
-    """Return the rows of final numbers; a row that no run fills is left out."""
-    rows: list[Row] = [
-        ("test accuracy", [_text(run.metrics.get("test_accuracy")) for run in runs]),
-        ("train accuracy", [_text(run.metrics.get("train_accuracy")) for run in runs]),
-    ]
-    for radius in _radii(runs):
-        cells = [_text(_table(run.metrics, "certified_accuracy").get(radius)) for run in runs]
-        rows.append((f"certified accuracy at {radius}", cells))
-    rows += [
-        ("proved Lipschitz bound", [_proved(run) for run in runs]),
-        ("Lipschitz bound in metrics.json", [_bound(run.metrics.get("lipschitz")) for run in runs]),
-        ("steps", [_text(run.metrics.get("steps")) for run in runs]),
-        ("seconds", [_text(run.metrics.get("seconds")) for run in runs]),
-        ("actions", [_pairs(_table(run.metrics, "actions")) for run in runs]),
-        ("verdicts", [_pairs(_table(run.metrics, "verdicts")) for run in runs]),
-        ("last recorded step", [_text(run.records[-1].step if run.records else None) for run in runs]),
-        ("last recorded loss", [_text(run.records[-1].loss if run.records else None) for run in runs]),
-    ]
-    return [row for row in rows if any(cell != _UNKNOWN for cell in row[1])]
+def _template(name: str) -> str:
+    return resources.files("stableopt.report").joinpath("templates", name).read_text(encoding="utf-8")
 
 
-def _counts(runs: Sequence[Run]) -> list[Row]:
-    """Return how often each verdict and each action stands in the records, without the ones that never do."""
-    rows: list[Row] = []
-    for kind, known in (("verdict", VERDICTS), ("action", ACTIONS)):
-        counts = [Counter(getattr(record, kind) for record in run.records) for run in runs]
-        rows += [(name, [str(count[name]) for count in counts]) for name in known if any(c[name] for c in counts)]
-    return rows
-
-
-def _settings(runs: Sequence[Run]) -> list[Row]:
-    keys = sorted({key for run in runs for key in run.settings})
-    return [(key, [_text(run.settings.get(key)) for run in runs]) for key in keys]
-
-
-def _radii(runs: Sequence[Run]) -> list[str]:
-    """Return the radii of all the tables of certified accuracies, small ones first."""
-    radii = {radius for run in runs for radius in _table(run.metrics, "certified_accuracy")}
-    return sorted(radii, key=lambda radius: (math.isnan(as_number(radius)), as_number(radius), radius))
-
-
-def _table(data: dict[str, Any], key: str) -> dict[str, Any]:
-    value = data.get(key)
-    return value if isinstance(value, dict) else {}
-
-
-def _proved(run: Run) -> str:
-    if run.certificate is None or math.isnan(run.certificate.lipschitz):
-        return _UNKNOWN
-    return f"≤ {round_up_text(run.certificate.lipschitz)}"
-
-
-def _bound(value: object) -> str:
-    number = as_number(value)
-    return _UNKNOWN if math.isnan(number) else f"≤ {round_up_text(number)}"
-
-
-def _pairs(table: dict[str, Any]) -> str:
-    return ", ".join(f"{_text(table[key])} {key}" for key in sorted(table, key=natural)) or _UNKNOWN
-
-
-def _text(value: object) -> str:
-    """Return JSON data as text: numbers to six digits."""
-    if value is None:
-        return _UNKNOWN
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, (str, int)):
-        return str(value)
-    if isinstance(value, dict):
-        return _pairs_colon(value)
-    return json.dumps(value, sort_keys=True)
-
-
-def _pairs_colon(table: dict[str, Any]) -> str:
-    return ", ".join(f"{key}: {_text(table[key])}" for key in sorted(table)) or _UNKNOWN
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put the new page in the place of the old one, all of it or nothing."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _require_jinja2() -> Any:
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        return importlib.import_module("jinja2")
+    except ImportError as error:
+        raise ImportError(
+            f"a report needs jinja2, which cannot be imported ({error}). Install it with: pip install 'stableopt[cli]'"
+        ) from error

@@ -8,10 +8,12 @@ import math
 import os
 from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Context, Decimal
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from stableopt.lyapunov import StepRecord, read_records
+from stableopt.lyapunov.sinks import iter_records
+from stableopt.report.history import History
 
 __all__ = ["CertificateSummary", "Run", "as_number", "read_run", "round_up_text"]
 
@@ -49,19 +51,19 @@ class Run:
         name: the name of the folder.
         settings: ``run.json``.
         metrics: ``metrics.json``.
-        records: ``energy.jsonl``.
+        history: ``energy.jsonl``, condensed.
         certificate: ``model.cert.json``.
         problems: file name -> why it could not be used ("is not there", or the error).
 
     Examples:
-        >>> Run("a").records
-        ()
+        >>> Run("a").history.count
+        0
     """
 
     name: str
     settings: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
-    records: tuple[StepRecord, ...] = ()
+    history: History = field(default_factory=History)
     certificate: CertificateSummary | None = None
     problems: dict[str, str] = field(default_factory=dict)
 
@@ -103,7 +105,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         name=folder.resolve().name,
         settings=attempt("run.json", _read_object, {}),
         metrics=attempt("metrics.json", _read_object, {}),
-        records=tuple(attempt("energy.jsonl", read_records, ())),
+        history=attempt("energy.jsonl", partial(_read_history, problems), History()),
         certificate=attempt("model.cert.json", _read_certificate, None),
         problems=problems,
     )
@@ -141,6 +143,19 @@ def round_up_text(value: float, digits: int = 6) -> str:
         return str(value)
     rounded = Context(prec=digits, rounding=ROUND_CEILING).create_decimal(Decimal(value))
     return format(rounded.normalize(), "f") if 1e-4 <= abs(value) < 10**digits else str(rounded.normalize())
+
+
+def _read_history(problems: dict[str, str], path: Path) -> History:
+    """Read the records up to the first damage, which is a problem."""
+    history = History()
+    try:
+        for record in iter_records(path):
+            history.add(record)
+    except ValueError as error:
+        if history.last is None:
+            raise
+        problems[path.name] = f"is used up to step {history.last.step}: {error}"
+    return history
 
 
 def _read_object(path: Path) -> dict[str, Any]:

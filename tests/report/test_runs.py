@@ -54,7 +54,9 @@ def test_a_folder_is_read_completely(tmp_path):
     run = read_run(run_folder(tmp_path / "a"))
     assert run.name == "a"
     assert run.problems == {}
-    assert [r.to_json() for r in run.records] == [r.to_json() for r in some_records()]
+    assert run.history.count == len(some_records())
+    assert run.history.last is not None
+    assert run.history.last.to_json() == some_records()[-1].to_json()
     assert run.settings["model"] == "mlp"
     assert run.metrics["test_accuracy"] == 0.9625
     assert run.certificate is not None
@@ -80,7 +82,7 @@ def test_a_damaged_file_is_a_problem_and_the_rest_is_read(tmp_path, name, damage
     valid = damage.startswith(b'{"predicate') and name in {"run.json", "metrics.json"}
     assert set(run.problems) == (set() if torn or valid else {name})
     assert all(why.startswith("cannot be read") for why in run.problems.values())
-    assert bool(run.records) == (name != "energy.jsonl")
+    assert bool(run.history.count) == (name != "energy.jsonl")
     assert (run.certificate is None) == (name == "model.cert.json")
 
 
