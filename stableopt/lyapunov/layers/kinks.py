@@ -186,9 +186,11 @@ class KinkCounter(TorchFunctionMode):
             return
         wide = torch.float32 if z.dtype in {torch.float16, torch.bfloat16} else None
         size = torch.linalg.vector_norm(z, dtype=wide) / z.numel() ** 0.5
-        near = (distance <= self._ratio * size).sum() + 0.0 * size  # NaN stays NaN
+        near = torch.le(
+            distance, self._ratio * size, out=torch.empty_like(distance)
+        )  # several times faster than through bool
         name = self._path[-1]
-        self._near.setdefault(name, []).append(near)
+        self._near.setdefault(name, []).append(near.sum(dtype=wide) + 0.0 * size)  # NaN stays NaN
         self._units[name] = self._units.get(name, 0) + distance.numel()
 
 

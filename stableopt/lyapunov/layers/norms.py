@@ -28,7 +28,7 @@ from stableopt.nn.weights import Geometry, WeightMap
 __all__ = ["LayerNorms", "NormEstimator"]
 
 _FIRST_STEPS = 8  # from a random vector; afterwards one step follows the slowly changing weight
-_FIRST_CONV_STEPS, _TRACKS = 20, 8
+_FIRST_CONV_STEPS, _TRACKS, _RENEWED = 20, 8, 10
 _PARTS = ((nn.MultiheadAttention, "qkv"), (nn.LSTM | nn.LSTMCell, "ifgo"), (nn.GRU | nn.GRUCell, "rzn"))
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -62,7 +62,8 @@ class NormEstimator:
     matrices of recurrent layers and of attention, and embeddings as the linear maps of one-hot vectors. With :math:`u` from the
     reading before, :math:`v \propto W^\top u`, the estimate is :math:`\|Wv\| \le \|W\|`, and :math:`u' \propto Wv`. For the kernel
     of a convolution eight vectors do the same, each at the frequency where it reaches most
-    (:func:`stableopt.linalg.conv_power_step`): the norm is that of the operator on images of any size.
+    (:func:`stableopt.linalg.conv_power_step`): the norm is that of the operator on images of any size. They can fall behind when
+    a kernel jumps; every tenth reading begins anew beside them.
 
     A residual block with a known law also gets its CFL use, see :func:`stableopt.lyapunov.layers.cfl.step_law`.
 
@@ -87,6 +88,7 @@ class NormEstimator:
         self._model = model
         self._generator = torch.Generator().manual_seed(seed)
         self._vectors: dict[str, Tensor] = {}
+        self._ages: dict[str, int] = {}
 
     def measure(self) -> LayerNorms:
         """Take one power step for each weight and return what is known now, waiting for each device once."""
@@ -160,10 +162,10 @@ class NormEstimator:
 
         Examples:
             >>> sorted(NormEstimator(nn.Linear(2, 2)).state_dict())
-            ['generator', 'vectors']
+            ['ages', 'generator', 'vectors']
         """
         vectors = {key: vector.clone() for key, vector in self._vectors.items()}
-        return {"vectors": vectors, "generator": self._generator.get_state()}
+        return {"vectors": vectors, "ages": dict(self._ages), "generator": self._generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state that :meth:`state_dict` gave.
@@ -173,6 +175,7 @@ class NormEstimator:
             >>> estimator.load_state_dict(estimator.state_dict())
         """
         self._vectors = {key: vector.clone() for key, vector in state["vectors"].items()}
+        self._ages = dict(state["ages"])
         self._generator.set_state(state["generator"])
 
     def _block(self, readout: Readout, path: str, module: nn.Module) -> None:
@@ -189,22 +192,32 @@ class NormEstimator:
     def _norm(self, key: str, weight: Tensor, geometry: Geometry) -> Tensor:
         """Make a power step with the vectors of this weight, and keep the new ones."""
         weight = weight.float() if weight.dtype in _HALF else weight
-        conv = geometry.kind != "linear"
-        shape = (_TRACKS, weight.shape[0], 2) if conv else weight.shape[:1]
-        vectors, steps = self._vectors.get(key), 1
-        options = geometry.options(weight.ndim - 2) if conv else {}
-        if vectors is None or vectors.shape != shape:
+        if geometry.kind != "linear":
+            return self._kernel(key, weight, geometry.options(weight.ndim - 2))
+        vector, steps = self._vectors.get(key), 1
+        if vector is None or vector.shape != weight.shape[:1]:
+            vector = torch.randn(weight.shape[0], generator=self._generator, dtype=torch.float64)
             steps = _FIRST_STEPS
-            if conv:
-                vectors = conv_power_start(weight, **options, tracks=_TRACKS, steps=_FIRST_CONV_STEPS)
-            else:
-                vectors = torch.randn(weight.shape[0], generator=self._generator, dtype=torch.float64)
-        vectors = vectors.to(weight)  # a model may move between devices or dtypes during a run
-        if conv:
-            estimate, following = conv_power_step(weight, vectors, **options, free=True)
-        else:
-            estimate, following = _power(weight, vectors, steps)
-        self._vectors[key] = torch.where(following.isfinite().all(), following, vectors)  # NaN in a weight passes
+        # a model may move between devices or dtypes during a run
+        estimate, self._vectors[key] = _power(weight, vector.to(weight), steps)
+        return estimate
+
+    def _kernel(self, key: str, weight: Tensor, options: dict[str, Any]) -> Tensor:
+        """Make a power step for a kernel; now and then also from fresh vectors: all may stay at a frequency that fell behind."""
+        vectors, shape = self._vectors.get(key), (_TRACKS, weight.shape[0], 2)
+        if vectors is None or vectors.shape != shape:
+            vectors = conv_power_start(weight, **options, tracks=_TRACKS, steps=_FIRST_CONV_STEPS)
+            self._ages.setdefault(key, len(self._ages) % _RENEWED)  # not all kernels at the same reading
+        estimate, following = conv_power_step(weight, vectors.to(weight), **options, free=True)
+        self._ages[key] += 1
+        if self._ages[key] % _RENEWED == 0:
+            fresh = conv_power_start(weight, **options, tracks=_TRACKS, steps=_FIRST_STEPS)
+            other, after = conv_power_step(weight, fresh, **options, free=True)
+            estimate, following = (
+                torch.where(other > estimate, other, estimate),
+                torch.where(other > estimate, after, following),
+            )
+        self._vectors[key] = following
         return estimate
 
 

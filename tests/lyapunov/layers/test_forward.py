@@ -69,6 +69,24 @@ def test_a_relu_lets_its_active_half_pass(way):
     assert found[1] == pytest.approx(float(growth._kept[:, :2].norm()), rel=1e-6)
 
 
+class WritesFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x.mul_(3.0))
+
+
+@pytest.mark.parametrize(
+    "x", [torch.ones(2, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.float64)], ids=["ones", "zero"]
+)
+def test_layers_that_write_into_their_input_and_inputs_of_zeros_do_not_matter(x):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), WritesFirst())
+    assert norms(model, x, "difference")[0] == pytest.approx(norms(model, x)[0], rel=1e-6)
+
+
 def nets():
     torch.manual_seed(0)
     x, image = torch.randn(4, 6), torch.randn(2, 3, 8, 8)

@@ -110,9 +110,11 @@ def test_a_convolution_survives_what_passes():
     for value in (math.nan, math.inf, 0.0):
         nn.init.constant_(conv.weight, value)
         estimator.measure()
+        nn.init.constant_(conv.weight[0], 1.0)
+        estimator.measure()
     with torch.no_grad():
         conv.weight.copy_(kernel)
-    assert estimator.measure().norms["weight"] == pytest.approx(before, rel=0.01)
+    assert [estimator.measure().norms["weight"] for _ in range(20)][-1] == pytest.approx(before, rel=0.01)
 
 
 def test_the_reshaped_kernel_would_be_wrong():
@@ -150,7 +152,10 @@ def test_a_weight_of_several_matrices_has_one_norm_for_each():
     assert len(found) == 16
     for label, part in zip("ifgo", lstm.weight_hh_l0_reverse.chunk(4), strict=True):
         assert found[f"weight_hh_l0_reverse[{label}]"] == pytest.approx(norm(part), rel=1e-3)
-    assert set(settled(gru)) == {f"weight_{kind}[{label}]" for kind in ("ih", "hh") for label in "rzn"}
+    found = settled(gru)
+    assert len(found) == 6
+    for label, part in zip("rzn", gru.weight_ih.chunk(3), strict=True):
+        assert found[f"weight_ih[{label}]"] == pytest.approx(norm(part), rel=1e-3)
 
 
 def test_parts_have_their_limit_and_keep_their_names_under_a_constraint():

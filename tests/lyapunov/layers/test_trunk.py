@@ -79,6 +79,9 @@ CASES = {
             norm=nn.LayerNorm(4), head=linear(),
         ), TOKENS, ("layers.0", "head"),
     ),
+    "embedding in a part": (
+        lambda: Model(lambda m, x: m.b(m.a(x)), a=nn.Sequential(nn.Embedding(5, 4), linear()), b=linear()), TOKENS, ("a.1", "b"),
+    ),
     "two heads": (lambda: Model(lambda m, x: (m.b(m.a(x)), m.c(x)), a=linear(), b=linear(), c=linear()), X, ("",)),
     "writes": (
         lambda: Model(lambda m, x: m.b(torch.zeros(2, 8).index_copy(1, torch.arange(4), m.a(x))), a=linear(), b=nn.Linear(8, 1)),

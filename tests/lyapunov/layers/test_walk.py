@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from stableopt.lyapunov.layers import LayerProbe
 from stableopt.lyapunov.layers.walk import ProbeError, Walk, floating
 
 
@@ -112,10 +113,28 @@ def test_a_closure_that_needs_a_graph_is_seen_once():
     assert log.calls == ["", "0", "/0", "/"]
 
 
+def test_a_model_that_needs_a_graph_within_is_seen_from_the_beginning():
+    class Slope(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(2, 1)
+
+        def forward(self, x):
+            x.requires_grad_()
+            return torch.autograd.grad(self.inner(x).sum(), x, create_graph=True)[0]
+
+    model, log = Slope(), Log()
+    Walk(model, lambda: model(torch.ones(1, 2)).sum(), log).run()
+    assert log.calls == ["", "inner", "/inner", "/"]
+
+
 def test_fused_layers_in_evaluation_call_their_modules():
     layer, log = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval(), Log()
     Walk(layer, lambda: layer(torch.ones(1, 3, 4)).sum(), log).run()
     assert "linear1" in log.calls
+    attention, x = nn.MultiheadAttention(4, 2, batch_first=True).eval(), torch.ones(1, 3, 4)
+    probe = LayerProbe(attention, lambda: attention(x, x, x)[0].sum())
+    assert probe.measure().how == "forward"  # the fused kernel has no derivative in forward mode
 
 
 @pytest.mark.slow
