@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from torch import Tensor
@@ -12,6 +13,9 @@ from torch import Tensor
 from stableopt.optim.curvature import dot
 
 __all__ = ["Direction", "ascend"]
+
+Pair: TypeAlias = tuple[list[Tensor], list[Tensor]]
+"""A vector and its image."""
 
 
 @dataclass
@@ -24,6 +28,7 @@ class Direction:
         value: the quotient u'Bu.
         lowest: the smallest Ritz value seen so far, 0 if none is negative.
         count: how many measurements led to it.
+        second: a direction towards the runner-up, None if nothing is known of one.
 
     Examples:
         >>> import torch
@@ -37,15 +42,14 @@ class Direction:
     value: float
     lowest: float
     count: int = 1
+    second: list[Tensor] | None = None
 
-    def moved(self, count: int) -> Direction:
+    def moved(self, count: int, *, keep_second: bool = True) -> Direction:
         """Do a step of the power iteration on B + shift, whose largest eigenvalue in modulus is the largest of B."""
-        shift = max(0.0, -self.lowest)
-        vector = [image + shift * u for image, u in zip(self.image, self.vector, strict=True)]
-        norm = math.sqrt(dot(vector, vector))
-        if not 0 < norm < math.inf:
-            return Direction(self.vector, [], self.value, self.lowest, count)
-        return Direction([x / norm for x in vector], [], self.value, self.lowest, count)
+        vector = _power_step(self.vector, self.image, self.lowest)
+        return Direction(
+            vector or self.vector, [], self.value, self.lowest, count, self.second if keep_second else None
+        )
 
     def residual(self) -> list[Tensor]:
         """Return Bu - value u: some eigenvalue of B lies within its length of the value."""
@@ -53,11 +57,17 @@ class Direction:
 
 
 def ascend(
-    product: Callable[[list[Tensor]], list[Tensor]], start: list[Tensor], count: int, lowest: float, tolerance: float
+    product: Callable[[list[Tensor]], list[Tensor]],
+    start: list[Tensor],
+    count: int,
+    lowest: float,
+    tolerance: float,
+    second: list[Tensor] | None = None,
 ) -> Direction | None:
     """Climb to the largest eigenvalue of a symmetric operator B.
 
-    Each direction is the best one in the span of the last, its residual and the last correction.
+    Each direction is the best one in the span of the last, its residual and the last correction. A second direction that is given
+    joins that span once the residual is small, if a product is left for it: an eigenvalue that has overtaken the first shows there.
 
     Args:
         product: returns Bu for a list of tensors.
@@ -65,6 +75,7 @@ def ascend(
         count: the largest number of products, at least 1.
         lowest: the smallest Ritz value known before.
         tolerance: where to end: when the residual is this fraction of the value.
+        second: a direction towards the runner-up, None to look at none.
 
     Returns:
         The direction; its value is at most the largest eigenvalue. None if B is not finite there, or the start is zero.
@@ -78,38 +89,47 @@ def ascend(
         >>> found = ascend(lambda u: [scale * u[0]], [torch.ones(3)], 10, 0.0, 1e-3)
         >>> round(found.value, 4), round(found.lowest, 4)
         (4.0, -9.0)
+        >>> overtaken = ascend(lambda u: [scale * u[0]], [torch.eye(3)[1]], 2, 0.0, 1e-3, [torch.eye(3)[2]])
+        >>> overtaken.value
+        4.0
     """
     u, _ = _normalized(start, [])
     if u is None:
         return None
     Bu = product(u)
-    here = Direction(u, Bu, dot(u, Bu), min(lowest, dot(u, Bu)))
-    last: tuple[list[Tensor], list[Tensor]] | None = None
+    here = Direction(u, Bu, dot(u, Bu), min(lowest, dot(u, Bu)), second=second)
+    last: Pair | None = None
+    runner_up: Pair | None = None
     for _ in range(count - 1):
         if not math.isfinite(here.value):
             return None
-        r, size = _normalized(here.residual(), [here.vector, *([last[0]] if last else [])])
+        known = [here.vector, *([last[0]] if last else [])]
+        r, size = _normalized(here.residual(), known)
         if r is None or size <= max(tolerance, 1e-7) * abs(here.value):
-            break
+            r, second = None if second is None else _normalized(second, known)[0], None
+            if r is None:
+                break
         pairs = [(here.vector, here.image), (r, product(r)), *([last] if last else [])]
         gram = np.array([[dot(x, By) for _, By in pairs] for x, _ in pairs])
         if not np.isfinite(gram).all():
             return None
         values, vectors = np.linalg.eigh((gram + gram.T) / 2)
-        best = vectors[:, -1]
-        here = Direction(
-            _combined([x for x, _ in pairs], best),
-            _combined([Bx for _, Bx in pairs], best),
-            float(values[-1]),
-            min(here.lowest, float(values[0])),
-        )
-        last = _correction(pairs, best)
+        here = Direction(*_spanned(pairs, vectors[:, -1]), float(values[-1]), min(here.lowest, float(values[0])))
+        runner_up, last = _spanned(pairs, vectors[:, -2]), _correction(pairs, vectors[:, -1])
+    if runner_up is not None:
+        here.second = _power_step(*runner_up, here.lowest)
     return here if math.isfinite(here.value) else None
 
 
-def _correction(
-    pairs: list[tuple[list[Tensor], list[Tensor]]], best: np.ndarray
-) -> tuple[list[Tensor], list[Tensor]] | None:
+def _power_step(vector: list[Tensor], image: list[Tensor], lowest: float) -> list[Tensor] | None:
+    """Return (B + shift) u of length 1, None if it vanishes."""
+    shift = max(0.0, -lowest)
+    moved = [Bx + shift * x for Bx, x in zip(image, vector, strict=True)]
+    norm = math.sqrt(dot(moved, moved))
+    return [x / norm for x in moved] if 0 < norm < math.inf else None
+
+
+def _correction(pairs: list[Pair], best: np.ndarray) -> Pair | None:
     """Return the unit vector in the span that is orthogonal to the new direction and, with it, spans the last move."""
     new = best * np.sign(best[0] or 1.0)
     c = np.zeros_like(new)
@@ -118,7 +138,11 @@ def _correction(
     norm = float(np.linalg.norm(c))
     if norm < 1e-8:
         return None
-    return _combined([x for x, _ in pairs], c / norm), _combined([Bx for _, Bx in pairs], c / norm)
+    return _spanned(pairs, c / norm)
+
+
+def _spanned(pairs: list[Pair], weights: np.ndarray) -> Pair:
+    return _combined([x for x, _ in pairs], weights), _combined([Bx for _, Bx in pairs], weights)
 
 
 def _normalized(x: list[Tensor], others: list[list[Tensor]]) -> tuple[list[Tensor] | None, float]:

@@ -16,13 +16,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from stableopt.optim.ascent import Direction, ascend
 from stableopt.optim.curvature import Choice, Curvature, Method, dot
 from stableopt.optim.limits import known_limits
+from stableopt.optim.preconditioner import Preconditioner
 from stableopt.optim.rules.base import real_view, unviewed
 
 __all__ = ["Method", "Sharpness", "SharpnessReading"]
@@ -105,7 +105,8 @@ class Sharpness:
     from a random direction, later ones from the direction kept: as long as that stays good, one product is enough. After each one
     the direction does a step of the power iteration, shifted so that negative eigenvalues do not win. A direction that is kept can
     be overtaken by another one and not see it; so measurement 2, 4, 8, ... and each ``fresh``-th one climb from a new random
-    direction, too, and the larger edge counts.
+    direction, too, and the larger edge counts. With few products that is a waste: ``fresh=None`` keeps the runner-up as well, and
+    looks at it in each measurement that has a product left.
 
     Args:
         optimizer: one of ours, of torch's, or of schedulefree; its groups, states and learning rates are read at each measurement.
@@ -118,7 +119,8 @@ class Sharpness:
         tolerance: when a measurement ends: at a residual of this fraction of the edge. The error of the edge is about its square
             over the relative gap to the next eigenvalue.
         products: the largest number of products in one measurement, at least 1.
-        fresh: how often to look from a new random direction, too, at least 1: each so many measurements; 1 for always.
+        fresh: how often to look from a new random direction, too, at least 1: each so many measurements; 1 for always, None for
+            the runner-up instead.
         seed: of the random directions.
 
     Raises:
@@ -136,6 +138,7 @@ class Sharpness:
         Knyazev, Toward the optimal preconditioned eigensolver, 2001; Cohen et al., Gradient descent at the edge of stability, 2021.
 
     Examples:
+        >>> import torch
         >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
         >>> optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9)
         >>> sharpness = Sharpness(optimizer, lambda: 0.5 * (torch.tensor([19.0, 1.0]) * w**2).sum())
@@ -152,14 +155,14 @@ class Sharpness:
         method: Method = "auto",
         tolerance: float = 0.05,
         products: int = 20,
-        fresh: int = 10,
+        fresh: int | None = 10,
         seed: int = 0,
     ) -> None:
         rule = known_limits(optimizer)
         for group in optimizer.param_groups:
             rule.limit(group)
         self.choice = Choice(loss, method)
-        for name, value in (("products", products), ("fresh", fresh)):
+        for name, value in (("products", products), ("fresh", 1 if fresh is None else fresh)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
         if not 0.0 <= tolerance < math.inf:
@@ -186,7 +189,86 @@ class Sharpness:
             ValueError: if the loss is not one real number with a graph, a parameter is sharded or half precision meets differences,
                 or the groups do not agree on ``maximize``.
         """
-        scaling = _Scaling.of(self.optimizer, group)
+        scaling = self._scaling(group)
+        if isinstance(scaling, SharpnessReading):
+            return scaling
+        measured = self.choice.run(scaling.parameters, lambda product: self._climb(product, scaling, group), graph)
+        return replace(measured, reason=self.choice.reason) if measured.measured else measured
+
+    def measure_within(self, curvature: Curvature) -> SharpnessReading:
+        """Measure all groups together by products that somebody else has opened.
+
+        Args:
+            curvature: on the parameters of the optimizer that require gradients, in their order.
+
+        Returns:
+            The reading.
+
+        Raises:
+            ValueError: as :meth:`measure`, or if the products are on other parameters.
+
+        Examples:
+            >>> import torch
+            >>> from stableopt.optim.curvature import Exact
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
+            >>> loss = lambda: (w**2).sum()
+            >>> sharpness = Sharpness(torch.optim.SGD([w], lr=0.5), loss)
+            >>> with Exact(loss, [w]) as product:
+            ...     sharpness.measure_within(product).edge
+            0.5
+        """
+        scaling = self._scaling(None)
+        if isinstance(scaling, SharpnessReading):
+            return scaling
+        if [id(p) for p in curvature.parameters] != [id(p) for p in scaling.parameters]:
+            raise ValueError(
+                "the products must be on the parameters of the optimizer that require gradients, in its order."
+            )
+        return self._climb(curvature, scaling, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the directions that are kept, as tensors and plain data.
+
+        Examples:
+            >>> import torch
+            >>> w = torch.nn.Parameter(torch.ones(1))
+            >>> sharpness = Sharpness(torch.optim.SGD([w], lr=0.5), lambda: (w**2).sum())
+            >>> _ = sharpness.measure()
+            >>> sharpness.state_dict()["directions"][0]["vector"]
+            [tensor([1.])]
+        """
+        kept = ("vector", "value", "lowest", "count", "second")
+        directions = [{"group": g, **{name: getattr(d, name) for name in kept}} for g, d in self._warm.items()]
+        return {"directions": directions}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from directions that were kept.
+
+        Args:
+            state_dict: as :meth:`state_dict` gives it.
+
+        Examples:
+            >>> import torch
+            >>> w = torch.nn.Parameter(torch.ones(1))
+            >>> sharpness = Sharpness(torch.optim.SGD([w], lr=0.5), lambda: (w**2).sum())
+            >>> sharpness.load_state_dict({"directions": []})
+        """
+        self._warm = {}
+        every = self.optimizer.param_groups
+        for kept in state_dict["directions"]:
+            groups = every if kept["group"] is None else [every[kept["group"]]]
+            devices = [p.device for group in groups for p in group["params"] if p.requires_grad]
+            if len(devices) != len(kept["vector"]):  # of other parameters: it would not fit
+                continue
+            vector, second = (
+                x and [a.to(device) for a, device in zip(x, devices, strict=True)]
+                for x in (kept["vector"], kept["second"])
+            )
+            self._warm[kept["group"]] = Direction(vector, [], kept["value"], kept["lowest"], kept["count"], second)
+
+    def _scaling(self, group: int | None) -> Preconditioner | SharpnessReading:
+        """Return the metric, or the reading that there is nothing to measure."""
+        scaling = Preconditioner.of(self.optimizer, group)
         if isinstance(scaling, str):
             return SharpnessReading.missing(scaling)
         if scaling.least <= 0:
@@ -194,10 +276,9 @@ class Sharpness:
             return SharpnessReading.missing(why, edge=math.inf)
         if not any(root.any() for root in scaling.roots):
             return SharpnessReading.missing("no parameter moves: every learning rate is zero")
-        measured = self.choice.run(scaling.parameters, lambda product: self._climb(product, scaling, group), graph)
-        return replace(measured, reason=self.choice.reason) if measured.measured else measured
+        return scaling
 
-    def _climb(self, curvature: Curvature, scaling: _Scaling, group: int | None) -> SharpnessReading:
+    def _climb(self, curvature: Curvature, scaling: Preconditioner, group: int | None) -> SharpnessReading:
         def product(u: list[Tensor]) -> list[Tensor]:
             """Return D^{-1/2} (H + coupled decay) D^{-1/2} u, all in real views."""
             v = [root * x for root, x in zip(scaling.roots, u, strict=True)]
@@ -207,134 +288,48 @@ class Sharpness:
                 for root, h, omega, x in zip(scaling.roots, Hv, scaling.decays, v, strict=True)
             ]
 
-        def climb(start: list[Tensor], lowest: float) -> Direction | None:
-            return ascend(product, start, self.products, lowest, self.tolerance)
+        def climb(start: list[Tensor], lowest: float, second: list[Tensor] | None = None) -> Direction | None:
+            # from a random direction a small residual may be that of a lower eigenvalue on the way
+            strict = 0.1 if self.fresh is None and kept is None else 1.0
+            return ascend(product, start, self.products, lowest, strict * self.tolerance, second)
 
         kept = self._warm.get(group)
         if kept is None or not scaling.fits(kept.vector):
-            count, found = 1, climb(scaling.random(self.seed), 0.0)
+            kept = None
+            second = scaling.random(self.seed + 1) if self.fresh is None else None
+            count, found = 1, climb(scaling.random(self.seed), 0.0, second)
         else:
-            count, found = kept.count + 1, climb(kept.vector, kept.lowest)
-            due = count & (count - 1) == 0 or count % self.fresh == 0
+            second = kept.second if self.fresh is None and kept.second and scaling.fits(kept.second) else None
+            count, found = kept.count + 1, climb(kept.vector, kept.lowest, second)
+            due = self.fresh is not None and (count & (count - 1) == 0 or count % self.fresh == 0)
             if found is not None and (due or found.value < 0):
                 other = climb(scaling.random(self.seed + count), found.lowest)
                 found = other if other is not None and other.value > found.value else found
         if found is None:
             self._warm.pop(group, None)
             return SharpnessReading.missing("the curvature is not finite", products=curvature.count)
-        reading = scaling.reading(found, curvature)
-        self._warm[group] = found.moved(count)
+        reading = _reading(found, scaling, curvature)
+        self._warm[group] = found.moved(count, keep_second=self.fresh is None)
         return reading
 
 
-@dataclass(frozen=True)
-class _Scaling:
-    """D^{-1/2} for each parameter, 0 where nothing moves, and what is needed to read a result."""
-
-    parameters: list[Tensor]
-    roots: list[Tensor]
-    metrics: list[Tensor | float]
-    decays: list[float]
-    owners: list[int]
-    limits: list[float]
-    least: float
-    sign: float
-
-    @classmethod
-    def of(cls, optimizer: Optimizer, only: int | None) -> _Scaling | str:
-        """Read the optimizer; a sentence if its metric does not exist yet."""
-        rule, groups = known_limits(optimizer), optimizer.param_groups
-        if only is not None and not 0 <= only < len(groups):
-            raise ValueError(f"group must be a number from 0 to {len(groups) - 1}, got {only!r}.")
-        if any(bool(g.get("maximize")) != bool(groups[0].get("maximize")) for g in groups):
-            raise ValueError("the groups must agree on maximize: otherwise there is no common loss to measure.")
-        limits = [float(rule.limit(g)) for g in groups]
-        hidden = [_decay_in_curvature(rule, group) for group in groups]
-        parameters, roots, metrics, decays, owners, waiting = [], [], [], [], [], 0
-        for i, group in enumerate(groups):
-            if only is not None and i != only:
-                continue
-            for p in group["params"]:
-                if not p.requires_grad:
-                    continue
-                P = _metric(rule, optimizer.state.get(p, {}), group)
-                if isinstance(P, float) and P == 0.0:
-                    raise ValueError(
-                        f"{type(optimizer).__name__} has no metric, so its steps have no linear limit and no sharpness to measure; "
-                        "for normalized steps with weight decay the norm of the weights is bounded instead."
-                    )
-                waiting += P is None
-                parameters.append(p)
-                owners.append(i)
-                decays.append(hidden[i])
-                metrics.append(0.0 if P is None else P)
-                roots.append(_inverse_root(p, P, limits[i]))
-        if parameters and waiting == len(parameters):
-            return "the optimizer has taken no step, so its metric does not exist yet"
-        least = min((limits[i] for i in owners), default=math.inf)
-        return cls(
-            parameters, roots, metrics, decays, owners, limits, least, -1.0 if groups[0].get("maximize") else 1.0
-        )
-
-    def fits(self, u: list[Tensor]) -> bool:
-        """Say whether a direction is one of these parameters, and some of what it moves still moves."""
-        return [x.shape for x in u] == [root.shape for root in self.roots] and any(
-            bool((root * x).any()) for root, x in zip(self.roots, u, strict=True)
-        )
-
-    def random(self, seed: int) -> list[Tensor]:
-        """Return a random direction, the same on every device."""
-        generator = torch.Generator().manual_seed(seed)
-        return [
-            torch.randn(root.shape, generator=generator, dtype=torch.float64).to(root) * (root > 0)
-            for root in self.roots
-        ]
-
-    def reading(self, found: Direction, curvature: Curvature) -> SharpnessReading:
-        """Return what was found along v = D^{-1/2} u."""
-        scale = math.sqrt(dot(found.vector, found.vector))
-        v = [root * u / scale for root, u in zip(self.roots, found.vector, strict=True)]
-        weights = [0.0] * len(self.limits)
-        for i, P, x in zip(self.owners, self.metrics, v, strict=True):
-            weights[i] += dot([P * x], [x])
-        residual = found.residual()
-        length = dot(v, v)
-        return SharpnessReading(
-            edge=found.value,
-            sharpness=found.value / math.fsum(weights),
-            plain=found.value / length,
-            curvature=found.value,
-            weights=tuple(weights),
-            residual=math.sqrt(dot(residual, residual)),
-            products=curvature.count,
-            method=curvature.name,
-            reason="",
-        )
-
-
-def _metric(rule: Any, state: dict[str, Any], group: dict[str, Any]) -> Tensor | float | None:
-    """Return P, None if it does not exist yet."""
-    try:
-        P = rule.metric(state, group)
-    except KeyError:
-        if state:
-            raise
-        return None
-    return P.detach() if isinstance(P, Tensor) else float(P)
-
-
-def _inverse_root(p: Tensor, P: Tensor | float | None, limit: float) -> Tensor:
-    shape, dtype = (
-        real_view(p.detach()).shape,
-        torch.promote_types(p.real.dtype if p.is_complex() else p.dtype, torch.float32),
+def _reading(found: Direction, scaling: Preconditioner, curvature: Curvature) -> SharpnessReading:
+    """Return what was found along v = D^{-1/2} u."""
+    scale = math.sqrt(dot(found.vector, found.vector))
+    v = [root * u / scale for root, u in zip(scaling.roots, found.vector, strict=True)]
+    weights = [0.0] * len(scaling.limits)
+    for i, P, x in zip(scaling.owners, scaling.metrics, v, strict=True):
+        weights[i] += dot([P * x], [x])
+    residual = found.residual()
+    length = dot(v, v)
+    return SharpnessReading(
+        edge=found.value,
+        sharpness=found.value / math.fsum(weights),
+        plain=found.value / length,
+        curvature=found.value,
+        weights=tuple(weights),
+        residual=math.sqrt(dot(residual, residual)),
+        products=curvature.count,
+        method=curvature.name,
+        reason="",
     )
-    if P is None or not 0 < limit < math.inf:
-        return torch.zeros(shape, dtype=dtype, device=p.device)
-    D = torch.as_tensor(P, device=p.device).to(dtype).expand(shape) * limit
-    return torch.where(D > 0, D.clamp_min(torch.finfo(dtype).tiny).rsqrt(), 0.0)
-
-
-def _decay_in_curvature(rule: Any, group: dict[str, Any]) -> float:
-    """Return the weight decay if it belongs to the curvature: a coupled one that the limit of the rule leaves out."""
-    omega = float(group.get("weight_decay", 0.0))
-    return omega if omega and rule.limit(group) == rule.limit({**group, "weight_decay": 0.0}) else 0.0

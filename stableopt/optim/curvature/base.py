@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from types import TracebackType
@@ -34,6 +35,7 @@ class Curvature(ABC):
 
     Attributes:
         count: how many products have been made.
+        last: keeps the last products as pairs (v, Hv), if somebody gives it a length; by default none.
         eps: the coarsest machine epsilon in the loss, known from its first evaluation on.
 
     Raises:
@@ -59,6 +61,7 @@ class Curvature(ABC):
             )
         self.loss, self.parameters, self.count = loss, list(parameters), 0
         self.eps = 0.0
+        self.last: deque[tuple[list[Tensor], list[Tensor]]] = deque(maxlen=0)
         self._stack = ExitStack()
 
     def __enter__(self) -> Self:
@@ -86,10 +89,12 @@ class Curvature(ABC):
             v: one tensor per parameter, of its shape.
         """
         self.count += 1
-        return [
+        Hv = [
             torch.zeros_like(x) if h is None else h.detach().to(x.dtype)
             for h, x in zip(self._product(v), v, strict=True)
         ]
+        self.last.append((v, Hv))
+        return Hv
 
     @classmethod
     def refuses(cls, error: Exception) -> bool:
