@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from stableopt.constraints.sharding import whole
+from stableopt.constraints.sharding import is_sharded, whole
 from stableopt.optim import UpdateRule, rule_for
 from stableopt.optim.agree import Alone, Processes
 from stableopt.optim.rules import weighted_square
@@ -65,16 +65,26 @@ class Start:
         self._rule: UpdateRule | None = rule_for(optimizer)
         self.values: dict[Tensor, Tensor] = {}
         self._buffers: dict[Tensor, Tensor | None] = {}
+        self._key: tuple[tuple[int, int], ...] = ()
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Keep what is there now."""
+    def take(self, *, momentum: bool = True) -> None:
+        """Keep what is there now.
+
+        Args:
+            momentum: also the momentum buffers, which :meth:`motion` needs.
+        """
         copies, rule, state = Copies(), self._rule, self._optimizer.state
-        old, kept = self.values, self._buffers
         parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        self.values = {p: copies.of(p.detach(), old.get(p)) for p in parameters}
-        self._buffers = {}
-        for p in parameters if rule is not None else ():
+        key = tuple((id(p), p.data_ptr()) for p in parameters)
+        if key == self._key and not any(map(is_sharded, parameters)):  # the memory fits as it did
+            for p, memory in self.values.items():
+                copies.into(memory, p.detach())
+        else:
+            old = self.values
+            self.values, self._key = {p: copies.of(p.detach(), old.get(p)) for p in parameters}, key
+        kept, self._buffers = self._buffers, {}
+        for p in parameters if rule is not None and momentum else ():
             buffer = rule.buffer(state.get(p, {}))  # pyright: ignore[reportOptionalMemberAccess]
             self._buffers[p] = None if buffer is None else copies.of(buffer.detach(), kept.get(p))
         copies.run()

@@ -344,7 +344,7 @@ class Monitor:
         self._by_guard, self._started = guards, bool(due & {"vitals", "energy"}) and (lazy or not guards)
         if self._started:
             with self._tiers.timed("vitals"):
-                self._tiers.start.take()
+                self._tiers.start.take(momentum="energy" in due)
         refuse = self._enforcer.refuse if self._enforcer.skips else None
         if closure is None and refuse is not None:
             self._refused = refuse(self._told)

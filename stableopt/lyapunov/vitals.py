@@ -183,10 +183,8 @@ def _dot(g: Tensor, d: Tensor) -> Tensor:
         g, d = g.view(-1), d.view(-1)
         if g.numel() <= _PIECE:
             return torch.dot(g, d)
-        # in pieces: within one, a float32 sum loses no more than its terms themselves
-        return torch.stack([torch.dot(a, b) for a, b in zip(g.split(_PIECE), d.split(_PIECE), strict=True)]).sum(
-            dtype=torch.float64
-        )
+        # in pieces: a long sum in float32 loses digits
+        return torch.stack([torch.dot(a, b) for a, b in zip(g.split(_PIECE), d.split(_PIECE), strict=True)]).sum()
     wide = torch.float32 if g.dtype in _HALF else g.dtype
     return (g.to(wide) * d).sum(dtype=torch.float64)
 
@@ -201,9 +199,12 @@ def _norms(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _read(values: list[Tensor], here: list[Tensor]) -> list[float]:
+    """Return numbers from 0-d tensors of any dtype and device, with one wait."""
     if not values:
         return []
     device = here[0].device if here else values[0].device
+    if len({(x.dtype, x.device) for x in values}) == 1:
+        return torch.stack(values).to(device, torch.float64).tolist()
     return torch.stack([x.to(device, torch.float64) for x in values]).tolist()
 
 
