@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 
 import mpmath
 import numpy as np
@@ -31,7 +30,6 @@ from stableopt.optim.orthogonalize import (
 )
 from stableopt.theory import newton_schulz_norm
 from stableopt.theory.gradient import NEWTON_SCHULZ
-from tests.two_processes import in_two_processes
 
 SMALLEST = 1e-3
 
@@ -326,31 +324,3 @@ def test_the_step_refuses_what_torch_refuses() -> None:
 def test_the_adjustment_is_torchs() -> None:
     for name, shape in itertools.product((None, "original", "match_rms_adamw", "none"), ((2, 3), (9, 2), (5, 5))):
         assert adjustment(name, shape) == pytest.approx(_muon._adjust_lr(1.0, name, torch.Size(shape)), rel=1e-15)
-
-
-SHARDED_CODE = """
-import sys, torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import Replicate, Shard, distribute_tensor
-from stableopt.optim.orthogonalize import muon_step
-from tests.two_processes import join, leave
-
-join(*sys.argv[1:])
-mesh = init_device_mesh("cpu", (2,))
-for shape in ((6, 4), (4, 7), (1, 5)):
-    for placement in (Shard(0), Shard(1), Replicate()):
-        torch.manual_seed(0)
-        w, b, grads = torch.randn(shape), torch.zeros(shape), torch.randn(3, *shape)
-        dw, db = (distribute_tensor(x.clone(), mesh, [placement]) for x in (w, b))
-        for g in grads:
-            muon_step([w], [g], [b], lr=0.1, weight_decay=0.1, momentum=0.9, nesterov=True)
-            dg = distribute_tensor(g, mesh, [placement])
-            muon_step([dw], [dg], [db], lr=0.1, weight_decay=0.1, momentum=0.9, nesterov=True)
-        assert dw.placements == (placement,)
-        assert torch.equal(dw.full_tensor(), w), (shape, placement)
-leave()
-"""
-
-
-def test_two_processes_do_the_step_of_one_to_the_last_bit(tmp_path: Path) -> None:
-    in_two_processes(SHARDED_CODE, tmp_path)
