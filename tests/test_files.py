@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from stableopt import files
 from stableopt.files import write_atomically
 
 
@@ -43,11 +44,11 @@ def test_kill_during_writing_never_leaves_a_torn_file(tmp_path: Path) -> None:
     path = tmp_path / "a"
     write_atomically(path, b"0" * 2**20)
     script = (
-        "import sys\nfrom stableopt.files import write_atomically\nprint('go', flush=True)\n"
+        "import runpy, sys\nwrite_atomically = runpy.run_path(sys.argv[2])['write_atomically']\nprint('go', flush=True)\n"
         "while True:\n    for c in b'0123456789': write_atomically(sys.argv[1], bytes([c]) * 2**20)\n"
     )
     for delay in (0.01, 0.03, 0.05):
-        process = subprocess.Popen([sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE)
+        process = subprocess.Popen([sys.executable, "-c", script, str(path), files.__file__], stdout=subprocess.PIPE)
         assert process.stdout is not None
         process.stdout.readline()
         time.sleep(delay)

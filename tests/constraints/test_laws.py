@@ -24,6 +24,12 @@ each = pytest.mark.parametrize("row", ROWS, ids=name_of)
 each_convex = pytest.mark.parametrize("row", CONVEX, ids=name_of)
 each_set = pytest.mark.parametrize("row", SETS, ids=name_of)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+each_dtype_in_turn = pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.bfloat16, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float32, torch.float16))],
+    ids=str,
+)
+"""The widest and the coarsest type by default, those between them in the longer run."""
 
 
 def set_of(row: Row) -> Constraint:
@@ -62,15 +68,14 @@ def test_prox_is_firmly_nonexpansive(row: Row) -> None:
 @each
 def test_prox_minimizes_its_own_objective(row: Row) -> None:
     """g(u) + |u-x|^2/2s >= g(p) + |p-x|^2/2s, plus |u-p|^2/2s if g is convex, for every u in the domain."""
-    for x, y in pairs(row):
-        for step in STEPS:
-            p = row.g.prox(x, step)
-            best = objective(row, p, x, step)
-            assert math.isfinite(best)
-            for u in candidates(row, p, y):
-                bonus = float((u - p).square().sum()) / (2 * step) if row.convex else 0.0
-                slack = 1e-11 * (abs(best) + float(x.square().sum()) / step + 1e-6)
-                assert objective(row, u, x, step) >= best + bonus - slack
+    for (x, y), step in zip(pairs(row), itertools.cycle(STEPS), strict=False):
+        p = row.g.prox(x, step)
+        best = objective(row, p, x, step)
+        assert math.isfinite(best)
+        for u in candidates(row, p, y):
+            bonus = float((u - p).square().sum()) / (2 * step) if row.convex else 0.0
+            slack = 1e-11 * (abs(best) + float(x.square().sum()) / step + 1e-6)
+            assert objective(row, u, x, step) >= best + bonus - slack
 
 
 @pytest.mark.parametrize(
@@ -185,7 +190,7 @@ def test_a_projection_is_feasible_in_exact_arithmetic(row: Row, dtype: torch.dty
 
 
 @each_set
-@each_dtype
+@each_dtype_in_turn
 def test_projecting_again_changes_no_bit(row: Row, dtype: torch.dtype, device: torch.device) -> None:
     c = set_of(row)
     for name, x in points(row, dtype):
@@ -196,7 +201,7 @@ def test_projecting_again_changes_no_bit(row: Row, dtype: torch.dtype, device: t
 
 
 @each_set
-@each_dtype
+@each_dtype_in_turn
 def test_violation_is_zero_exactly_where_project_changes_nothing(row: Row, dtype: torch.dtype) -> None:
     c = set_of(row)
     seen = set()
@@ -223,7 +228,7 @@ def test_what_exact_arithmetic_finds_outside_is_never_called_feasible(row: Row, 
 
 
 @each
-@each_dtype
+@each_dtype_in_turn
 def test_shape_dtype_device_and_input_are_kept(row: Row, dtype: torch.dtype, device: torch.device) -> None:
     g = row.g
     for name, point in points(row, dtype):
@@ -403,7 +408,7 @@ def test_the_derivative_of_a_prox_is_symmetric_with_spectrum_in_the_unit_interva
 
 
 @each
-@each_dtype
+@each_dtype_in_turn
 def test_gradients_are_finite_where_the_input_is(row: Row, dtype: torch.dtype) -> None:
     g = row.g
     for name, x in points(row, dtype):

@@ -176,7 +176,7 @@ def test_the_stationary_point_is_that_of_the_regularized_problem(cls: type, opti
     ):
         w = nn.Parameter(torch.zeros(4))
         optimizer = cls([w], guard="backtrack", **options, **{key: regularizer})
-        for _ in range(700):
+        for _ in range(300):
             optimizer.step(closure_of(optimizer, w, lambda w: 0.5 * (w - target).square().sum()))
         torch.testing.assert_close(w.detach(), solution, atol=2e-4, rtol=0)
 

@@ -30,6 +30,7 @@ REGULARIZERS = {
     "spectral ball": {"constraint": SpectralBall(0.5)},
 }
 BETAS = (0.0, 0.5, 0.9, 0.99)
+MOMENTA = (0.0, pytest.param(0.5, marks=pytest.mark.slow), 0.9, pytest.param(0.99, marks=pytest.mark.slow))
 
 
 def quadratic() -> tuple[Tensor, Function, float]:
@@ -116,7 +117,7 @@ def largest_curvature(f: Function, path: list[Tensor]) -> float:
     return float(torch.linalg.eigvalsh(hessians).abs().max())
 
 
-@pytest.mark.parametrize("beta", BETAS)
+@pytest.mark.parametrize("beta", MOMENTA)
 @pytest.mark.parametrize("regularizer", REGULARIZERS)
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_just_below_the_limit_no_step_raises_the_energy(problem: str, regularizer: str, beta: float) -> None:
@@ -156,7 +157,7 @@ def test_the_limit_is_sharp(beta: float, factor: float, rises: bool) -> None:
     assert change == pytest.approx(law, rel=1e-9, abs=1e-12)
 
 
-@pytest.mark.parametrize("beta", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("beta", MOMENTA[1:])
 @pytest.mark.parametrize("regularizer", ["L1", "box", "l2 ball"])
 @pytest.mark.parametrize("problem", ["quadratic", "nonconvex"])
 def test_a_projection_after_the_momentum_step_breaks_the_law(problem: str, regularizer: str, beta: float) -> None:
@@ -177,7 +178,7 @@ def test_a_set_contains_every_point_of_the_path() -> None:
 
 
 @pytest.mark.parametrize("regularizer", ["none", "L1", "box", "l2 ball"])
-@pytest.mark.parametrize("beta", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("beta", MOMENTA[:3])
 @pytest.mark.parametrize("problem", ["quadratic", "nonconvex"])
 def test_adam_with_a_fixed_metric_obeys_its_law(problem: str, beta: float, regularizer: str) -> None:
     """β₂ so close to 1 that P stays what the state says: V = f + g + β₁/(2η') ‖d‖²_P, η' = η (1-β₁) ≤ 2 (1-β₁)/L_P."""

@@ -38,7 +38,7 @@ def test_in_strict_mode_no_kept_step_raises_the_energy_at_any_learning_rate(
     w, f, _ = problem()
     optimizer = cls([w], lr=lr, guard="strict", **options)
     closure, start = closure_of(optimizer, w, f), float(f(w.detach()))
-    for _ in range(80):
+    for _ in range(40):
         before = w.detach().clone()
         optimizer.step(closure)
         report = optimizer.last_step
@@ -74,7 +74,7 @@ def test_below_the_proved_limit_every_step_is_accepted_at_once(beta: float, pena
         limit = 2 * (1 - beta) / smoothness
         optimizer = SGD([w], lr=0.999 * limit, momentum=beta, guard="strict", armijo=0.0, **options)
         closure = closure_of(optimizer, w, f)
-        for _ in range(300):
+        for _ in range(120):
             optimizer.step(closure)
             report = optimizer.last_step
             assert report.action == "accepted", report

@@ -121,9 +121,19 @@ CASES = [
     for whose, optim in (("torch", torch.optim), ("ours", so.optim))
     for name, make, metric in cases(optim)
 ]
+QUICK = {"Nesterov, decay (ours)", "AdamW (ours)"}
+MEASURED = [
+    pytest.param(
+        *case.values,
+        id=case.id,
+        marks=() if "torch" in case.id or case.id in {"Nesterov, decay (ours)", "AdamW (ours)"} else pytest.mark.slow,
+    )
+    for case in CASES
+]
+"""Ours step like torch's, bit for bit, as the tests of conformance say; most of them are measured in the longer run."""
 
 
-@pytest.mark.parametrize(("make", "metric"), CASES)
+@pytest.mark.parametrize(("make", "metric"), MEASURED)
 def test_the_sharpness_limit_is_where_the_real_optimizer_begins_to_diverge(make: Make, metric: Tensor | None) -> None:
     (limit,) = sharpness_limit(make([torch.nn.Parameter(torch.zeros(2))]))
 

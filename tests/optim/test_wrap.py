@@ -41,7 +41,7 @@ def test_in_strict_mode_no_step_of_any_optimizer_raises_the_loss(
     assert isinstance(optimizer, cls)
     assert isinstance(optimizer, GuardedOptimizer)
     losses, closure = [float(f(w.detach()))], closure_of(optimizer, w, f)
-    for _ in range(40):
+    for _ in range(20):
         before = w.detach().clone()
         optimizer.step(closure)
         losses.append(float(f(w.detach())))

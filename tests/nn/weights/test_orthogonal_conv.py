@@ -120,7 +120,7 @@ def nets(draw: st.DrawFn, transposed: bool = False, around: bool = False) -> Net
 
 
 @given(net=nets(around=True))
-@settings(max_examples=120)
+@settings(max_examples=60)
 def test_on_a_torus_the_kernel_keeps_every_norm_or_its_adjoint_does(net: Net) -> None:
     layer = net.layer(tuple(r // 2 for r in net.reach), "circular")
     limit = limit_of(layer)

@@ -10,8 +10,7 @@ from stableopt.theory import nadam_edge
 from tests.optim.rules.laws import group_of, growth_at
 
 
-@pytest.mark.parametrize("decoupled", [False, True])
-@pytest.mark.parametrize("omega", [0.0, 0.5])
+@pytest.mark.parametrize(("omega", "decoupled"), [(0.0, False), (0.5, False), (0.5, True)])
 @pytest.mark.parametrize("decay", [0.0, pytest.param(4e-3, marks=pytest.mark.slow), 0.5])
 @pytest.mark.parametrize(("t", "product"), [(1.0, 0.4), pytest.param(20.0, 1e-3, marks=pytest.mark.slow), (1e9, 0.0)])
 def test_the_edge_of_the_real_optimizer_is_the_limit_in_the_metric_of_each_step(
