@@ -124,9 +124,7 @@ CASES = [
 QUICK = {"Nesterov, decay (ours)", "AdamW (ours)"}
 MEASURED = [
     pytest.param(
-        *case.values,
-        id=case.id,
-        marks=() if "torch" in case.id or case.id in {"Nesterov, decay (ours)", "AdamW (ours)"} else pytest.mark.slow,
+        *case.values, id=case.id, marks=() if "torch" in str(case.id) or case.id in QUICK else pytest.mark.slow
     )
     for case in CASES
 ]
