@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from collections.abc import Callable
@@ -111,6 +112,9 @@ class LayerProbe:
         readout, reasons, limits, trunk = Readout(), [], {}, None
         try:
             limits = self._estimator.begin(readout)
+            for path, module in self._model.named_modules():
+                if isinstance(module, Residual):
+                    readout.add(("mix", path), mix_of(module))
         except Exception as error:  # whatever it is, the run goes on
             reasons.append(f"the weights could not be measured: {_sentence(error)}")
         if forward:
@@ -161,7 +165,7 @@ class LayerProbe:
         """Evaluate the probe, and leave what it shows in the readout."""
         if self._probe is None:
             raise ProbeError("no probe was given, so only what the weights tell is known")
-        start = _random_state(self._seed)
+        start = _random_state(self._seed, torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
         with torch.no_grad(), undisturbed(self._model):
             trunk = self._find_trunk(start)
             kinks = KinkCounter(ratio)
@@ -200,7 +204,7 @@ class LayerProbe:
         """Put the numbers in their places."""
         layers = self._estimator.finish(numbers, limits)
         cfl, growth = dict(layers.cfl), {}
-        self._mixes(layers, cfl, growth)
+        self._mixes(numbers, layers, cfl, growth)
         for (kind, *name), value in numbers.items():
             if kind == "branch" and numbers["pull", name[0]] >= PULLS_BACK:
                 cfl[name[0]] = value / 2.0
@@ -215,8 +219,8 @@ class LayerProbe:
         return LayerReading(
             norms=layers.norms,
             limits=layers.limits,
-            cfl=cfl,
-            growth=growth,
+            cfl={self._label(name): use for name, use in cfl.items()},
+            growth={self._label(name): factor for name, factor in growth.items()},
             forward_exponent=total if math.isfinite(total) else math.nan,
             weight_exponent=math.nan if trunk is None else self._weight_exponent(trunk, layers.norms),
             gains={self._label(name): value for name, value in gains.items()},
@@ -225,17 +229,20 @@ class LayerProbe:
             reason="; ".join(reasons),
         )
 
-    def _mixes(self, layers: LayerNorms, cfl: dict[str, float], growth: dict[str, float]) -> None:
+    def _mixes(
+        self, numbers: dict[Any, float], layers: LayerNorms, cfl: dict[str, float], growth: dict[str, float]
+    ) -> None:
         """Add the convex mixes: their use is the weight of a branch that does not expand, else they grow."""
         known = layers.norms | layers.limits
-        for path, module in self._model.named_modules():
-            if isinstance(module, Residual):
-                inner = constant_of(module.branch, f"{path}.branch" if path else "branch", known)
-                mix = float(mix_of(module))
-                if inner <= 1.0:
-                    cfl[path] = mix
-                elif inner > 1.0:
-                    growth[path] = 1.0 + mix * (inner - 1.0)
+        for (kind, *name), mix in numbers.items():
+            if kind != "mix":
+                continue
+            path = f"{name[0]}.branch" if name[0] else "branch"
+            inner = constant_of(self._model.get_submodule(path), path, known)
+            if inner <= 1.0:
+                cfl[name[0]] = mix
+            elif inner > 1.0:
+                growth[name[0]] = 1.0 + mix * (inner - 1.0)
 
     def _weight_exponent(self, trunk: Trunk, norms: dict[str, float]) -> float:
         modules = dict(self._model.named_modules())
@@ -255,11 +262,11 @@ def _gains(numbers: dict[Any, float], trunk: Trunk) -> dict[str, float]:
     return {name: after - before for name, before, after in zip(trunk.layers, logs, logs[1:], strict=False)}
 
 
-def _random_state(seed: int) -> RandomState:
+@functools.lru_cache(maxsize=4)
+def _random_state(seed: int, devices: int) -> RandomState:
     """Return the random state that a seed gives, without touching the global one."""
     cpu = torch.Generator().manual_seed(seed).get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    cuda = tuple(torch.Generator(f"cuda:{i}").manual_seed(seed).get_state() for i in devices)
+    cuda = tuple(torch.Generator(f"cuda:{i}").manual_seed(seed).get_state() for i in range(devices))
     return RandomState(cpu, cuda, np.random.RandomState(seed).get_state(), random.Random(seed).getstate())  # noqa: S311
 
 
