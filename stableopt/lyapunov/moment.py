@@ -79,7 +79,7 @@ class Moment:
             "the parameter 'weight' of the model is another object than it was"
         """
         for module in self.modules:
-            reshard(module)
+            reshard(module)  # and so that its next forward map gathers what is put back
         return next(filter(None, (s.refusal() for s in self._snapshots)), "") or self._tensors.refusal()
 
     def plan(self) -> Plan:

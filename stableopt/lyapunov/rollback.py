@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from stableopt.lyapunov.moment import Moment, Still
-from stableopt.nn.sharded import reshard
 from stableopt.optim import GuardedOptimizer
 from stableopt.optim.snapshot import OF_SCHEDULERS
 
@@ -283,8 +282,6 @@ class Restoration:
 
     def _write(self) -> None:
         self._plan.carry_out()
-        for module in self._moment.modules:
-            reshard(module)
         for optimizer in self._moment.optimizers:
             if isinstance(optimizer, GuardedOptimizer):
                 optimizer.drop_pending()

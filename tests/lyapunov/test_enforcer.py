@@ -300,6 +300,7 @@ def test_without_a_snapshot_from_before_the_fault_rates_shrink_or_the_run_stops(
         events = run.step(alarm(channel, since=5))
         assert [e.action for e in events[1:]] == actions
         assert events[1].what == "no rollback is possible: no snapshot is from before step 5"
+        assert run.enforcer._checkpoints.steps == ()  # both are of the fault
 
 
 def test_a_rollback_that_fails_shrinks_and_says_why() -> None:
@@ -345,7 +346,10 @@ def test_rates_recover_once_the_place_of_the_fault_is_passed_and_retries_with_th
     run = Run(ROLLBACK)
     run.steps(25)
     run.step(alarm("level", 24))  # at step 26, back to 11: 15 steps to do again, and 8 of patience
-    assert said(run.steps(22)) == []
+    assert said(run.step(alarm("level", 26))) == [
+        ("alarm", "level", "observe")
+    ]  # an alarm on the way does not bring that forward
+    assert said(run.steps(21)) == []
     assert said(run.step()) == [("action", "", "restore")]
     assert run.now == 26 + 15 + 8
     assert run.enforcer.factor == 1.0
@@ -386,6 +390,38 @@ def test_a_scheduler_and_the_random_numbers_go_back_if_they_are_named() -> None:
     }
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert torch.equal(torch.rand(2), expected)
+
+
+def test_a_rollback_within_the_step_of_a_gradient_scaler() -> None:
+    torch.manual_seed(1)
+    model = nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=1)
+    enforcer = Enforcer(ROLLBACK, model, optimizer, also=[scaler])
+    now = [0]
+
+    def before(*_: Any) -> None:
+        now[0] += 1
+        enforcer.before(now[0])
+
+    def after(*_: Any) -> None:
+        enforcer.after(now[0])
+        with warnings.catch_warnings(action="ignore"):
+            enforcer.act([alarm()] if now[0] == 4 else [], now[0])
+
+    optimizer.register_step_pre_hook(before)
+    optimizer.register_step_post_hook(after)
+    scales = []
+    there = model.weight.detach().clone()
+    for _ in range(5):
+        optimizer.zero_grad()
+        scaler.scale(model(torch.ones(3)).square().sum()).backward()
+        scaler.step(optimizer)
+        if now[0] == 4:
+            assert torch.equal(model.weight, there)
+        scaler.update()
+        scales.append(scaler.get_scale())
+    assert scales == [16.0, 32.0, 64.0, 16.0, 32.0]  # the step that is taken back counts as one without effect
 
 
 def test_the_strongest_action_is_taken_once() -> None:

@@ -45,7 +45,8 @@ class Sharpened(Optimizer):
         super().__init__(params, {"lr": lr})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any]) -> None:
+    def step(self, closure: Callable[[], Any] | None = None) -> None:
+        assert closure is not None
         ps = [p for group in self.param_groups for p in group["params"]]
         for p in ps:
             if p.grad is not None:
@@ -121,7 +122,9 @@ class Training:
                 self.optimizer.zero_grad()
                 self.loss().backward()
             if watched:
-                self.refusal.begin(with_closure=True)
+                self.refusal.begin(
+                    with_closure=not isinstance(self.optimizer, torch.optim.LBFGS)
+                )  # which always has one
             self.optimizer.step(closure)
         else:
             loss = closure()
@@ -253,7 +256,7 @@ def test_where_a_solver_ends_counts_and_what_its_line_search_meets_does_not() ->
             refusal.look(loss.detach())
             return loss
 
-        refusal.begin(with_closure=True)
+        refusal.begin()
         optimizer.step(closure)
         assert any(x != x for x in met), "the search has met nothing"
         assert not bool(w.isnan().any()) or not moves

@@ -311,16 +311,16 @@ def test_a_frozen_model_takes_no_memory_and_a_teacher_that_moves_does() -> None:
 
 
 class Grumpy:
-    """Takes a state at times only."""
+    """Hands out what it goes on writing into, and takes a state at times only."""
 
     def __init__(self) -> None:
-        self.value, self.refuses = 0, False
+        self.values, self.refuses = [0], False
 
     def state_dict(self) -> dict[str, Any]:
-        return {"value": [self.value]}
+        return {"values": self.values}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        (self.value,) = state.pop("value")
+        self.values[:] = state.pop("values")
         if self.refuses:
             self.refuses = False
             raise KeyError("no")
@@ -358,13 +358,13 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_has_changed(ch
     checkpoints = Checkpoints(training.model, training.optimizer, [counter])
     checkpoints.take(2)
     training.step()
-    counter.value = 5
+    counter.values[0] = 5
     change(training)
     there = training.picture()
     with pytest.raises(RuntimeError, match=f"cannot go back to step 2: .*{words}.*Nothing has changed"):
         checkpoints.restore(before=2)
     assert differing(training.picture(), there) == []
-    assert counter.value == 5
+    assert counter.values == [5]
     checkpoints.take(3)  # now it fits
     there = training.picture()
     training.model[1].running_mean.zero_()
@@ -375,19 +375,41 @@ def test_what_does_not_fit_is_refused_in_one_sentence_and_nothing_has_changed(ch
 def test_an_object_that_does_not_take_its_state_stops_it_and_nothing_has_changed() -> None:
     training = Training(lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), SCHEDULES["exponential"])
     first, second = Grumpy(), Grumpy()
-    first.value = second.value = 1
+    first.values[0] = second.values[0] = 1
     checkpoints = Checkpoints(training.model, training.optimizer, [training.scheduler, first, second])
     checkpoints.take(1)
     training.step()
-    first.value = second.value = 2
+    first.values[0] = second.values[0] = 2
     second.refuses = True
     there = training.picture()
     with pytest.raises(RuntimeError, match=r"Grumpy.load_state_dict failed with KeyError: 'no'. Nothing has changed"):
         checkpoints.restore(before=1)
     assert differing(training.picture(), there) == []
-    assert (first.value, second.value) == (2, 2)
+    assert (first.values, second.values) == ([2], [2])
     assert checkpoints.restore(before=1) == 1
-    assert (first.value, second.value) == (1, 1)
+    assert (first.values, second.values) == ([1], [1])
+
+
+def test_rates_that_a_scheduler_writes_as_it_takes_its_state_are_put_back() -> None:
+    training = Training(MAKES["our SGD, off"], SCHEDULES["edge"])
+    grumpy = Grumpy()
+    checkpoints = Checkpoints(training.model, training.optimizer, [training.scheduler, grumpy])
+    checkpoints.take(1)
+    training.optimizer.param_groups[0]["lr"] = 0.7
+    grumpy.refuses = True
+    with pytest.raises(RuntimeError, match=r"Grumpy.load_state_dict failed"):
+        checkpoints.restore(before=1)
+    assert training.optimizer.param_groups[0]["lr"] == 0.7
+
+
+def test_a_step_that_waits_for_its_verdict_is_forgotten() -> None:
+    training = Training(MAKES["our SGD, lazy"])
+    checkpoints = Checkpoints(training.model, training.optimizer)
+    checkpoints.take(1)
+    training.step()
+    assert training.optimizer.pending is not None
+    checkpoints.restore(before=1)
+    assert training.optimizer.pending is None
 
 
 def test_what_is_prepared_may_be_left() -> None:

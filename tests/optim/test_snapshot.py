@@ -191,6 +191,51 @@ def test_what_came_with_the_first_step_goes_with_it() -> None:
     assert optimizer.param_groups[0]["ratio"] == 0.0
 
 
+def test_a_line_of_the_state_that_came_later_goes_and_one_without_memory_of_its_own_is_made_anew() -> None:
+    w, v = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([w, v], lr=0.1, momentum=0.9)
+    w.grad, v.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    snapshot = Snapshot(optimizer)
+    optimizer.state[w] |= {"late": 1, "momentum_buffer": torch.zeros(1).expand(3)}
+    with torch.inference_mode():
+        optimizer.state[v]["momentum_buffer"] = torch.zeros(3)
+    snapshot.restore()
+    assert {key for p in (w, v) for key in optimizer.state[p]} == {"momentum_buffer"}
+    for p in (w, v):
+        assert optimizer.state[p]["momentum_buffer"].tolist() == [1.0] * 3
+        optimizer.state[p]["momentum_buffer"].add_(1.0)
+    snapshot.restore()
+    assert optimizer.state[w]["momentum_buffer"].tolist() == [1.0] * 3  # the copy in the snapshot is its own
+
+
+def test_what_is_kept_of_the_groups_beside_and_gradients_are_asked_for() -> None:
+    w = nn.Parameter(torch.ones(2))
+    optimizer = SGD([w], lr=0.1, momentum=0.5)
+    w.grad = torch.ones(2)
+    snapshot = Snapshot(optimizer, everything=True, gradients=False, numbers={"lr", "step_count"})
+    optimizer.param_groups[0] |= {"lr": 0.7, "step_count": 5, "skipped": 2, "momentum": 0.1}
+    w.grad.zero_()
+    snapshot.restore()
+    group = optimizer.param_groups[0]
+    assert [group[k] for k in ("lr", "step_count", "skipped", "momentum")] == [0.1, 0, 2, 0.5]
+    assert w.grad.tolist() == [0.0, 0.0]
+    assert snapshot.refusal() == ""
+    w.data = torch.ones(3)
+    assert "is of another kind now" in snapshot.refusal()
+
+
+def test_a_tuple_of_tensors_in_the_state_is_copied() -> None:
+    w = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    optimizer.state[w]["pair"] = (torch.ones(2), 1)
+    w.grad = torch.ones(2)
+    snapshot = Snapshot(optimizer)
+    optimizer.state[w]["pair"][0].zero_()
+    snapshot.restore()
+    assert optimizer.state[w]["pair"][0].tolist() == [1.0, 1.0]
+
+
 def test_what_belongs_to_the_user_or_to_a_scheduler_is_not_put_back() -> None:
     w = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = Odd([w])
