@@ -152,6 +152,8 @@ class Monitor:
         self._taken, self._recorded, self._compared = 0, 0, 0
         self._verdicts, self._actions, self._seen = Counter[str](), Counter[str](), Counter[str]()
         self._told: Any = None
+        self._early: dict[str, Any] | None = None
+        self._early_seconds = 0.0
         self._distrust = ""
         self._observation: Observation | None = None
         self._report: StepReport | None = None
@@ -237,7 +239,8 @@ class Monitor:
 
         Args:
             loss: a number, or a tensor or array with one element; it may be NaN. A tensor on another device is not read before
-                the step looks.
+                the step looks. Told before ``backward``, a tensor with its graph also serves to measure curvature, when it is time
+                and there is no probe.
 
         Raises:
             ValueError: if it is anything else.
@@ -252,10 +255,15 @@ class Monitor:
             >>> monitor.last.loss, monitor.last.verdict
             (0.5, 'unobserved')
         """
+        began = time.perf_counter()
+        with_graph = isinstance(loss, Tensor) and loss.grad_fn is not None and loss.numel() == 1
         if isinstance(loss, Tensor) and loss.device.type != "cpu" and loss.numel() == 1:
             self._told = loss.detach().clone()
         else:
-            self._told = as_loss(loss)
+            self._told = as_loss(loss.detach() if isinstance(loss, Tensor) else loss)
+        if with_graph and self._probe is None and "sharpness" in self._schedule.due(self._step + 1):
+            self._early = self._tiers.sharpness(None, loss)
+            self._early_seconds = time.perf_counter() - began
 
     def summary(self) -> dict[str, Any]:
         """Count what happened since this monitor began.
@@ -335,7 +343,7 @@ class Monitor:
         optimizer, step = self._optimizer, self._step + 1
         self._forget()
         self._enforcer.after(step, raised=True)  # of a step that ended in an error
-        self._tiers.costs = {}
+        self._tiers.costs = {} if self._early is None else {"sharpness": self._early_seconds}
         self._report = optimizer.last_step if isinstance(optimizer, GuardedOptimizer) else None
         self._due = due = self._schedule.due(step)
         self._enforcer.before(step, with_closure=closure is not None)
@@ -355,7 +363,7 @@ class Monitor:
                 self._model, optimizer, closure, processes=self._processes, again=again, check=check,
                 distrust=self._distrust, refuse=refuse,
             )  # fmt: skip
-        self._spent = time.perf_counter() - began
+        self._spent = time.perf_counter() - began + (0.0 if self._early is None else self._early_seconds)
         return None if self._observation is None else self._observation.evaluate
 
     def _after(self) -> None:
@@ -379,7 +387,7 @@ class Monitor:
             with self._tiers.timed(min(self._due, default="vitals", key=TIERS.index)):
                 self._record(facts, events)
         failed = next((event for event in events if event.kind == "action" and event.action == "raise"), None)
-        due, costs = self._due, self._tiers.costs
+        due, costs, self._early = self._due, self._tiers.costs, None
         now = time.perf_counter()
         monitor = self._spent + now - began
         self._forget()
@@ -418,12 +426,14 @@ class Monitor:
                 before = None if self._started else known_before(self._optimizer, report)
                 facts = _with_vitals(facts, tiers.vitals(before))
             facts |= self._trust(facts)
-        if "sharpness" in due:
+        if "sharpness" in due and self._early is None:
             with tiers.timed("sharpness"):
                 facts |= tiers.sharpness(observation)
+        facts |= self._early or {}
         if "layers" in due:
             with tiers.timed("layers"):
-                facts |= tiers.layers(observation, _ratio(facts))
+                layers = tiers.layers(observation, _ratio(facts))
+            facts |= layers | {"notes": (*facts.get("notes", ()), *layers["notes"])}
         if "gaps" in due:
             with tiers.timed("gaps"):
                 facts |= tiers.gaps()

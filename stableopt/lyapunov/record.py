@@ -75,6 +75,7 @@ class StepRecord:
         kinks: module name -> the fraction of its units that are near a kink.
         overhead: seconds of the monitor over seconds of the run without it, so far; NaN if it is not timed.
         events: alarms and actions of this step.
+        notes: why something that was looked at is not known, in sentences.
 
     Raises:
         ValueError: if ``step`` or ``trials`` is no integer >= 0, or a verdict or an action is not known.
@@ -134,6 +135,7 @@ class StepRecord:
     kinks: Mapping[str, float] = field(default_factory=dict)
     overhead: float = math.nan
     events: tuple[Event, ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check every field, so that a record from a file is as good as one from a run."""
@@ -154,6 +156,7 @@ class StepRecord:
             raise TypeError(f"a StepRecord needs one lr per parameter group, got {self.lr!r}.")
         object.__setattr__(self, "lr", tuple(_number("lr", lr) for lr in self.lr))
         object.__setattr__(self, "nonfinite", _tuple("nonfinite", self.nonfinite, str))
+        object.__setattr__(self, "notes", _tuple("notes", self.notes, str))
         object.__setattr__(self, "events", _tuple("events", self.events, Event))
         for name in _TABLES:
             table = getattr(self, name)

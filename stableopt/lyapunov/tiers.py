@@ -12,10 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-try:
-    from stableopt.lyapunov.curvature import CurvatureProbe
-except ImportError:
-    from stableopt.lyapunov._pending import CurvatureProbe
+from stableopt.lyapunov.curvature import CurvatureProbe
 from stableopt.lyapunov.energy import Start
 from stableopt.lyapunov.layers import LayerProbe, LayerReading
 from stableopt.lyapunov.observation import Observation
@@ -69,8 +66,8 @@ class Tiers:
         self._probe, self._observation = probe, None
         self.costs: dict[str, float] = {}
         self._layers = LayerProbe(model, self._any_loss, seed=seed)
-        self._curvature: CurvatureProbe | None = None
-        self._no_curvature, self._seed = "", seed
+        loss: Any = self._any_loss if probe is None else probe
+        self._curvature = CurvatureProbe(model, optimizer, loss, seed=seed)
 
     @contextmanager
     def timed(self, tier: str) -> Iterator[None]:
@@ -91,26 +88,22 @@ class Tiers:
         values = self.start.values if before is None else before
         return measure_vitals(self._names.parameters(), values, self._processes, self._names.buffers(), overwrite=mine)
 
-    def sharpness(self, observation: Observation | None) -> dict[str, Any]:
-        """Measure curvature on the probe batch, or on that of the step."""
-        probe = self._curvature_probe()
-        if probe is None or (self._probe is None and (observation is None or observation.closure is None)):
+    def sharpness(self, observation: Observation | None, graph: Tensor | None = None) -> dict[str, Any]:
+        """Measure curvature on the probe batch, or on that of the step.
+
+        Args:
+            observation: of this step, whose closure is evaluated if there is no probe.
+            graph: the loss of the step, before its ``backward``: then nothing is evaluated.
+        """
+        if self._probe is None and graph is None and (observation is None or observation.closure is None):
             return {}
         self._observation = observation
         try:
-            reading = probe.measure()
+            reading = self._curvature.measure(graph)
         finally:
             self._observation = None
-        return {
-            "sharpness": reading.sharpness,
-            "edge": reading.edge,
-            "plain_sharpness": reading.plain_sharpness,
-            "sharpness_residual": reading.residual,
-            "trace": reading.trace,
-            "trace_error": reading.trace_error,
-            "noise_scale": reading.noise_scale,
-            "hvp": reading.hvp,
-        }
+        facts = {name: getattr(reading, name) for name in _CURVATURE}
+        return facts | {"sharpness_residual": reading.residual, "notes": _notes(reading.reason)}
 
     def layers(self, observation: Observation | None, update_ratio: float = math.nan) -> dict[str, Any]:
         r"""Measure what is known per layer, with a forward pass where there is something to pass.
@@ -125,7 +118,7 @@ class Tiers:
             reading = self._layers.measure(forward=passes, update_ratio=update_ratio)
         finally:
             self._observation = None
-        return {name: getattr(reading, name) for name in _LAYERS}
+        return {name: getattr(reading, name) for name in _LAYERS} | {"notes": _notes(reading.reason)}
 
     def gaps(self) -> dict[str, Any]:
         """Prove how far weights that are trained with an estimate are from their limits."""
@@ -133,28 +126,12 @@ class Tiers:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the instruments carry from one look to the next."""
-        curvature = self._curvature_probe()
-        return {
-            "layers": self._layers.state_dict(),
-            "curvature": None if curvature is None else curvature.state_dict(),
-        }
+        return {"layers": self._layers.state_dict(), "curvature": self._curvature.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state."""
         self._layers.load_state_dict(state["layers"])
-        curvature = self._curvature_probe()
-        if curvature is not None and state["curvature"] is not None:
-            curvature.load_state_dict(state["curvature"])
-
-    def _curvature_probe(self) -> CurvatureProbe | None:
-        """Return the instrument, None if nothing is known about the limits of the optimizer."""
-        if self._curvature is None and not self._no_curvature:
-            loss: Any = self._any_loss if self._probe is None else self._probe
-            try:
-                self._curvature = CurvatureProbe(self._model, self._optimizer, loss, seed=self._seed)
-            except ValueError as error:
-                self._no_curvature = str(error)
-        return self._curvature
+        self._curvature.load_state_dict(state["curvature"])
 
     def _any_loss(self) -> Any:
         """Return the loss of the probe batch, or else of the batch of the step, with its graph."""
@@ -211,5 +188,10 @@ def trust_facts(loss: float, after: float, slope: float, lr: Sequence[float], to
     }
 
 
+def _notes(reason: str) -> tuple[str, ...]:
+    return (reason,) if reason else ()
+
+
+_CURVATURE = ("sharpness", "edge", "plain_sharpness", "trace", "trace_error", "noise_scale", "hvp")
 _LAYERS = tuple({item.name for item in fields(LayerReading)} & {item.name for item in fields(StepRecord)} - {"reason"})
 """What a reading of the layers says in a record."""

@@ -256,7 +256,9 @@ def loss_with_graph(closure: Callable[[], Any], start: RandomState | None = None
         end.restore()
         torch.clear_autocast_cache()
     if not isinstance(value, Tensor) or value.grad_fn is None:
-        raise ValueError("the closure must return the loss as a tensor with its graph, not detached and not as a number.")
+        raise ValueError(
+            "the closure must return the loss as a tensor with its graph, not detached and not as a number."
+        )
     return value
 
 

@@ -66,6 +66,7 @@ records = st.builds(
     lr=st.lists(floats, max_size=3).map(tuple),
     hvp=words,
     nonfinite=st.lists(words, max_size=2).map(tuple),
+    notes=st.lists(words, max_size=2).map(tuple),
     events=st.lists(events, max_size=2).map(tuple),
     **dict.fromkeys(TABLES, tables),
 )
@@ -90,7 +91,7 @@ def test_a_record_is_read_back_bit_for_bit(record):
         ours, theirs = getattr(again, name), getattr(record, name)
         assert ours.keys() == theirs.keys()
         assert all(same(ours[key], theirs[key]) for key in ours)
-    for name in ("step", "trials", "verdict", "action", "reason", "hvp", "nonfinite"):
+    for name in ("step", "trials", "verdict", "action", "reason", "hvp", "nonfinite", "notes"):
         assert getattr(again, name) == getattr(record, name)
     assert [str(event.as_dict()) for event in again.events] == [str(event.as_dict()) for event in record.events]
 
@@ -105,7 +106,7 @@ def test_the_line_is_strict_json_with_the_agreed_keys_in_alphabetical_order(reco
     assert line.isascii()
     data = json.loads(line, parse_constant=refuse)
     assert list(data) == sorted(data)
-    assert {*KEYS} <= data.keys() <= {*KEYS, *LATER, *TABLES, "hvp", "nonfinite", "events"}
+    assert {*KEYS} <= data.keys() <= {*KEYS, *LATER, *TABLES, "hvp", "nonfinite", "events", "notes"}
     assert not any(data[key] in ("nan", "", [], {}) for key in data.keys() - {*KEYS})  # unknown or empty is left out
     assert data["schema"] == 2
     assert list(data["norms"]) == sorted(record.norms)

@@ -19,17 +19,17 @@ COLUMNS = (
     "step", "verdict", "action", "loss", "loss_after", "energy_before", "energy_after", "dissipation", "predicted", "tolerance",
     "scale", "trials", "displacement", "grad_norm", "weight_norm", "slope", "trust", "batch_sharpness", "edge_distance",
     "sharpness", "edge", "plain_sharpness", "sharpness_residual", "trace", "trace_error", "noise_scale", "hvp",
-    "forward_exponent", "weight_exponent", "overhead", "reason", "lr", "nonfinite", "events",
+    "forward_exponent", "weight_exponent", "overhead", "reason", "lr", "nonfinite", "events", "notes",
 )  # fmt: skip
 
 
 class CSVSink(FileSink):
     """Append records to a table with one row a record and the columns :data:`COLUMNS`, in this order.
 
-    Numbers are written so that ``float`` reads them back exactly, also ``nan`` (unknown), ``inf`` and ``-inf``. ``lr`` and
-    ``nonfinite`` are JSON lists, ``events`` a JSON list of the events' readings. The tables by parameter, layer and block are
-    left out, since their size is the model's: they are in the records of :class:`~stableopt.lyapunov.JSONLSink`. A text is
-    on one line: a line break in it is a space here.
+    Numbers are written so that ``float`` reads them back exactly, also ``nan`` (unknown), ``inf`` and ``-inf``. ``lr``,
+    ``nonfinite`` and ``notes`` are JSON lists, ``events`` a JSON list of the events' readings. The tables by parameter, layer and
+    block are left out, since their size is the model's: they are in the records of :class:`~stableopt.lyapunov.JSONLSink`. A text
+    is on one line: a line break in it is a space here.
 
     Args:
         path: the file; its folder is made if it is not there. A table that is there is continued with its own columns. What
