@@ -256,7 +256,7 @@ class Enforcer:
         action = self.policy.action(alarm.channel) if alarm.channel in due else "observe"
         if action == "skip" and not self._refused:
             action = "warn"  # what is not finite is no loss and no gradient
-        return Heard.of(alarm.channel, alarm).event(step, "alarm", action, alarm.what, alarm.evidence)
+        return Heard.of(self.policy.slot(alarm.channel), alarm).event(step, "alarm", action, alarm.what, alarm.evidence)
 
     def _skipped(self) -> list[Event]:
         """Return the events of steps that were skipped since the last time."""

@@ -25,13 +25,14 @@ class Heard:
     """The alarm of a channel, of this process or of another one.
 
     Args:
-        slot: the channel, or the one whose action holds for it.
+        slot: the channel whose action holds.
         since: the step since when its evidence has gathered, on all processes.
         what: what was noticed.
         evidence: the numbers, where it was noticed.
         advice: what to do.
         statistic: the value that was compared.
         threshold: with what.
+        channel: the channel itself; empty if it is the same.
 
     Examples:
         >>> print(Heard("level", 3, "the loss stays high", "4 of 5 blocks").done(7, "shrink", "halved"))
@@ -45,6 +46,7 @@ class Heard:
     advice: str = ""
     statistic: float = math.nan
     threshold: float = math.nan
+    channel: str = ""
 
     @classmethod
     def of(cls, slot: str, alarm: Alarm) -> Heard:
@@ -54,7 +56,9 @@ class Heard:
             >>> Heard.of("other", Alarm("mine", "it rose", "3 of 4", 5, "wait")).since
             5
         """
-        return cls(slot, alarm.since, alarm.what, alarm.evidence, alarm.advice, alarm.statistic, alarm.threshold)
+        return cls(
+            slot, alarm.since, alarm.what, alarm.evidence, alarm.advice, alarm.statistic, alarm.threshold, alarm.channel
+        )
 
     def event(self, step: int, kind: str, action: str, what: str, evidence: str) -> Event:
         """Return an event of this channel.
@@ -63,8 +67,9 @@ class Heard:
             >>> Heard("level", 3).event(7, "action", "shrink", "halved", "it rose").since
             3
         """
+        channel = self.channel or self.slot
         return Event(
-            step, kind, self.slot, action, what, evidence, self.since, self.advice, self.statistic, self.threshold
+            step, kind, channel, action, what, evidence, self.since, self.advice, self.statistic, self.threshold
         )
 
     def done(self, step: int, action: str, what: str) -> Event:

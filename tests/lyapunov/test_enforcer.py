@@ -100,6 +100,13 @@ def test_a_run_is_stopped_with_the_evidence() -> None:
     assert all("raise" not in text for text in run.warned)
 
 
+def test_what_is_done_for_a_channel_of_ones_own_bears_its_name() -> None:
+    run = Run(Policy(other="shrink"))
+    assert said(run.step(alarm("mine"))) == [("alarm", "mine", "shrink"), ("action", "mine", "shrink")]
+    assert said(run.step(alarm("yours"))) == [("alarm", "yours", "observe")]  # it cools down with all the others
+    assert len(run.warned) == 1
+
+
 # --- shrink and restore ---
 
 
