@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -72,7 +73,7 @@ def picture(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """Return everything that a run may depend on."""
     return {
         "model": {key: value.clone() for key, value in model.state_dict().items()},
-        "optimizer": optimizer.state_dict(),
+        "optimizer": copy.deepcopy(optimizer.state_dict()),
         "gradients": [None if p.grad is None else p.grad.clone() for p in model.parameters()],
         "requires_grad": [p.requires_grad for p in model.parameters()],
         "modes": [module.training for module in model.modules()],
@@ -80,7 +81,15 @@ def picture(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         "numpy": np.random.get_state(),  # noqa: NPY002
         "python": random.getstate(),
         "enabled": torch.is_grad_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "dtype": str(torch.get_default_dtype()),
+        "versions": [(p._version, None if p.grad is None else p.grad._version) for p in model.parameters()],
+        "attributes": [sorted(vars(module)) for module in model.modules()],
+        "hooks": [[len(getattr(module, name)) for name in _HOOKS] for module in model.modules()],
     }
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_state_dict_hooks")
 
 
 def seed_everything(seed: int = 3) -> None:
@@ -93,11 +102,16 @@ def seed_everything(seed: int = 3) -> None:
 def equal(a: Any, b: Any) -> bool:
     """Whether two pictures are the same, bit for bit."""
     if isinstance(a, Tensor):
-        return isinstance(b, Tensor) and a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
+        return isinstance(b, Tensor) and (a.dtype, a.shape) == (b.dtype, b.shape) and torch.equal(_bits(a), _bits(b))
     if isinstance(a, np.ndarray):
         return a.tobytes() == b.tobytes()
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[key], b[key]) for key in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
-    return type(a) is type(b) and a == b
+    return type(a) is type(b) and (a == b or (a != a and b != b))
+
+
+def _bits(x: Tensor) -> Tensor:
+    dense = x.detach().to_dense() if x.is_sparse else x.detach()
+    return dense.resolve_conj().contiguous().view(-1).view(torch.uint8)
