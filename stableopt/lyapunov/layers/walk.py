@@ -102,7 +102,7 @@ class Walk:
         Args:
             start: the random state to begin with.
         """
-        with self._hooks(), eager(), _slow_path():
+        with self._hooks(), eager():
             evaluate_again(self, start)
         if not self._done:
             raise ProbeError("the probe did not call the model")
@@ -187,14 +187,3 @@ def eager() -> AbstractContextManager[Any]:
         ...     pass
     """
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
-@contextmanager
-def _slow_path() -> Iterator[None]:
-    """Let attention and encoder layers call their modules in evaluation mode, too."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from stableopt.lyapunov.layers import LayerProbe, is_residual
+from stableopt.lyapunov.layers.probe import _random_state
 from stableopt.nn import GradientBlock, Residual
 
 
@@ -80,10 +81,11 @@ def test_a_branch_without_derivatives_in_forward_mode_is_measured_by_differences
 
 def test_random_blocks_draw_the_same_numbers_each_time():
     torch.manual_seed(0)
-    model = nn.Sequential(Euler(nn.Sequential(linear(-torch.eye(6)), nn.Dropout(0.5)), 0.5))
-    assert readings(model, torch.randn(8, 6), 3).cfl == {
-        "0": pytest.approx(0.5, rel=1e-6)
-    }  # -0.5 I, doubled where kept
+    block, x = Euler(nn.Sequential(nn.Linear(6, 6), nn.Dropout(0.5)), 0.5), torch.randn(1, 6)
+    found = readings(nn.Sequential(block), x, 20).growth["0"]
+    _random_state(0, 0).restore()  # that of the readings
+    jacobian = torch.autograd.functional.jacobian(block, x).reshape(6, 6)
+    assert found == pytest.approx(1.0 + float(torch.linalg.matrix_norm(jacobian - torch.eye(6), 2)), rel=1e-3)
 
 
 def test_a_block_that_writes_into_its_input_or_runs_in_autocast_is_measured():
