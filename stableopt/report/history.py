@@ -15,6 +15,9 @@ __all__ = ["BANDS", "Curve", "EventLog", "History", "Marks", "Stretch", "trust_b
 LARGEST = 1e100
 """Numbers beyond it are not drawn."""
 
+TRUST_SHOWN = (-1.0, 2.0)
+"""The range in which trust ratios are drawn: where the slope is nearly zero, single ones are beyond any."""
+
 BANDS = ("calm", "aggressive", "edge", "increase")
 """The readings of the trust ratio, from good to bad."""
 
@@ -233,7 +236,8 @@ class History:
     Attributes:
         count: the number of records.
         first: the first record, None if there is none; ``last`` in the same way.
-        curves: field -> its curve; ``energy``, ``trace_low`` and ``trace_high``, ``lr``.
+        curves: field -> its curve; also ``energy``, ``trace_low`` and ``trace_high``, ``lr``, and ``trust_shown``, which is cut to
+            :data:`TRUST_SHOWN`.
         tables: field -> name of a layer -> its curve; ``norm_share`` is the norm over its limit.
         across: ``grad_norms`` and ``update_ratio`` -> curves of the least, the median and the largest of all layers.
         marks: (``verdict``, ``action`` or ``event``; its value) -> where it happened.
@@ -291,13 +295,15 @@ class History:
         broken = record.verdict == "nonfinite" or bool(record.nonfinite)
         values = {name: getattr(record, name) for name in _SCALARS}
         values["energy"] = record.energy_before if record.action == "undone" else record.energy_after
+        values["trust_shown"] = min(max(record.trust, TRUST_SHOWN[0]), TRUST_SHOWN[1])
         values["lr"] = max(record.lr, default=math.nan)
         if not math.isnan(record.trace) and record.trace_error >= 0:
             values["trace_low"] = record.trace - 1.96 * record.trace_error
             values["trace_high"] = record.trace + 1.96 * record.trace_error
         for name, value in values.items():
             if not math.isnan(value) or (broken and name in {"loss", "energy"}):
-                _curve(self.curves, name, Curve).add(record.step, value)
+                make = _coarse if name == "trust_shown" else Curve
+                _curve(self.curves, name, make).add(record.step, value)
 
     def _add_tables(self, record: StepRecord) -> None:
         for kind in _TABLES:

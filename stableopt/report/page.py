@@ -60,7 +60,7 @@ def write_report(
         ...     run.mkdir()
         ...     _ = (run / "metrics.json").write_text('{"test_accuracy": 0.9, "certified_accuracy": {"0.1": 0.8}}')
         ...     page = write_report(run, Path(folder, "report.html")).read_text(encoding="utf-8")
-        >>> "<td>0.9</td>" in page, "<script" in page, "model.cert.json is absent" in page
+        >>> "<td>0.9</td>" in page, "<script" in page, "model.cert.json is not there" in page
         (True, False, True)
     """
     folders = [run_dirs] if isinstance(run_dirs, (str, os.PathLike)) else list(run_dirs)
@@ -94,13 +94,13 @@ def _render(runs: Sequence[Run], names: Sequence[str]) -> str:
         summary=tables.summary(runs),
         missing=tables.missing(runs),
         damaged=[(run.name, sorted(run.problems.items())) for run in runs if run.problems],
-        recorded=any(run.history.count for run in runs),
+        absent=tables.absent(runs),
         sections=[section for section in _sections(runs) if section.pictures],
         events=tables.events(runs),
         event_count=sum(run.history.events.count for run in runs),
         cost=tables.cost(runs),
         accuracy=figures.accuracy_figure(runs),
-        certificates=[(run.name, run.certificate) for run in runs],
+        certificates=[(run.name, run.certificate) for run in runs if run.certificate],
         settings=tables.settings(runs),
     )
 

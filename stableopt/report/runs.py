@@ -53,7 +53,8 @@ class Run:
         metrics: ``metrics.json``.
         history: ``energy.jsonl``, condensed.
         certificate: ``model.cert.json``.
-        problems: file name -> why it could not be used ("is not there", or the error).
+        problems: file name -> why it could not be used, or not to its end.
+        absent: the files that are not there.
 
     Examples:
         >>> Run("a").history.count
@@ -66,10 +67,11 @@ class Run:
     history: History = field(default_factory=History)
     certificate: CertificateSummary | None = None
     problems: dict[str, str] = field(default_factory=dict)
+    absent: tuple[str, ...] = ()
 
 
 def read_run(folder: str | os.PathLike[str]) -> Run:
-    """Read a run folder; what is absent or damaged is noted in ``problems``, and the rest is read.
+    """Read a run folder; what is absent or damaged is noted, and the rest is read.
 
     Args:
         folder: holds any of ``run.json``, ``metrics.json``, ``energy.jsonl``, ``model.cert.json``.
@@ -82,18 +84,19 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = Path(folder, "metrics.json").write_text('{"test_accuracy": 0.9}')
         ...     run = read_run(folder)
-        >>> run.metrics, run.problems["run.json"]
-        ({'test_accuracy': 0.9}, 'is not there')
+        >>> run.metrics, run.absent
+        ({'test_accuracy': 0.9}, ('run.json', 'energy.jsonl', 'model.cert.json'))
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"a run folder was expected, but {folder} is not a folder. Pass what Monitor got as run_dir.")
     problems: dict[str, str] = {}
+    absent: list[str] = []
 
     def attempt(name: str, read: Any, default: Any) -> Any:
         path = folder / name
         if not path.exists():
-            problems[name] = "is not there"
+            absent.append(name)
             return default
         try:
             return read(path)
@@ -108,6 +111,7 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
         history=attempt("energy.jsonl", partial(_read_history, problems), History()),
         certificate=attempt("model.cert.json", _read_certificate, None),
         problems=problems,
+        absent=tuple(absent),
     )
 
 

@@ -13,7 +13,7 @@ from stableopt.report.figures import natural
 from stableopt.report.history import BANDS, History
 from stableopt.report.runs import Run, as_number, round_up_text
 
-__all__ = ["Row", "cost", "counts", "events", "headline", "missing", "settings", "summary", "trust_shares"]
+__all__ = ["Row", "absent", "cost", "counts", "events", "headline", "missing", "settings", "summary", "trust_shares"]
 
 _UNKNOWN = "—"
 Row = tuple[str, list[str]]
@@ -57,6 +57,20 @@ def headline(run: Run) -> str:
         alarm = f"{number} alarm{'s' * (number > 1)}, the first at step {first.step} ({first.channel}: {first.what})"
     records = f"{history.count} record{'s' * (history.count > 1)}"
     return f"{records} of steps {history.first.step} to {history.last.step}{course}; {alarm}."
+
+
+def absent(runs: Sequence[Run]) -> list[str]:
+    """Return which files are not there, a sentence for each.
+
+    Examples:
+        >>> absent([Run("a", absent=("run.json",)), Run("b", absent=("run.json", "metrics.json"))])
+        ['metrics.json is not there (b)', 'run.json is not there']
+    """
+    sentences = []
+    for file in sorted({file for run in runs for file in run.absent}):
+        names = [run.name for run in runs if file in run.absent]
+        sentences.append(f"{file} is not there" + (f" ({', '.join(names)})" if len(names) < len(runs) else ""))
+    return sentences
 
 
 def missing(runs: Sequence[Run]) -> list[str]:

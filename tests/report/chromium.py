@@ -133,6 +133,8 @@ class Chromium:
         found: list[list[list[int]]] = [[] for _ in boxes]
         for top in range(0, math.ceil(size["height"]), _TILE):
             inside = [k for k, box in enumerate(boxes) if top <= box["y"] < top + _TILE]
+            if not inside:
+                continue
             shot = self.screenshot(top, size["width"], _TILE + 100)
             sought = [[boxes[k]["x"], boxes[k]["y"] - top, boxes[k]["width"], boxes[k]["height"]] for k in inside]
             answer = self.evaluate(f"({_LOOK})({json.dumps(shot)}, {json.dumps(sought)}, {scale})")

@@ -54,6 +54,7 @@ def test_a_folder_is_read_completely(tmp_path):
     run = read_run(run_folder(tmp_path / "a"))
     assert run.name == "a"
     assert run.problems == {}
+    assert run.absent == ()
     assert run.history.count == len(some_records())
     assert run.history.last is not None
     assert run.history.last.to_json() == some_records()[-1].to_json()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from stableopt.report.figures.plot import Line, Number, Picture, Plot, Strip, numbers
+from stableopt.report.figures.plot import Line, Picture, Plot, Strip, numbers
 from stableopt.report.figures.svg import band_swatch, draw_plot, draw_strip, swatch
 from stableopt.report.runs import Run
 
@@ -15,7 +15,9 @@ _SPOKEN = 8  # lines that are described in words; the table has all of them
 _ALARMS = 40  # vertical lines of a run
 
 
-def overlay(runs: Sequence[Run], field: str, title: str, caption: str, **options: Any) -> Picture | None:
+def overlay(
+    runs: Sequence[Run], field: str, title: str, caption: str, *, exact: str | None = None, **options: Any
+) -> Picture | None:
     """Draw one quantity of several runs over each other.
 
     Args:
@@ -23,6 +25,7 @@ def overlay(runs: Sequence[Run], field: str, title: str, caption: str, **options
         field: which of ``history.curves``.
         title: the quantity.
         caption: how to read it.
+        exact: the field whose numbers go into the words and the table, if not the one that is drawn.
         options: of :class:`~stableopt.report.figures.plot.Plot`.
 
     Returns:
@@ -36,15 +39,21 @@ def overlay(runs: Sequence[Run], field: str, title: str, caption: str, **options
     lines = tuple(Line(name, curve, index) for index, name, curve in curves if curve is not None)
     if not lines:
         return None
-    return picture(Plot(title, caption, lines, span=recorded_span(runs), **options))
+    plot = Plot(title, caption, lines, span=recorded_span(runs), **options)
+    if exact is None:
+        return picture(plot)
+    return picture(
+        plot, spoken=[Line(line.label, runs[line.style].history.curves[exact], line.style) for line in lines]
+    )
 
 
-def picture(plot: Plot, table: Sequence[Number] | None = None) -> Picture:
+def picture(plot: Plot, table: Sequence[Line] = (), spoken: Sequence[Line] = ()) -> Picture:
     """Draw a plot and put it into words.
 
     Args:
         plot: what to draw.
-        table: the rows below it; by default the lines of the plot.
+        table: the lines in the table below it; by default the spoken ones.
+        spoken: the lines in the words; by default those of the plot.
 
     Examples:
         >>> from stableopt.report.history import Curve
@@ -53,18 +62,18 @@ def picture(plot: Plot, table: Sequence[Number] | None = None) -> Picture:
         >>> "a: from 2 (1) to 2 (1)" in picture(Plot("loss", "", (Line("a", curve, 0),))).svg
         True
     """
-    rows = numbers(plot.lines)
-    spoken = "; ".join(
+    rows = numbers(spoken or plot.lines)
+    sentence = "; ".join(
         f"{row.label}: from {row.first} to {row.last}, lowest {row.lowest}, highest {row.highest}"
         for row in rows[:_SPOKEN]
     )
     more = f"; and {len(rows) - _SPOKEN} more" if len(rows) > _SPOKEN else ""
-    words = f"{plot.title} against {plot.axis}, each value with its {plot.axis} in brackets. {spoken}{more}."
+    words = f"{plot.title} against {plot.axis}, each value with its {plot.axis} in brackets. {sentence}{more}."
     several = len(plot.lines) > 1
     legend = tuple((swatch(line.style), line.label) for line in plot.lines) if several else ()
     legend += tuple((band_swatch(), band.label) for band in plot.bands if band.label)
     return Picture(
-        plot.title, draw_plot(plot, words), plot.caption, legend, rows if table is None else tuple(table), plot.axis
+        plot.title, draw_plot(plot, words), plot.caption, legend, numbers(table) if table else rows, plot.axis
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from stableopt.report.figures.compose import natural, overlay, picture, recorded_span
-from stableopt.report.figures.plot import Band, Guide, Line, Picture, Plot, Zone, numbers
+from stableopt.report.figures.plot import Band, Guide, Line, Picture, Plot, Zone
 from stableopt.report.history import Curve
 from stableopt.report.runs import Run
 
@@ -131,7 +131,7 @@ def _layers(
         if across := run.history.across.get(kind):
             bands = (Band(across[0], across[2], None, f"all {len(names)} layers"),)
     lines = tuple(Line(name, curves[name], style, faint=len(shown) > 2) for style, name in enumerate(shown))
-    table = numbers([Line(name, curves[name], 0) for name in names])
+    table = [Line(name, curves[name], 0) for name in names]
     return picture(Plot(title, caption, lines, bands, span=recorded_span([run]), **options), table)
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 __all__ = ["Scale", "choose_scale"]
@@ -19,6 +20,7 @@ class Scale:
         low: the value at its beginning.
         high: the value at its end, above ``low``.
         kind: "linear"; "log", for values above zero; or "symlog", which is linear near zero and logarithmic far from it.
+        unit: where a symlog axis passes from the one to the other.
 
     Examples:
         >>> scale = Scale(1.0, 100.0, "log")
@@ -31,12 +33,13 @@ class Scale:
     low: float
     high: float
     kind: str = "linear"
+    unit: float = 1.0
 
     def __call__(self, value: float) -> float:
         """Return the place of a value: 0 at the beginning, 1 at the end; beyond them it is moved to the nearer end."""
-        warp = _WARPS[self.kind]
         value = min(max(value, self.low), self.high)
-        return (warp(value) - warp(self.low)) / (warp(self.high) - warp(self.low))
+        start = self._warp(self.low)
+        return (self._warp(value) - start) / (self._warp(self.high) - start)
 
     def ticks(self, count: int = 4) -> list[tuple[float, str]]:
         """Return about ``count`` round values with their names."""
@@ -46,10 +49,18 @@ class Scale:
             if len(values) >= 2:
                 return [(value, _power(value)) for value in values]
         if self.kind == "symlog":
-            power = math.floor(math.log10(max(abs(self.low), abs(self.high))))
-            sides = [sign * 10.0**power for sign in (-1, 1)]
-            return [(value, _power(value)) for value in (sides[0], 0.0, sides[1]) if self.low <= value <= self.high]
+            largest = math.floor(math.log10(max(-self.low, self.high)))
+            sizes = [10.0**power for power in _decades(math.ceil(math.log10(self.unit)), largest, max(count // 2, 1))]
+            values = [-size for size in reversed(sizes)] + [0.0, *sizes]
+            return [(value, _power(value)) for value in values if self.low <= value <= self.high]
         return _round_values(self.low, self.high, count)
+
+    def _warp(self, value: float) -> float:
+        if self.kind == "log":
+            return math.log10(value)
+        if self.kind == "symlog":
+            return math.copysign(math.log10(1.0 + abs(value) / self.unit), value)
+        return value
 
 
 def choose_scale(values: Sequence[float], kind: str = "auto", window: tuple[float, float] | None = None) -> Scale:
@@ -58,11 +69,11 @@ def choose_scale(values: Sequence[float], kind: str = "auto", window: tuple[floa
     Args:
         values: finite numbers.
         kind: of the :class:`Scale`; "auto" is logarithmic where all the values are above zero and span two decades, linear
-            otherwise, except beyond a million.
+            otherwise, except where some are a hundred times as large as half of them.
         window: the widest range to show; values outside are drawn at its edge.
 
     Examples:
-        >>> choose_scale([1.0, 1000.0]).kind, choose_scale([0.0, 1.0]).kind, choose_scale([-1.0, 1e9]).kind
+        >>> choose_scale([1.0, 1000.0]).kind, choose_scale([0.0, 1.0]).kind, choose_scale([-1.0, 1.0, 1e9]).kind
         ('log', 'linear', 'symlog')
         >>> choose_scale([0.0, 50.0], window=(-1.0, 2.0)).high
         2.0
@@ -78,23 +89,13 @@ def choose_scale(values: Sequence[float], kind: str = "auto", window: tuple[floa
         low, high = math.log10(low), math.log10(high)
         pad = max(0.04 * (high - low), 0.02)
         return Scale(10.0 ** (low - pad), 10.0 ** (high + pad), "log")
-    if kind == "auto" and max(abs(low), abs(high)) > 1e6:
-        return Scale(min(low * 1.5, 0.0), max(high * 1.5, 0.0), "symlog")
+    unit = statistics.median_low(map(abs, values))
+    if kind == "auto" and unit > _NARROW and max(-low, high) > 100 * unit:
+        return Scale(min(low * 1.5, 0.0), max(high * 1.5, 0.0), "symlog", unit)
     pad = 0.04 * (high - low) if high - low > 1e-9 * abs(high) + _NARROW else 0.1 * abs(high) or 1.0
     pad = max(pad, _NARROW)
     low, high = low - pad, high + pad
     return Scale(low, high) if window is None else Scale(max(low, window[0]), min(high, window[1]))
-
-
-def _symmetric_log(value: float) -> float:
-    return math.copysign(math.log10(1.0 + abs(value)), value)
-
-
-def _identity(value: float) -> float:
-    return value
-
-
-_WARPS: dict[str, Callable[[float], float]] = {"linear": _identity, "log": math.log10, "symlog": _symmetric_log}
 
 
 def _decades(low: int, high: int, count: int) -> range:

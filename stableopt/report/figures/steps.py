@@ -11,7 +11,7 @@ from stableopt.report.runs import Run
 
 __all__ = ["step_figures"]
 
-_ROWS = {name: ("action", name) for name in ACTIONS} | {"policy": ("event", "action")}
+_ROWS = {name: ("action", name) for name in ACTIONS if name != "unguarded"} | {"policy": ("event", "action")}
 
 
 def step_figures(runs: Sequence[Run]) -> list[Picture]:
@@ -31,12 +31,12 @@ def _actions(runs: Sequence[Run]) -> Picture | None:
         for index, run in enumerate(runs)
         if (marks := run.history.marks.get(key))
     }
-    if all(row == "unguarded" for row, _ in found):
+    if not found:
         return None
     strip = Strip(
         "Actions",
-        "The guard accepted a step, shrunk it, restarted (momentum set to zero), or undid it (nothing changed); or there was none "
-        "(unguarded). Last row: actions of the policies. Of many marks an even selection is drawn; the table counts all.",
+        "The guard accepted a step, shrunk it, restarted (momentum set to zero), or undid it (nothing changed). Last "
+        "row: actions of the policies. Of many marks an even selection is drawn; the table counts all.",
         tuple(row for row in _ROWS if any(key[0] == row for key in found)),
         {key: marks.steps for key, marks in found.items()},
         recorded_span(runs),

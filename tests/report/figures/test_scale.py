@@ -57,7 +57,15 @@ def test_round_values_are_named_as_people_write_them():
     assert [name for _, name in Scale(0.0, 100_000.0).ticks(5)] == ["0", "20k", "40k", "60k", "80k", "100k"]
     assert [name for _, name in Scale(0.0, 2e6).ticks()] == ["0", "500k", "1M", "1.5M", "2M"]
     assert [name for _, name in Scale(1e-7, 1e5, "log").ticks()] == ["1e-6", "1e-3", "1", "1000"]
-    assert [name for _, name in Scale(-1e12, 1e12, "symlog").ticks()] == ["-1e12", "0", "1e12"]
+    assert [name for _, name in Scale(-1e12, 1e12, "symlog").ticks()] == [
+        "-1e12",
+        "-1e6",
+        "-1",
+        "0",
+        "1",
+        "1e6",
+        "1e12",
+    ]
     assert [name for _, name in Scale(0.0, 4e-7).ticks()] == ["0", "1e-7", "2e-7", "3e-7", "4e-7"]
 
 
@@ -69,8 +77,11 @@ def test_a_logarithmic_axis_has_equal_steps_for_equal_factors():
 def test_the_kind_of_the_axis_follows_the_values():
     assert choose_scale([1.0, 99.0]).kind == "linear"
     assert choose_scale([1.0, 101.0]).kind == "log"
-    assert choose_scale([-1.0, 101.0]).kind == "linear"
-    assert choose_scale([-1.0, 1e7]).kind == "symlog"
+    assert choose_scale([-1.0, 99.0]).kind == "linear"
+    spiky = choose_scale([0.0, 1.0, 2.0, -3.0, 1e4])
+    assert (spiky.kind, spiky.unit) == ("symlog", 2.0)
+    assert spiky(2.0) - spiky(0.0) > 0.05  # what is usual can be told apart beside the spike
+    assert choose_scale([0.0, 0.0, 0.0, 1e4]).kind == "linear"
 
 
 def test_a_window_cuts_only_what_is_outside():
