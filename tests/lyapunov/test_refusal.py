@@ -145,7 +145,16 @@ class Training:
         return frozen([[p.detach() for p in self.model.parameters()], state, groups])
 
 
-BOTH = [(name, closed) for name in MAKES for closed in (False, True) if closed or name not in CLOSED]
+QUICK = {
+    "SGD momentum=0.9 foreach=True", "AdamW fused=True", "AdamW with weight decay", "LBFGS", "Wanderer", "Sharpened",
+    "our SGD, off", "our AdamW, strict",
+}  # fmt: skip
+BOTH = [
+    pytest.param(name, closed, marks=[] if name in QUICK else pytest.mark.slow)
+    for name in MAKES
+    for closed in (False, True)
+    if closed or name not in CLOSED
+]
 
 
 @pytest.mark.parametrize(("name", "closed"), BOTH)

@@ -89,7 +89,12 @@ def differing(a: Any, b: Any) -> list[int]:
     return [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if not same(x, y)]
 
 
-@pytest.mark.parametrize("name", MAKES)
+QUICK = {
+    "SGD momentum=0.9", "AdamW fused=True", "LBFGS", "Odd", "our SGD, off", "our AdamW, strict", "our SGD, lazy", "a tensor as rate",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in MAKES])
 @pytest.mark.parametrize("steps", [0, 2])
 def test_every_optimizer_goes_back_bit_for_bit_and_then_forward_the_same_way(name: str, steps: int) -> None:
     training = Training(MAKES[name])
