@@ -90,7 +90,8 @@ def differing(a: Any, b: Any) -> list[int]:
 
 
 QUICK = {
-    "SGD momentum=0.9", "AdamW fused=True", "LBFGS", "Odd", "our SGD, off", "our AdamW, strict", "our SGD, lazy", "a tensor as rate",
+    "SGD momentum=0.9", "AdamW fused=True", "LBFGS", "Odd", "our SGD, off", "our AdamW, strict", "our SGD, lazy",
+    "a tensor as rate",
 }  # fmt: skip
 
 
