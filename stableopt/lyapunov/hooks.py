@@ -7,11 +7,15 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 __all__ = ["Closure", "StepHooks"]
 
 Closure = Callable[[], Any]
+
+_RESUMED = "torch_dynamo_resume_in"
+"""How torch calls the rest of a function whose compilation was broken off."""
 
 
 class StepHooks:
@@ -57,9 +61,10 @@ class StepHooks:
         """
         if self._handles:
             return False
+        eager: Any = torch.compiler.disable  # a step may be compiled; what looks at it is not
         self._handles = [
-            self._optimizer.register_step_pre_hook(self._before),
-            self._optimizer.register_step_post_hook(self._after),
+            self._optimizer.register_step_pre_hook(eager(self._before)),
+            self._optimizer.register_step_post_hook(eager(self._after)),
         ]
         return True
 
@@ -77,8 +82,7 @@ class StepHooks:
     def _before(
         self, _optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        frame = inspect.currentframe()
-        caller = None if frame is None else frame.f_back
+        caller = _caller()
         if self._frame is not None and _is_within(caller, self._frame):
             return None
         self._frame = caller
@@ -90,11 +94,19 @@ class StepHooks:
         return ((args[0], other, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": other})
 
     def _after(self, _optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
-        frame = inspect.currentframe()
-        if self._frame is None or frame is None or frame.f_back is not self._frame:
+        if self._frame is None or _caller() is not self._frame:
             return  # the step of a base class, within the step that is watched
         self._frame = None
         self._after_step()
+
+
+def _caller() -> FrameType | None:
+    """Return the frame of the step that has called a hook: not that of a wrapper, nor of the second part of a compiled step."""
+    frame = inspect.currentframe()
+    frame = None if frame is None or frame.f_back is None else frame.f_back.f_back
+    while frame is not None and ("_dynamo" in frame.f_code.co_filename or frame.f_code.co_name.startswith(_RESUMED)):
+        frame = frame.f_back
+    return frame
 
 
 def _is_within(frame: FrameType | None, outer: FrameType) -> bool:

@@ -95,3 +95,22 @@ def test_a_scaler_that_is_off_skips_nothing_and_other_things_are_refused():
     assert ScalerWatch(torch.amp.GradScaler("cpu", enabled=False)).look(3) is None
     with pytest.raises(TypeError, match="GradScaler"):
         ScalerWatch(3)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, Twice])
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # of torch's own code
+def test_a_compiled_step_is_seen_once_and_not_compiled_into_the_hooks(kind, whole):
+    torch._dynamo.reset()
+    said: list[bool] = []
+    opt = make(kind)
+    StepHooks(
+        opt,
+        lambda closure, trial: said.append(torch.compiler.is_compiling()),
+        lambda: said.append(torch.compiler.is_compiling()),
+    ).attach()
+    step = torch.compile((lambda: opt.step()) if whole else opt.step, backend="eager")
+    for _ in range(3):
+        step()
+    assert said == [False] * 6
+    assert opt.param_groups[0]["params"][0].item() == pytest.approx(1.0 - 0.3 * (2 if kind is Twice else 1))
