@@ -198,7 +198,7 @@ class _Run:
     def _watch(self) -> Monitor:
         """Return the monitor of the run; it looks by the count of steps alone, so that the same run writes the same bytes."""
         return Monitor(
-            self.model, self.optimizer, self.out, every=Every(sharpness=100, layers=50), max_overhead=None, policy="observe"
+            self.model, self.optimizer, self.out, every=Every(layers=50), max_overhead=None, policy="observe"
         )
 
     def set_learning_rate(self, epoch: int) -> None:

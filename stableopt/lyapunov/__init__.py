@@ -16,12 +16,21 @@ from stableopt.lyapunov.alarms import (
     Sublevel,
 )
 from stableopt.lyapunov.budget import Every
+from stableopt.lyapunov.curvature import CurvatureProbe, CurvatureReading
 from stableopt.lyapunov.events import KINDS, POLICIES, Event
-from stableopt.lyapunov.layers import LayerNorms, LayerProbe, LayerReading, NormEstimator
+from stableopt.lyapunov.layers import (
+    LayerNorms,
+    LayerProbe,
+    LayerReading,
+    NormEstimator,
+    StepLaw,
+    is_residual,
+    kink_distance,
+    step_law,
+)
 from stableopt.lyapunov.monitor import Monitor
-from stableopt.lyapunov.policy import Policy
+from stableopt.lyapunov.policies import Checkpoints, Policy
 from stableopt.lyapunov.record import ACTIONS, VERDICTS, StepRecord
-from stableopt.lyapunov.rollback import Checkpoints
 from stableopt.lyapunov.sinks import (
     CSVSink,
     JSONLSink,
@@ -46,6 +55,8 @@ __all__ = [
     "CSVSink",
     "Channel",
     "Checkpoints",
+    "CurvatureProbe",
+    "CurvatureReading",
     "EDetector",
     "Event",
     "Every",
@@ -64,13 +75,17 @@ __all__ = [
     "Relapse",
     "Sample",
     "Sink",
+    "StepLaw",
     "StepRecord",
     "Sublevel",
     "TensorBoardSink",
     "WandbSink",
+    "is_residual",
     "iter_records",
+    "kink_distance",
     "read_records",
     "scalars",
+    "step_law",
     "truncate_records",
     "verify_chain",
 ]

@@ -19,8 +19,8 @@ from stableopt.optim.agree import Processes
 
 __all__ = ["TIERS", "Every", "Schedule", "intervals"]
 
-TIERS = ("vitals", "energy", "sharpness", "layers", "gaps")
-WEIGHTS = {"vitals": 3.0, "energy": 4.0, "sharpness": 2.0, "layers": 1.0, "gaps": 1.0}
+TIERS = ("vitals", "energy", "sharpness", "layers", "forward", "gaps")
+WEIGHTS = {"vitals": 3.0, "energy": 4.0, "sharpness": 2.0, "layers": 1.0, "forward": 1.0, "gaps": 1.0}
 """How the budget is divided where it does not suffice for all."""
 
 _PLANS = (8, 16, 32, 64)
@@ -40,7 +40,9 @@ class Every:
         energy: the energy before and after the step on the same batch, trust ratio, batch sharpness; needs a closure.
         sharpness: curvature by products with the Hessian: sharpness against the limit, trace, noise scale; needs ``probe`` or a
             closure.
-        layers: operator norms, CFL use, forward exponent, kinks.
+        layers: operator norms against limits, and the CFL use of blocks that follows from them.
+        forward: the growth of a perturbation along the data, layer by layer, kinks, blocks that are measured at the data; needs
+            ``probe`` or a closure.
         gaps: proofs of how far weights that are trained with an estimate are from their limits; free for all other models.
 
     Raises:
@@ -55,6 +57,7 @@ class Every:
     energy: int | None = 1
     sharpness: int | None = 100
     layers: int | None = 10
+    forward: int | None = 100
     gaps: int | None = 100
 
     def __post_init__(self) -> None:
@@ -75,7 +78,7 @@ class Every:
             ValueError: if it is neither.
 
         Examples:
-            >>> Every.of(200) == Every(vitals=200, energy=200, sharpness=200, layers=200, gaps=200)
+            >>> Every.of(200) == Every(vitals=200, energy=200, sharpness=200, layers=200, forward=200, gaps=200)
             True
         """
         if isinstance(every, Every):
@@ -141,7 +144,7 @@ class Schedule:
         ...     due = schedule.due(step)
         ...     schedule.stepped(step, due)
         ...     sorted(due)
-        ['gaps', 'layers', 'sharpness', 'vitals']
+        ['forward', 'gaps', 'layers', 'sharpness', 'vitals']
         []
         ['vitals']
     """
@@ -173,7 +176,7 @@ class Schedule:
             step: counted from 1.
 
         Examples:
-            >>> sorted(Schedule(Every(sharpness=None, layers=None, gaps=None), None).due(1))
+            >>> sorted(Schedule(Every(sharpness=None, layers=None, forward=None, gaps=None), None).due(1))
             ['energy', 'vitals']
         """
         return frozenset(name for name, at in self.next.items() if step >= at)
@@ -197,7 +200,7 @@ class Schedule:
             costs: tier -> the part of them that its look took.
 
         Examples:
-            >>> schedule = Schedule(Every(energy=None, sharpness=None, layers=None, gaps=None), 0.1)
+            >>> schedule = Schedule(Every(energy=None, sharpness=None, layers=None, forward=None, gaps=None), 0.1)
             >>> for step in range(1, 9):
             ...     schedule.stepped(step, frozenset({"vitals"}), run=1.0, monitor=1.0, costs={"vitals": 1.0})
             >>> schedule.interval  # 10 would do from here on, but it is to make up for the beginning as well

@@ -20,11 +20,10 @@ from stableopt.errors import StabilityError
 from stableopt.lyapunov.alarms import Alarms, Sample
 from stableopt.lyapunov.budget import TIERS, Every, Schedule
 from stableopt.lyapunov.energy import direction
-from stableopt.lyapunov.enforcer import Enforcer
 from stableopt.lyapunov.events import Event
 from stableopt.lyapunov.hooks import Closure, StepHooks
 from stableopt.lyapunov.observation import Observation
-from stableopt.lyapunov.policy import Policy
+from stableopt.lyapunov.policies import Enforcer, Policy
 from stableopt.lyapunov.record import StepRecord
 from stableopt.lyapunov.scaler import ScalerWatch
 from stableopt.lyapunov.sinks import JSONLSink, Sink, last_step
@@ -356,7 +355,7 @@ class Monitor:
         refuse = self._enforcer.refuse if self._enforcer.skips else None
         if closure is None and refuse is not None:
             self._refused = refuse(self._told)
-        again = (bool(due & {"sharpness", "layers"}) and self._probe is None) or ("energy" in due and not guards)
+        again = (bool(due & {"sharpness", "forward"}) and self._probe is None) or ("energy" in due and not guards)
         if closure is not None and (refuse is not None or again or not guards):
             check = again and not guards and self._compared < _CHECKED
             self._observation = Observation(
@@ -378,6 +377,8 @@ class Monitor:
             self._spent += observation.seconds
             self._distrust = observation.distrust
             self._refused = observation.refused
+        if self._refused:
+            self._enforcer.after(self._step)  # nothing has moved, and gradients are there again
         facts = self._look(seen, observation) if self._due else self._glance(seen, observation)
         if self._refused:
             facts["nonfinite"] = tuple(dict.fromkeys((*self._refused, *facts.get("nonfinite", ()))))
@@ -430,9 +431,9 @@ class Monitor:
             with tiers.timed("sharpness"):
                 facts |= tiers.sharpness(observation)
         facts |= self._early or {}
-        if "layers" in due:
-            with tiers.timed("layers"):
-                layers = tiers.layers(observation, _ratio(facts))
+        if due & {"layers", "forward"}:
+            with tiers.timed("forward" if "forward" in due else "layers"):
+                layers = tiers.layers(observation, forward="forward" in due, update_ratio=_ratio(facts))
             facts |= layers | {"notes": (*facts.get("notes", ()), *layers["notes"])}
         if "gaps" in due:
             with tiers.timed("gaps"):
@@ -459,7 +460,7 @@ class Monitor:
         found: list[Event] = []
         if self._scaler is not None and self._due and (event := self._scaler.look(self._step)) is not None:
             found.append(event)
-        if self._due or self._processes.size == 1:
+        if self._due or self._refused or self._processes.size == 1:
             sign = direction(self._optimizer) or math.nan
             sample = Sample(
                 step=self._step,
@@ -471,6 +472,9 @@ class Monitor:
                 lr=facts.get("lr", ()),
             )
             found += self._enforcer.act(self._alarms.update(sample), self._step)
+        if any(event.action == "rollback" and event.kind == "action" for event in found):
+            for channel in self._alarms.channels:  # what they had gathered is of steps that are undone
+                channel.reset()
         self.events += found
         self._seen.update(event.channel or "policy" for event in found)
         return tuple(found)

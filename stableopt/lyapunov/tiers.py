@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from stableopt.lyapunov.curvature import CurvatureProbe
 from stableopt.lyapunov.energy import Start
+from stableopt.lyapunov.hooks import Closure
 from stableopt.lyapunov.layers import LayerProbe, LayerReading
 from stableopt.lyapunov.observation import Observation
 from stableopt.lyapunov.record import StepRecord
@@ -63,10 +64,11 @@ class Tiers:
         self.start = Start(optimizer, processes)
         self._model, self._optimizer, self._processes = model, optimizer, processes
         self._names = Names(model, optimizer)
-        self._probe, self._observation = probe, None
+        self._probe = probe
+        self._observation: Observation | None = None
         self.costs: dict[str, float] = {}
-        self._layers = LayerProbe(model, self._any_loss, seed=seed)
-        loss: Any = self._any_loss if probe is None else probe
+        self._layers = LayerProbe(model, self._pass, seed=seed)
+        loss: Any = self._loss if probe is None else probe
         self._curvature = CurvatureProbe(model, optimizer, loss, seed=seed)
 
     @contextmanager
@@ -105,17 +107,20 @@ class Tiers:
         facts = {name: getattr(reading, name) for name in _CURVATURE}
         return facts | {"sharpness_residual": reading.residual, "notes": _notes(reading.reason)}
 
-    def layers(self, observation: Observation | None, update_ratio: float = math.nan) -> dict[str, Any]:
-        r"""Measure what is known per layer, with a forward pass where there is something to pass.
+    def layers(
+        self, observation: Observation | None, *, forward: bool = False, update_ratio: float = math.nan
+    ) -> dict[str, Any]:
+        r"""Measure what is known per layer.
 
         Args:
             observation: of this step, whose closure is the forward pass if there is no probe.
+            forward: also what takes a forward pass, where there is something to pass.
             update_ratio: :math:`\|d\|/\|\theta\|` of this step.
         """
         self._observation = observation
         try:
             passes = self._probe is not None or (observation is not None and observation.closure is not None)
-            reading = self._layers.measure(forward=passes, update_ratio=update_ratio)
+            reading = self._layers.measure(forward=forward and passes, update_ratio=update_ratio)
         finally:
             self._observation = None
         return {name: getattr(reading, name) for name in _LAYERS} | {"notes": _notes(reading.reason)}
@@ -133,16 +138,21 @@ class Tiers:
         self._layers.load_state_dict(state["layers"])
         self._curvature.load_state_dict(state["curvature"])
 
-    def _any_loss(self) -> Any:
-        """Return the loss of the probe batch, or else of the batch of the step, with its graph."""
+    def _pass(self) -> Any:
+        """Call the model on the probe batch, or else on that of the step."""
         if self._probe is not None:
-            first = self._probe if callable(self._probe) else self._probe[0]
-            return first()
-        observation = self._observation
-        assert observation is not None  # noqa: S101 - the callers have looked
-        assert observation.closure is not None  # noqa: S101
-        start = None if observation.first is None else observation.first.random
-        return loss_with_graph(observation.closure, start)
+            return self._probe() if callable(self._probe) else self._probe[0]()
+        return self._closure()()
+
+    def _loss(self) -> Any:
+        """Return the loss of the batch of the step, with its graph."""
+        first = None if self._observation is None else self._observation.first
+        return loss_with_graph(self._closure(), None if first is None else first.random)
+
+    def _closure(self) -> Closure:
+        closure = None if self._observation is None else self._observation.closure
+        assert closure is not None  # noqa: S101 - the callers have looked
+        return closure
 
 
 def known_before(optimizer: Optimizer, report: StepReport | None) -> Mapping[Tensor, Tensor]:

@@ -29,7 +29,7 @@ import stableopt as so
 from stableopt.lyapunov import Every, Monitor
 from tests.benchmarks.timing import device_name, synchronize
 
-NEVER = dict.fromkeys(("vitals", "energy", "sharpness", "layers", "gaps"))
+NEVER = dict.fromkeys(("vitals", "energy", "sharpness", "layers", "forward", "gaps"))
 
 
 class Transformer(nn.Module):

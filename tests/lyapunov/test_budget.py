@@ -71,7 +71,9 @@ def drive(
 @pytest.mark.parametrize("limit", [0.01, 0.05, 0.5])
 def test_a_long_run_keeps_to_the_limit(limit):
     schedule = Schedule(Every(), limit)
-    looks = drive(schedule, 20_000, {"vitals": 0.1, "energy": 0.6, "sharpness": 8.0, "layers": 0.3, "gaps": 0.01})
+    looks = drive(
+        schedule, 20_000, {"vitals": 0.1, "energy": 0.6, "sharpness": 8.0, "layers": 0.3, "forward": 2.0, "gaps": 0.01}
+    )
     assert schedule.overhead <= limit * 1.1
     assert schedule.overhead >= limit * 0.6  # and uses it
     assert all(count > 0 for count in looks.values())
@@ -79,35 +81,42 @@ def test_a_long_run_keeps_to_the_limit(limit):
 
 def test_a_cheap_monitor_looks_at_its_own_intervals():
     looks = drive(Schedule(Every(), 0.05), 1000, dict.fromkeys(TIERS, 1e-4))
-    assert looks == {"vitals": 1000, "energy": 1000, "sharpness": 10, "layers": 100, "gaps": 10}
+    assert looks == {"vitals": 1000, "energy": 1000, "sharpness": 10, "layers": 100, "forward": 10, "gaps": 10}
 
 
 def test_the_hooks_themselves_are_paid_for():
     looks = drive(
-        Schedule(Every(sharpness=None, layers=None, gaps=None), 0.05), 4000, {"vitals": 0.01, "energy": 0.01}, hook=0.04
+        Schedule(Every(sharpness=None, layers=None, forward=None, gaps=None), 0.05),
+        4000,
+        {"vitals": 0.01, "energy": 0.01},
+        hook=0.04,
     )
     assert looks["vitals"] + looks["energy"] < 4000 * 1.3
-    free = drive(Schedule(Every(sharpness=None, layers=None, gaps=None), 0.05), 4000, {"vitals": 0.01, "energy": 0.01})
+    free = drive(
+        Schedule(Every(sharpness=None, layers=None, forward=None, gaps=None), 0.05),
+        4000,
+        {"vitals": 0.01, "energy": 0.01},
+    )
     assert free["vitals"] + free["energy"] == 8000
 
 
 @pytest.mark.parametrize("every", [1, 2, 3, 7])
 def test_without_a_limit_the_steps_are_one_and_then_each_so_many(every):
-    schedule = Schedule(Every(vitals=every, energy=None, sharpness=None, layers=None, gaps=None), None)
+    schedule = Schedule(Every(vitals=every, energy=None, sharpness=None, layers=None, forward=None, gaps=None), None)
     assert looked(schedule, 1, 30) == list(range(1, 30, every))
     assert math.isnan(schedule.overhead)
 
 
 def test_a_state_goes_on():
     one, other = Schedule(Every(), 0.05), Schedule(Every(), 0.05)
-    costs = {"vitals": 0.1, "energy": 0.6, "sharpness": 8.0, "layers": 0.3, "gaps": 0.01}
+    costs = {"vitals": 0.1, "energy": 0.6, "sharpness": 8.0, "layers": 0.3, "forward": 2.0, "gaps": 0.01}
     drive(one, 300, costs)
     other.load_state_dict(one.state_dict())
     assert looked(one, 301, 340) == looked(other, 301, 340) != []
 
 
 def test_a_run_begun_in_the_middle_keeps_the_grid():
-    schedule = Schedule(Every(vitals=4, energy=None, sharpness=None, layers=None, gaps=None), None)
+    schedule = Schedule(Every(vitals=4, energy=None, sharpness=None, layers=None, forward=None, gaps=None), None)
     assert looked(schedule, 11, 22) == [11, 13, 17, 21]
 
 
@@ -132,7 +141,7 @@ def test_a_look_that_an_error_has_cut_short_is_still_due():
 
 def test_short_runs_are_watched_step_by_step():
     costs = dict.fromkeys(("vitals", "energy"), 1e-3)
-    every = Every(sharpness=None, layers=None, gaps=None)
+    every = Every(sharpness=None, layers=None, forward=None, gaps=None)
     assert drive(Schedule(every, 0.01), 240, costs, run=1e-3) == {"vitals": 240, "energy": 240}  # 0.48 seconds
     looks = drive(Schedule(every, 0.01), 1000, costs, run=1e-3)
     assert 250 <= looks["vitals"] < 400

@@ -18,9 +18,9 @@ from torch.optim import Optimizer, lr_scheduler
 
 from stableopt import optim
 from stableopt.lyapunov.alarms import Alarm
-from stableopt.lyapunov.enforcer import Enforcer
 from stableopt.lyapunov.events import Event
-from stableopt.lyapunov.policy import Policy
+from stableopt.lyapunov.policies.enforcer import Enforcer
+from stableopt.lyapunov.policies.policy import Policy
 from stableopt.optim.snapshot import local
 from tests.optim.spread import (
     SPREADS,

@@ -397,7 +397,7 @@ def test_what_the_guard_saw_is_what_is_recorded(guard):
         calls += 1
         return inner()
 
-    with Monitor(model, optimizer, every=Every(sharpness=None, layers=None)) as monitor:
+    with Monitor(model, optimizer, every=Every(sharpness=None, layers=None, forward=None)) as monitor:
         for _ in range(4):
             calls = 0
             optimizer.step(closure)
@@ -478,7 +478,7 @@ def test_every_counts_steps_from_the_first(every, steps, tmp_path):
         calls += 1
         return inner()
 
-    only = Every(vitals=every, energy=every, sharpness=None, layers=None)
+    only = Every(vitals=every, energy=every, sharpness=None, layers=None, forward=None)
     with Monitor(model, optimizer, tmp_path, every=only) as monitor:
         for _ in range(7):
             optimizer.step(closure)

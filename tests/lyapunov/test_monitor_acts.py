@@ -15,7 +15,7 @@ from stableopt import optim
 from stableopt.errors import StabilityError
 from stableopt.lyapunov import Alarms, Every, Monitor, NonFinite, Policy, read_records
 
-LIGHT = Every(sharpness=None, layers=None, gaps=None)
+LIGHT = Every(sharpness=None, layers=None, forward=None, gaps=None)
 
 
 def make(kind=torch.optim.SGD, **options):

@@ -35,7 +35,8 @@ KEYS = [
 FLOATS = ["loss", "energy_before", "energy_after", "dissipation", "predicted", "tolerance", "scale", "displacement"]
 LATER = [
     "grad_norm", "weight_norm", "slope", "loss_after", "trust", "batch_sharpness", "edge_distance", "sharpness", "edge",
-    "plain_sharpness", "sharpness_residual", "trace", "trace_error", "noise_scale", "forward_exponent", "weight_exponent", "overhead",
+    "plain_sharpness", "sharpness_residual", "trace", "trace_error", "noise_scale", "forward_exponent", "weight_exponent",
+    "overhead",
 ]  # fmt: skip
 TABLES = ["norms", "limits", "cfl", "norm_gap", "grad_norms", "update_ratio", "kinks", "gains", "growth"]
 

@@ -15,7 +15,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from stableopt import optim
 from stableopt.constraints import L2Ball
-from stableopt.lyapunov.rollback import Checkpoints
+from stableopt.lyapunov.policies.rollback import Checkpoints
 from stableopt.optim import guard
 from tests.lyapunov.training import Noise
 from tests.optim.test_snapshot import CLASSES, Odd, frozen, same

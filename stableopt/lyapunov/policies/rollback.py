@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stableopt.lyapunov.moment import Moment, Still
+from stableopt.lyapunov.policies.moment import Moment, Still
 from stableopt.optim import GuardedOptimizer
 from stableopt.optim.snapshot import OF_SCHEDULERS
 

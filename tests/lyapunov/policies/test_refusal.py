@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from stableopt import optim
 from stableopt.errors import StabilityError
-from stableopt.lyapunov.refusal import Refusal, nonfinite_names
+from stableopt.lyapunov.policies.refusal import Refusal, nonfinite_names
 from stableopt.optim import guard
 from stableopt.optim.agree import Alone
 from tests.optim.test_snapshot import CLASSES, frozen, same

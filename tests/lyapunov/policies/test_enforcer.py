@@ -15,9 +15,9 @@ from torch.optim import Optimizer, lr_scheduler
 from stableopt import optim
 from stableopt.errors import StabilityError
 from stableopt.lyapunov.alarms import Alarm
-from stableopt.lyapunov.enforcer import Enforcer
 from stableopt.lyapunov.events import Event
-from stableopt.lyapunov.policy import Policy
+from stableopt.lyapunov.policies.enforcer import Enforcer
+from stableopt.lyapunov.policies.policy import Policy
 
 SGD: Callable[[Any], Optimizer] = lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9)  # noqa: E731
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from stableopt.lyapunov.alarms import Alarm
 from stableopt.lyapunov.events import Event
-from stableopt.lyapunov.policy import Policy
+from stableopt.lyapunov.policies.policy import Policy
 from stableopt.optim.agree import Processes
 
 __all__ = ["Heard", "heard_by_all"]

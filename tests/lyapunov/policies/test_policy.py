@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from stableopt.lyapunov.policy import Policy
+from stableopt.lyapunov.policies.policy import Policy
 
 
 def test_by_default_nothing_acts() -> None:

@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 
 from stableopt.lyapunov.alarms import Alarm
 from stableopt.lyapunov.events import Event
-from stableopt.lyapunov.heard import Heard, heard_by_all
-from stableopt.lyapunov.policy import ACTING, Policy
-from stableopt.lyapunov.refusal import Refusal
-from stableopt.lyapunov.rollback import Checkpoints, Restoration
+from stableopt.lyapunov.policies.heard import Heard, heard_by_all
+from stableopt.lyapunov.policies.policy import ACTING, Policy
+from stableopt.lyapunov.policies.refusal import Refusal
+from stableopt.lyapunov.policies.rollback import Checkpoints, Restoration
 from stableopt.optim import GuardedOptimizer
 from stableopt.optim.agree import Alone, Processes
 from stableopt.optim.callers import level_outside
