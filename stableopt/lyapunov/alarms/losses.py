@@ -59,7 +59,7 @@ class Sublevel(_Losses):
     violation is a step with a loss above
 
     .. math::
-        \max\bigl(\text{highest},\ \text{start} + \max(\mathit{margin}\cdot\text{fall},\ 8\cdot\text{scatter})\bigr),
+        \text{start} + \max\bigl(\mathit{margin}\cdot\text{fall},\ 8\cdot\text{scatter},\ 2\,(\text{highest}-\text{start})\bigr),
 
     where highest and start are the maximum and the median of the losses of the first steps, fall is how far the level has come down
     since, and scatter by how much batches differ.
@@ -104,14 +104,15 @@ class Sublevel(_Losses):
             levels.update(value)
             self._highest = max(self._highest, value)
             return None
-        bound = max(levels.start + max(self.margin * levels.fall, 8.0 * levels.scatter), self._highest)
+        start = levels.start
+        bound = start + max(self.margin * levels.fall, 8.0 * levels.scatter, 2.0 * (self._highest - start))
         statistic = self.detector.update(value > bound, sample.step)
         levels.update(value)
         if not statistic >= self.detector.run_length:
             return None
         return self._alarm(
             f"The loss has left the set in which the run began ({value:.4g}, above {bound:.4g})",
-            f"are above it, where the run began at {levels.start:.4g} and had come down to {levels.best:.4g}",
+            f"are above it, where the run began at {start:.4g} and had come down to {levels.best:.4g}",
             "steps",
             "The run diverges: go back to weights from before, with a lower learning rate.",
         )

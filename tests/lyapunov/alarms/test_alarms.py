@@ -43,6 +43,12 @@ def test_every_channel_speaks_and_then_is_silent_for_the_cooldown() -> None:
         assert all(b - a >= 50 for a, b in pairwise(steps))
 
 
+def test_what_happens_in_the_cooldown_is_no_evidence() -> None:
+    stream = [whole(t, 1.0, 1.1 if t < 60 else 0.9) for t in range(1, 200)]
+    assert [step for step, _ in said(Alarms([Increase()], cooldown=54), stream)] == [6]
+    assert [step for step, _ in said(Alarms([Increase()], cooldown=40), stream)] == [6, 51]
+
+
 def test_a_fault_that_stays_is_reported_again() -> None:
     found = said(Alarms([NonFinite()], cooldown=10), [Sample(t, nonfinite=("loss",)) for t in range(1, 35)])
     assert [step for step, _ in found] == [1, 11, 21, 31]
@@ -56,6 +62,9 @@ def test_a_resumed_run_gives_the_alarms_of_an_uninterrupted_one(cut: int) -> Non
     before = said(first, stream[:cut])
     second.load_state_dict(json.loads(json.dumps(first.state_dict())))
     assert before + said(second, stream[cut:]) == whole_run
+    third = Alarms()
+    third.load_state_dict(second.state_dict())
+    assert third.state_dict() == second.state_dict()
 
 
 def size(state: object) -> int:

@@ -36,12 +36,14 @@ def test_a_level_is_the_median_of_its_block_and_one_wild_value_does_not_move_it(
     assert [levels.update(x) for x in (1.0, 2.0, 1e30, 1.5, 1.2)] == [None, None, None, None, 1.5]
 
 
-def test_a_level_that_wanders_scatters_even_where_neighbors_are_close() -> None:
-    still, wandering = Levels(), Levels()
+def test_a_level_that_goes_up_and_down_scatters_even_where_the_values_of_a_block_agree() -> None:
+    """A staircase: no scatter within a block, and yet the next block may well be a stair higher."""
+    levels, falling = Levels(), Levels()
     for t in range(400):
-        still.update(1e-3 * (t % 2))
-        wandering.update(math.sin(t / 40) + 1e-3 * (t % 2))
-    assert wandering.scatter > 10 * still.scatter
+        levels.update(float(t // 10 % 3))
+        falling.update(-float(t // 10))
+    assert levels.scatter > 0.3
+    assert falling.scatter == 0.0
 
 
 @given(st.lists(st.floats(-1e6, 1e6), max_size=80), st.integers(1, 12), st.integers(1, 6))

@@ -40,6 +40,16 @@ def test_a_run_that_falls_back_to_where_it_began_leaves_no_sublevel_set_but_rela
     assert first(Level(), of(losses)) is not None
 
 
+def test_batches_that_come_to_differ_more_leave_no_sublevel_set() -> None:
+    rng = random.Random(0)
+    assert first(Sublevel(), of([min(t, 400) / 400 * abs(rng.gauss(0, 1)) + 1.0 for t in range(1500)])) is None
+
+
+def test_a_level_that_has_been_there_before_is_no_news_to_level() -> None:
+    assert first(Level(), of(([2.0] * 150 + [1.0] * 50) * 5)) is None
+    assert first(Level(), of(([2.0] * 150 + [1.0] * 50) * 2 + [1.0] * 150 + [2.0] * 80)) is not None
+
+
 def test_a_rise_on_the_same_batch_is_seen_one_step_sooner() -> None:
     run = of(descent(200))
     known = [Sample(t, 0.1, 2.0) for t in (201,)] + [Sample(t, 2.0, 2.0) for t in (202, 203, 204)]
@@ -59,7 +69,7 @@ HEALTHY = {
     "rare spikes": [0.01 + (random.Random(t).random() < 0.01) for t in range(1500)],
     "warm-up": [2.3] * 100 + descent(1400),
     "one spike": [*descent(300), 50.0, *descent(1000, seed=2)[200:]],
-    "ten times almost nothing": descent(300, noise=0.0, floor=1e-4) + [1e-3] * 1000,
+    "ten times almost nothing": descent(900, noise=0.0, floor=1e-4) + [1e-3] * 1000,
 }
 
 

@@ -106,10 +106,18 @@ def test_steps_a_hundred_times_longer_are_noticed_within_three(begins: int) -> N
 
 
 def test_a_warm_restart_and_a_slow_rise_are_no_leaps() -> None:
-    cycle = [0.1 * (0.5 + 0.5 * math.cos(math.pi * t / 200)) for t in range(200)]
+    cycle = [0.1 * (0.5 + 0.5 * math.cos(math.pi * t / 600)) for t in range(600)]
     assert first(Leap(), lengths(cycle * 3)) is None
     assert first(Leap(), lengths([1e-3 * 1.01**t for t in range(800)])) is None
     assert first(Leap(), lengths([0.0] * 100 + [0.1] * 100)) is None  # a rate of zero at first
+
+
+def test_a_warm_restart_after_a_resumption_is_no_leap_either() -> None:
+    cycle = [0.1 * (0.5 + 0.5 * math.cos(math.pi * t / 600)) for t in range(600)]
+    before, after = Leap(), Leap()
+    assert first(before, lengths(cycle)) is None
+    after.load_state_dict(before.state_dict())
+    assert first(after, lengths(cycle)) is None
 
 
 def test_one_long_step_is_no_alarm() -> None:
