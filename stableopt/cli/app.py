@@ -1,7 +1,8 @@
-"""The commands: train, certify, verify, report."""
+"""The commands: train, certify, verify, report, doctor."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -112,6 +113,22 @@ def report(
     from stableopt.report import write_report
 
     console.print(f"wrote {write_report(run_folders, out)}", highlight=False)
+
+
+@app.command()
+def doctor(
+    subject: Annotated[
+        str,
+        typer.Argument(help="FILE.py:FUNCTION, which returns (model, loss) or (model, inputs[, targets[, loss_fn]])."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Say what can be measured on a model while it trains: each way to curvature, its cost, and the tiers of the monitor."""
+    from stableopt.cli.subject import load_subject
+    from stableopt.lyapunov.doctor import diagnose
+
+    found = diagnose(*load_subject(subject))
+    print(json.dumps(found.as_dict(), indent=1) if as_json else found)  # noqa: T201
 
 
 def _print_metrics(metrics: dict[str, Any], out: Path) -> None:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,13 +18,13 @@ from torch.optim import Optimizer
 from stableopt.lyapunov.running import RunningMean, student_quantile
 from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.optim import Sharpness, SharpnessReading
-from stableopt.optim.curvature import Curvature, Method, dot
+from stableopt.optim.curvature import Curvature, Method, dot, gradients
 from stableopt.optim.limits import known_limits
 from stableopt.optim.modules import buffers_put_back, modules_at_hand
 from stableopt.optim.preconditioner import Preconditioner
 from stableopt.optim.rules.base import real_view, unviewed
 
-__all__ = ["CurvatureProbe", "CurvatureReading", "Loss"]
+__all__ = ["CurvatureProbe", "CurvatureReading", "Loss", "apart"]
 
 Loss = Callable[[], Tensor]
 
@@ -180,6 +181,7 @@ class CurvatureProbe:
                 raise ValueError(f"{name} must be an integer >= {least}, got {value!r}.")
         self.model, self.optimizer = model, optimizer
         self.losses = _losses(loss)
+        self._loss = partial(_mean, self.losses)  # not a method, so that the modules which a loss calls are at hand
         self.products, self.traces, self.batch_size, self.seed = products, traces, batch_size, seed
         self._only_plain, followed = "", optimizer
         try:
@@ -209,7 +211,7 @@ class CurvatureProbe:
             'the curvature was not measured: ZeroDivisionError: division by zero'
         """
         try:
-            with undisturbed(self.model), _alone([self.model, *modules_at_hand(self._loss)]):
+            with undisturbed(self.model), apart(self.model, self._loss):
                 _draw_from(self.seed)
                 return self._look(graph)
         except Exception as error:  # whatever it is, the training goes on
@@ -250,10 +252,6 @@ class CurvatureProbe:
         self._generator.set_state(state_dict["generator"].cpu())
         for name in ("rest", "signal", "noise"):
             setattr(self, f"_{name}", RunningMean(**state_dict[name]))
-
-    def _loss(self) -> Tensor:
-        values = [loss() for loss in self.losses]
-        return values[0] if len(values) == 1 else torch.stack([value.reshape(()) for value in values]).mean()
 
     def _look(self, graph: Tensor | None) -> CurvatureReading:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.requires_grad]
@@ -317,11 +315,8 @@ class CurvatureProbe:
         torch.clear_autocast_cache()
         for loss in self.losses:
             with torch.enable_grad(), buffers_put_back(loss):
-                grads = torch.autograd.grad(loss().reshape(()), parameters, allow_unused=True)
-            dense = [
-                torch.zeros_like(p) if g is None else g.to_dense() if g.is_sparse else g
-                for p, g in zip(parameters, grads, strict=True)
-            ]
+                grads = gradients(loss(), parameters)
+            dense = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
             each += dot(dense, dense) / m
             total = dense if total is None else [a + b for a, b in zip(total, dense, strict=True)]
         torch.clear_autocast_cache()  # an autocast around us would keep weights whose graph is gone
@@ -331,6 +326,11 @@ class CurvatureProbe:
         self._signal.add((m * together - each) / (m - 1))
         self._noise.add(self.batch_size * m * (each - together) / (m - 1))
         return self._noise.mean / self._signal.mean if self._signal.mean > 0.0 else math.inf
+
+
+def _mean(losses: Sequence[Loss]) -> Tensor:
+    values = [loss() for loss in losses]
+    return values[0] if len(values) == 1 else torch.stack([value.reshape(()) for value in values]).mean()
 
 
 def _losses(loss: Loss | Sequence[Loss]) -> list[Loss]:
@@ -371,10 +371,20 @@ def _draw_from(seed: int) -> None:
 
 
 @contextmanager
-def _alone(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Let no DDP wrapper wait for a ``backward`` or talk to the other processes."""
+def apart(model: nn.Module, loss: Loss) -> Iterator[None]:
+    """Let the DDP wrappers of a model neither wait for a ``backward`` nor talk to the other processes.
+
+    Args:
+        model: that is looked at.
+        loss: what calls it, maybe in its wrapper.
+
+    Examples:
+        >>> model = nn.Linear(1, 1)
+        >>> with apart(model, lambda: model(torch.ones(1)).sum()):
+        ...     pass
+    """
     with ExitStack() as stack:
-        for module in modules:
+        for module in {id(m): m for m in (*model.modules(), *modules_at_hand(loss))}.values():
             if isinstance(module, nn.parallel.DistributedDataParallel):
                 stack.callback(setattr, module, "require_forward_param_sync", module.require_forward_param_sync)
                 module.require_forward_param_sync = False

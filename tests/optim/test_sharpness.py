@@ -315,7 +315,7 @@ def test_where_autograd_has_no_second_derivative_auto_takes_differences_and_says
     reading = sharpness.measure()
     assert reading.edge == pytest.approx(0.5, rel=1e-8)
     assert reading.method == "difference"
-    assert reading.reason.startswith("by difference, since exact said: ")
+    assert reading.reason.startswith("by difference, which also sees kinks, since exact said: ")
     assert "; forward said: " in reading.reason
     assert sharpness.measure().edge == pytest.approx(0.5, rel=1e-8)
     with pytest.raises(RuntimeError, match="differentiated twice"):

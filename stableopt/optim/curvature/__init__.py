@@ -9,7 +9,14 @@
 
 from __future__ import annotations
 
-from stableopt.optim.curvature.base import Curvature, asymmetry, dot, no_second_derivative
+from stableopt.optim.curvature.base import (
+    Curvature,
+    acceptable_asymmetry,
+    asymmetry,
+    dot,
+    gradients,
+    no_second_derivative,
+)
 from stableopt.optim.curvature.choice import METHODS, Choice, Method
 from stableopt.optim.curvature.difference import Difference
 from stableopt.optim.curvature.forward import Forward
@@ -24,7 +31,9 @@ __all__ = [
     "Forward",
     "Graph",
     "Method",
+    "acceptable_asymmetry",
     "asymmetry",
     "dot",
+    "gradients",
     "no_second_derivative",
 ]

@@ -19,7 +19,7 @@ from stableopt.constraints.sharding import is_sharded
 from stableopt.optim.modules import modules_at_hand
 from stableopt.optim.trial import RandomState, graph_eps
 
-__all__ = ["Curvature", "asymmetry", "dot", "no_second_derivative"]
+__all__ = ["Curvature", "acceptable_asymmetry", "asymmetry", "dot", "gradients", "no_second_derivative"]
 
 
 class Curvature(ABC):
@@ -123,16 +123,39 @@ class Curvature(ABC):
         self._start.restore()
         with torch.enable_grad(), nullcontext() if self.fused else _plain_kernels(self.loss):
             value = self.loss()
-            if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
-                what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-                raise ValueError(f"the loss must be one real number, a tensor with its graph, got {what}.")
-            if not value.requires_grad:
-                raise ValueError(
-                    "the loss has no graph: return the tensor itself (not .item()), do not call backward, and do not use no_grad."
-                )
-            self.eps = self.eps or max([graph_eps(value), *(torch.finfo(p.dtype).eps for p in self.parameters)])
-            grads = torch.autograd.grad(value.reshape(()), self.parameters, create_graph=twice, allow_unused=True)
-        return tuple(g.to_dense() if g is not None and g.is_sparse else g for g in grads)
+            grads = gradients(value, self.parameters, twice=twice)
+        self.eps = self.eps or max([graph_eps(value), *(torch.finfo(p.dtype).eps for p in self.parameters)])
+        return grads
+
+
+def gradients(value: Tensor, parameters: Sequence[Tensor], *, twice: bool = False) -> tuple[Tensor | None, ...]:
+    """Return the gradient of a loss, dense, without touching ``.grad``.
+
+    Args:
+        value: the loss with its graph.
+        parameters: leaves that require gradients.
+        twice: whether the gradient is to have a graph of its own.
+
+    Returns:
+        One tensor per parameter, None for one that the loss does not depend on.
+
+    Raises:
+        ValueError: if the loss is not one real number with a graph.
+
+    Examples:
+        >>> w = torch.nn.Parameter(torch.tensor([3.0]))
+        >>> gradients((w**2).sum(), [w])
+        (tensor([6.]),)
+    """
+    if not isinstance(value, Tensor) or value.numel() != 1 or value.is_complex():
+        what = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the loss must be one real number, a tensor with its graph, got {what}.")
+    if not value.requires_grad:
+        raise ValueError(
+            "the loss has no graph: return the tensor itself (not .item()), do not call backward, and do not use no_grad."
+        )
+    grads = torch.autograd.grad(value.reshape(()), list(parameters), create_graph=twice, allow_unused=True)
+    return tuple(g.to_dense() if g is not None and g.is_sparse else g for g in grads)
 
 
 @contextmanager
@@ -191,6 +214,20 @@ def asymmetry(product: Curvature) -> float:
     Hu, Hv = product(u), product(v)
     size = math.sqrt(dot(Hu, Hu)) + math.sqrt(dot(Hv, Hv))
     return abs(dot(u, Hv) - dot(v, Hu)) / size if size != 0.0 else 0.0
+
+
+def acceptable_asymmetry(product: Curvature) -> float:
+    """Return what :func:`asymmetry` may be: far above rounding for autograd, a tenth for differences.
+
+    Args:
+        product: after its first product.
+
+    Examples:
+        >>> from stableopt.optim.curvature import Difference
+        >>> acceptable_asymmetry(Difference(lambda: torch.ones(1), []))
+        0.1
+    """
+    return 0.1 if product.fused else min(0.05, max(1e-6, 1e4 * product.eps))
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal, TypeAlias, TypeVar, get_args
 
 from torch import Tensor
 
-from stableopt.optim.curvature.base import Curvature, asymmetry, no_second_derivative
+from stableopt.optim.curvature.base import Curvature, acceptable_asymmetry, asymmetry, no_second_derivative
 from stableopt.optim.curvature.difference import Difference
 from stableopt.optim.curvature.forward import Forward
 from stableopt.optim.curvature.reverse import Exact, Graph
@@ -20,9 +21,21 @@ METHODS: tuple[str, ...] = get_args(Method)
 
 T = TypeVar("T")
 
+_CAUSES = (
+    "something in the loss has a second derivative that is silently wrong (weight_norm backward, torch.linalg.solve forward)",
+    "kinks or rounding are larger than the curvature, or the backward of the loss is not its gradient",
+)
+
+
+class _AsymmetryError(RuntimeError):
+    """Products that cannot be those of a Hessian."""
+
 
 class Choice:
     """Make products the first way that works: a graph that is there, autograd twice, forward over reverse, differences.
+
+    What works is also looked at once for symmetry, by two more products: some second derivatives in torch are silently wrong, and
+    differences may be drowned by kinks (ReLU with few samples in float32) or rounding (autocast).
 
     Args:
         loss: returns the loss with its graph, forward only.
@@ -53,7 +66,7 @@ class Choice:
         self.method: Method = method
         self.refused: dict[str, str] = {}
         self.reason = ""
-        self._symmetric = False
+        self._symmetric: set[str] = set()
 
     def run(self, parameters: Sequence[Tensor], task: Callable[[Curvature], T], graph: Tensor | None = None) -> T:
         """Do something with products, the first way that works.
@@ -91,7 +104,8 @@ class Choice:
                     self._check(curvature)
                     result = task(curvature)
             except RuntimeError as error:
-                if self.method != "auto" or name == "difference" or not curvature.refuses(error):
+                doubtful = isinstance(error, _AsymmetryError)
+                if self.method != "auto" or name == "difference" or not (doubtful or curvature.refuses(error)):
                     raise
                 failures[name] = str(error).strip().splitlines()[0].split(". ")[0]
                 if name != "graph" or no_second_derivative(error):  # else that one graph is spent, the next may be good
@@ -111,17 +125,19 @@ class Choice:
                 yield kind.name, partial(kind, self.loss, parameters)
 
     def _check(self, curvature: Curvature) -> None:
-        """Some forward derivatives are silently wrong (that of the gradient of ``torch.linalg.solve``), and then not symmetric."""
-        if curvature.name != "forward" or self._symmetric:
+        """Look once whether products are those of a symmetric matrix; a difference that is asked for is what it is."""
+        name = curvature.name
+        if name in self._symmetric or (name == "difference" and self.method != "auto"):
             return
-        if not asymmetry(curvature) <= max(1e-4, 4.0 * curvature.eps):
-            raise RuntimeError(
-                "the products of forward over reverse are not symmetric: something in the loss drops tangents silently, as the "
-                "gradient of torch.linalg.solve does"
-            )
-        self._symmetric, curvature.count = True, 0
+        found = asymmetry(curvature)
+        curvature.count = 0
+        if found > acceptable_asymmetry(curvature):
+            raise _AsymmetryError(f"the products by {name} are not symmetric: {_CAUSES[name == 'difference']}")
+        if not math.isnan(found):
+            self._symmetric.add(name)
 
     @staticmethod
     def _sentence(name: str, failures: dict[str, str]) -> str:
         why = "; ".join(f"{other} said: {said}" for other, said in failures.items())
-        return f"by {name}, since {why}" if why else ""
+        what = "difference, which also sees kinks" if name == "difference" else name
+        return f"by {what}, since {why}" if why else ""

@@ -24,8 +24,9 @@ class Difference(Curvature):
 
     Note:
         A kink of ReLU between the two points enters with its jump over 2h: the mean curvature over the interval, which autograd,
-        blind for kinks, does not see. In float32 and with few samples the two differ by tens of percent. Neither is the wrong one,
-        but they are two quantities, and the product is then only nearly linear.
+        blind for kinks, does not see. Neither is the wrong one, but they are two quantities: in float32 the second is several times
+        larger. It is a curvature of its own where thousands of samples make it smooth; with tens or hundreds of them the products
+        are far from symmetric and mean nothing, and the same holds under autocast, by rounding.
         In float32 a metric of very unequal entries (Adam's after its first steps) amplifies the rounding of a difference.
 
     Raises:

@@ -42,6 +42,10 @@ class Exact(_Reverse):
     Meanwhile attention, recurrent layers on CUDA and compiled code run by their plain formulas, since none of the fused kernels
     has a second derivative: the same function up to rounding, but dropout inside attention draws another mask.
 
+    Note:
+        A few second derivatives in torch are silently wrong (``weight_norm`` in 2.13), which
+        :func:`stableopt.optim.curvature.asymmetry` reveals; :class:`stableopt.optim.curvature.Choice` looks once.
+
     Examples:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
         >>> with Exact(lambda: (w**2).sum(), [w]) as product:
