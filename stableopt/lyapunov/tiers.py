@@ -21,6 +21,7 @@ from stableopt.lyapunov.record import StepRecord
 from stableopt.lyapunov.vitals import Names, Vitals, measure_vitals
 from stableopt.optim import GuardedOptimizer, StepReport
 from stableopt.optim.agree import Processes
+from stableopt.optim.modules import buffers_put_back
 from stableopt.optim.trial import loss_with_graph
 
 __all__ = ["Probe", "Tiers", "trust_facts"]
@@ -140,9 +141,9 @@ class Tiers:
 
     def _pass(self) -> Any:
         """Call the model on the probe batch, or else on that of the step."""
-        if self._probe is not None:
-            return self._probe() if callable(self._probe) else self._probe[0]()
-        return self._closure()()
+        passed = self._closure() if self._probe is None else self._probe if callable(self._probe) else self._probe[0]
+        with buffers_put_back(passed):  # who finds compiled modules there
+            return passed()
 
     def _loss(self) -> Any:
         """Return the loss of the batch of the step, with its graph."""

@@ -25,7 +25,8 @@ def buffers_put_back(closure: Callable[[], Any]) -> Iterator[None]:
     """Put back values and objects of the buffers of all modules that are called inside, at the end.
 
     A hook on all modules sees the first call of each. Compiled ones are not called one by one, and such a hook would have them
-    compiled anew: where one is at hand in the closure, the buffers of all modules at hand are kept from the start instead.
+    compiled anew: where one is at hand in the closure, the buffers of all modules at hand are kept from the start instead, also
+    for those who put back around this call, and nobody's hook is there while it lasts.
 
     Args:
         closure: what will be called inside.
@@ -38,17 +39,24 @@ def buffers_put_back(closure: Callable[[], Any]) -> Iterator[None]:
         >>> int(norm.num_batches_tracked)
         0
     """
-    kept = _Kept()
-    at_hand = modules_at_hand(closure)
-    compiled = any(_is_compiled(module) for module in at_hand)
-    for module in at_hand if compiled else ():
-        kept.keep(module)
-    handle = None if compiled else register_module_forward_pre_hook(kept.see)
+    kept, at_hand = _Kept(), modules_at_hand(closure)
+    compiled = any(map(_is_compiled, at_hand))
+    around = [other for other in _AROUND if other.hooked] if compiled else []
+    for other in around:
+        other.unhook()
+    for one in (kept, *around) if compiled else ():
+        for module in at_hand:
+            one.keep(module)
+    if not compiled:
+        kept.hook()
+    _AROUND.append(kept)
     try:
         yield
     finally:
-        if handle is not None:
-            handle.remove()
+        _AROUND.remove(kept)
+        kept.unhook()
+        for other in around:
+            other.hook()
         kept.put_back()
 
 
@@ -59,10 +67,22 @@ class _Kept:
         self._buffers: dict[int, tuple[nn.Module, dict[str, tuple[Tensor | None, Tensor | None]]]] = {}
         self._sharded: dict[int, nn.Module] = {}
         self._synchronized: dict[int, tuple[nn.parallel.DistributedDataParallel, bool]] = {}
+        self._handle: Any = None
 
-    def see(self, module: nn.Module, _arguments: Any) -> None:
-        """Keep a module that is about to be called."""
-        self.keep(module)
+    @property
+    def hooked(self) -> bool:
+        """Whether it sees what is called."""
+        return self._handle is not None
+
+    def hook(self) -> None:
+        """Keep each module that is called from now on."""
+        self._handle = register_module_forward_pre_hook(lambda module, _: self.keep(module))
+
+    def unhook(self) -> None:
+        """See no more calls."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
 
     def keep(self, module: nn.Module) -> None:
         """Keep a module."""
@@ -89,6 +109,10 @@ class _Kept:
                 module._buffers[name] = buffer  # noqa: SLF001
                 if buffer is not None and value is not None:
                     buffer.data.copy_(value)  # always: batch_norm changes its statistics without counting a new version
+
+
+_AROUND: list[_Kept] = []
+"""Those within whose context we are."""
 
 
 def modules_at_hand(closure: object) -> list[nn.Module]:

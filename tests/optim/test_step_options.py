@@ -12,6 +12,7 @@ from torch import nn
 
 from stableopt.errors import StabilityError
 from stableopt.optim import SGD, AdamW, guard
+from stableopt.optim.modules import buffers_put_back
 from tests.optim.problems import Network, closure_of, network_closure, quadratic
 
 CLASSES = [SGD, AdamW]
@@ -343,3 +344,18 @@ def test_a_compiled_model_in_the_closure(backend: str) -> None:
     for key, value in runs[0][0].items():
         torch.testing.assert_close(value, runs[1][0][key], rtol=1e-9, atol=1e-9)
     assert runs[0][1].trials == runs[1][1].trials
+
+
+def test_who_puts_back_around_a_compiled_model_has_no_hook_while_it_runs_and_puts_back_all_the_same() -> None:
+    torch._dynamo.reset()
+    plain, inner = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
+    compiled = torch.compile(inner, backend="eager")
+    x = torch.randn(4, 2)
+    loss = lambda: compiled(x).sum()  # noqa: E731
+    with buffers_put_back(lambda: None):  # sees neither
+        with buffers_put_back(loss), warnings.catch_warnings(action="error"):
+            loss()  # torch would warn of hooks on all modules
+        inner(x)
+        plain(x)
+        assert [int(m.num_batches_tracked) for m in (plain, inner)] == [1, 1]
+    assert [int(m.num_batches_tracked) for m in (plain, inner)] == [0, 0]
