@@ -64,7 +64,8 @@ class Monitor:
         also: what a rollback takes back beside model and optimizer: objects with ``state_dict`` and ``load_state_dict``
             (schedulers, a ``GradScaler``).
         on_rollback: is called with the step that a rollback went back to.
-        scaler: a ``torch.amp.GradScaler``, whose skipped steps never reach the optimizer: they are found by its scale.
+        scaler: a ``torch.amp.GradScaler``, whose skipped steps never reach the optimizer: they are found by its scale, at the next
+            step that is looked at or at :meth:`close`.
         sinks: further receivers of the records; closed with the monitor.
         keep: number of last records in :attr:`records`, and of last events in :attr:`events`.
         process_group: the processes that train this model, as for ``GuardedOptimizer.decide_with``: "auto" for all, None for
@@ -220,6 +221,9 @@ class Monitor:
         self._hooks.remove()
         self._forget()
         self._enforcer.after(self._step, raised=True)
+        if self._scaler is not None and (event := self._scaler.look(self._step + 1)) is not None:
+            self.events.append(event)  # of steps that no later one has told of
+            self._seen[event.channel] += 1
         for sink in self._sinks:
             sink.close()
 
