@@ -30,6 +30,9 @@ _PLAN_EVERY = 128
 GRACE = 0.5
 """Seconds that the monitor may take before it plans at all: short runs are watched step by step."""
 
+PAUSE = 10.0
+"""What takes longer than so many steps between two steps is a pause or an evaluation, and counts as so many."""
+
 
 @dataclass(frozen=True)
 class Every:
@@ -155,6 +158,7 @@ class Schedule:
         self.interval = dict(self.base)
         self.next = dict.fromkeys(self.base, 1)
         self.seconds, self.run_seconds = 0.0, 0.0
+        self._pause = math.inf
         self._costs: dict[str, deque[float]] = {name: deque(maxlen=5) for name in self.base}
         self._steps: deque[float] = deque(maxlen=32)
         self._hooks: deque[float] = deque(maxlen=32)
@@ -211,7 +215,7 @@ class Schedule:
             # without a clock the looks stay on the grid 1, 1 + n, 1 + 2n, ... also where a run goes on in its middle
             self.next[name] = step + interval if self.limit is not None else step + interval - (step - 1) % interval
         self.seconds += monitor
-        self.run_seconds += run
+        self.run_seconds += min(run, self._pause)
         if self.limit is None:
             return
         self._steps.append(run)
@@ -224,6 +228,7 @@ class Schedule:
 
     def _plan(self, step: int) -> None:
         assert self.limit is not None  # noqa: S101 - the caller has looked
+        self._pause = PAUSE * median(self._steps)
         alone = self._processes is None or self._processes.size == 1
         if alone and self.seconds < GRACE:
             return

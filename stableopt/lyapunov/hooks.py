@@ -49,6 +49,8 @@ class StepHooks:
         self._optimizer, self._before_step, self._after_step = optimizer, before, after
         self._frame: FrameType | None = None
         self._handles: list[Any] = []
+        # a step may be compiled; what looks at it is not. The wrapper costs time, so it is for such steps alone
+        self._uncompiled: Any = torch.compiler.disable(self._see_before), torch.compiler.disable(self._see_after)
 
     def attach(self) -> bool:
         """Begin; return whether that is new.
@@ -61,10 +63,9 @@ class StepHooks:
         """
         if self._handles:
             return False
-        eager: Any = torch.compiler.disable  # a step may be compiled; what looks at it is not
         self._handles = [
-            self._optimizer.register_step_pre_hook(eager(self._before)),
-            self._optimizer.register_step_post_hook(eager(self._after)),
+            self._optimizer.register_step_pre_hook(self._before),
+            self._optimizer.register_step_post_hook(self._after),
         ]
         return True
 
@@ -82,6 +83,19 @@ class StepHooks:
     def _before(
         self, _optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if torch.compiler.is_compiling():
+            return self._uncompiled[0](args, kwargs)
+        return self._see_before(args, kwargs)
+
+    def _after(self, _optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            self._uncompiled[1]()
+        else:
+            self._see_after()
+
+    def _see_before(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         caller = _caller()
         if self._frame is not None and _is_within(caller, self._frame):
             return None
@@ -93,7 +107,7 @@ class StepHooks:
             return None
         return ((args[0], other, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": other})
 
-    def _after(self, _optimizer: Optimizer, _args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+    def _see_after(self) -> None:
         if self._frame is None or _caller() is not self._frame:
             return  # the step of a base class, within the step that is watched
         self._frame = None
@@ -103,8 +117,11 @@ class StepHooks:
 def _caller() -> FrameType | None:
     """Return the frame of the step that has called a hook: not that of a wrapper, nor of the second part of a compiled step."""
     frame = inspect.currentframe()
-    frame = None if frame is None or frame.f_back is None else frame.f_back.f_back
-    while frame is not None and ("_dynamo" in frame.f_code.co_filename or frame.f_code.co_name.startswith(_RESUMED)):
+    while frame is not None and (
+        frame.f_code.co_filename == __file__
+        or "_dynamo" in frame.f_code.co_filename
+        or frame.f_code.co_name.startswith(_RESUMED)
+    ):
         frame = frame.f_back
     return frame
 

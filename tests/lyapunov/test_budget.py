@@ -145,3 +145,16 @@ def test_short_runs_are_watched_step_by_step():
     assert drive(Schedule(every, 0.01), 240, costs, run=1e-3) == {"vitals": 240, "energy": 240}  # 0.48 seconds
     looks = drive(Schedule(every, 0.01), 1000, costs, run=1e-3)
     assert 250 <= looks["vitals"] < 400
+
+
+def test_pauses_do_not_count_as_training():
+    every = Every(sharpness=None, layers=None, forward=None, gaps=None)
+    schedule, still = Schedule(every, 0.05), Schedule(every, 0.05)
+    costs = {"vitals": 0.1, "energy": 0.1}
+    drive(schedule, 2000, costs)
+    for step in range(1, 2001):
+        due = still.due(step)
+        spent = {name: costs[name] for name in due}
+        still.stepped(step, due, run=1.0 + 1e4 * (step % 500 == 0), monitor=sum(spent.values()), costs=spent)
+    assert still.run_seconds <= schedule.run_seconds + 4 * 10
+    assert still.overhead >= 0.9 * schedule.overhead

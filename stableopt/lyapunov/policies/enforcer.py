@@ -185,6 +185,8 @@ class Enforcer:
             once the record is written.
         """
         mine = list(alarms)
+        if not mine and not self._together and not self._refused and self._shrunk == 0:
+            return ()
         heard = heard_by_all(self.policy, mine, self._processes if self._together else Alone)
         seen = {*(a.channel for a in mine), *heard, *(["nonfinite"] if self._refused else [])}
         due = {channel for channel in seen if self._is_due(channel, step)}
