@@ -47,6 +47,20 @@ class Alarms:
             )
         self._silent = dict.fromkeys(names, 0)
 
+    @property
+    def alert(self) -> bool:
+        """Whether a channel has some evidence, far from enough for an alarm.
+
+        Who does not look at every step should then do so: the alarm comes as many steps later, not as many looks.
+
+        Examples:
+            >>> alarms = Alarms()
+            >>> _ = alarms.update(Sample(1, 1.0, 2.0, 1.0, 2.0, 1e-9))
+            >>> alarms.alert
+            True
+        """
+        return any(channel.alert for channel in self.channels)
+
     def update(self, sample: Sample) -> tuple[Alarm, ...]:
         """Take the sample of one step and return the alarms it gives.
 

@@ -88,6 +88,18 @@ class EDetector:
         came, seen, since = self._since[best]
         return came, seen, since
 
+    @property
+    def alert(self) -> bool:
+        """Whether the last observations speak for a change, far from enough for an alarm: a reason to look more often.
+
+        Examples:
+            >>> detector = EDetector(null=0.1, run_length=1e4)
+            >>> _ = detector.update(True)
+            >>> detector.alert
+            True
+        """
+        return max(self._peaks) > 4.0
+
     def reset(self) -> None:
         """Forget the evidence.
 

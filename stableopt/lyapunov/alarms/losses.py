@@ -21,6 +21,11 @@ class _Losses(Channel):
     def __init__(self, detector: EDetector, block: int) -> None:
         self.detector, self._levels = detector, Levels(block)
 
+    @property
+    def alert(self) -> bool:
+        """Whether there is some evidence, far from enough for an alarm."""
+        return self.detector.alert
+
     def reset(self) -> None:
         """Forget the evidence."""
         self.detector.reset()

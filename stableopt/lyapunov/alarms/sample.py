@@ -139,6 +139,11 @@ class Channel(ABC):
             sample: of a later step than all before.
         """
 
+    @property
+    def alert(self) -> bool:
+        """Whether there is some evidence, far from enough for an alarm: a reason to look at every step for a while."""
+        return False
+
     @abstractmethod
     def reset(self) -> None:
         """Forget the evidence; what was learned about the run, its levels and its noise, stays."""

@@ -131,6 +131,11 @@ class Increase(Channel):
             self.detector.run_length,
         )
 
+    @property
+    def alert(self) -> bool:
+        """Whether there is some evidence, far from enough for an alarm."""
+        return self.detector.alert
+
     def reset(self) -> None:
         """Forget the evidence."""
         self.detector.reset()
@@ -215,6 +220,11 @@ class Leap(Channel):
             statistic,
             self.detector.run_length,
         )
+
+    @property
+    def alert(self) -> bool:
+        """Whether there is some evidence, far from enough for an alarm."""
+        return self.detector.alert
 
     def reset(self) -> None:
         """Forget the evidence."""

@@ -88,6 +88,17 @@ def test_steps_may_be_left_out() -> None:
     assert said(Alarms(), sparse) == []
 
 
+def test_who_looks_rarely_and_at_once_when_alerted_is_only_one_interval_late() -> None:
+    losses = [*descent(400), *[2.5] * 20]
+    alarms, looked, found = Alarms(), 0, []
+    for sample in samples(losses):
+        if sample.step % 8 == 0 or alarms.alert:
+            looked += 1
+            found += [(sample.step, alarm.channel) for alarm in alarms.update(sample)]
+    assert looked < 80
+    assert 400 < found[0][0] <= 400 + 8 + 4
+
+
 def test_wrong_channels_are_refused() -> None:
     with pytest.raises(TypeError, match="Alarms needs channels, got str: derive it from Channel"):
         Alarms(["level"])  # pyright: ignore[reportArgumentType]
