@@ -365,6 +365,7 @@ class Monitor:
             self._observation = Observation(
                 self._model, optimizer, closure, processes=self._processes, again=again, check=check,
                 distrust=self._distrust, refuse=refuse,
+                failed=lambda: self._enforcer.after(step, raised=True),
             )  # fmt: skip
         self._spent = time.perf_counter() - began + (0.0 if self._early is None else self._early_seconds)
         return None if self._observation is None else self._observation.evaluate

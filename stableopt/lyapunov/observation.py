@@ -34,6 +34,7 @@ class Observation:
         check: also evaluate the closure a second time before the step, to see whether it gives the same value.
         distrust: why the closure is not to be evaluated a second time; empty if it may be.
         refuse: is told each loss after its gradients are there, and says what is not finite, if it has taken the gradients away.
+        failed: is called if the closure raises, before the error goes on.
 
     Attributes:
         refused: what ``refuse`` said of the last evaluation.
@@ -58,10 +59,12 @@ class Observation:
         check: bool = False,
         distrust: str = "",
         refuse: Callable[[Any], tuple[str, ...]] | None = None,
+        failed: Callable[[], None] | None = None,
     ) -> None:
         self.distrust = distrust
         self.refused: tuple[str, ...] = ()
         self._model, self._optimizer, self._closure = model, optimizer, closure
+        self._failed = failed
         self._processes, self._again_too, self._check, self._refuse = processes, again, check, refuse
         self.first = Snapshot(model) if closure is not None and again else None
         self.seconds = 0.0
@@ -79,7 +82,12 @@ class Observation:
         """Evaluate the closure for the optimizer, and note the first value."""
         if self._closure is None:
             raise TypeError("this observation has no closure to evaluate.")
-        value = self._closure()
+        try:
+            value = self._closure()
+        except BaseException:
+            if self._failed is not None:
+                self._failed()
+            raise
         if torch.is_grad_enabled():  # without gradients it is another observer who looks again
             began = time.perf_counter()
             if not self._noted:

@@ -149,6 +149,20 @@ def test_a_shrinking_multiplies_what_the_scheduler_sets():
     assert seen == pytest.approx([0.1, 0.05, 0.1 / 6, 0.1 / 8, 0.1 / 10, 0.1 / 12])
 
 
+def test_a_closure_that_raises_leaves_the_learning_rate_of_the_scheduler():
+    model, optimizer = make(lr=0.1)
+    monitor = Monitor(model, optimizer, every=LIGHT, max_overhead=None, policy=Policy(nonfinite="shrink"))
+    with monitor, warnings.catch_warnings(action="ignore"):
+        x, y = next(batches(1))
+        step(model, optimizer, x * math.nan, y)
+        torch.manual_seed(0)
+        step(model, optimizer, x, y)
+        assert monitor.last.lr == (0.05,)
+        with pytest.raises(KeyError):
+            optimizer.step(lambda: {}["no batch"])
+        assert optimizer.state_dict()["param_groups"][0]["lr"] == 0.1
+
+
 def test_a_hundred_times_the_learning_rate_is_heard_within_five_steps():
     model, optimizer = make(lr=0.02, momentum=0.9)
     with Monitor(model, optimizer, every=LIGHT, max_overhead=None, policy="observe") as monitor:
