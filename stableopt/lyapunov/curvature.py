@@ -159,7 +159,7 @@ class CurvatureProbe:
         >>> probe = CurvatureProbe(model, optimizer, lambda: 3.0 * model.weight.square().sum())
         >>> reading = probe.measure()
         >>> round(reading.sharpness, 3), round(reading.edge, 3), reading.products  # H = 6 I, the limit is 2 / 0.1
-        (6.0, 0.3, 3)
+        (6.0, 0.3, 2)
     """
 
     def __init__(

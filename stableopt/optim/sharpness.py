@@ -296,8 +296,7 @@ class Sharpness:
         kept = self._warm.get(group)
         if kept is None or not scaling.fits(kept.vector):
             kept = None
-            second = scaling.random(self.seed + 1) if self.fresh is None else None
-            count, found = 1, climb(scaling.random(self.seed), 0.0, second)
+            count, found = 1, climb(scaling.random(self.seed), 0.0)
         else:
             second = kept.second if self.fresh is None and kept.second and scaling.fits(kept.second) else None
             count, found = kept.count + 1, climb(kept.vector, kept.lowest, second)

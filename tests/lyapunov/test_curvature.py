@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stableopt.lyapunov.curvature import CurvatureProbe, CurvatureReading
+from stableopt.lyapunov.curvature import CurvatureProbe, CurvatureReading, _orthonormal
 from tests.optim.test_sharpness import everything, exact_edge, full_hessian, problem, same, train
 
 
@@ -82,6 +82,12 @@ def test_what_an_easy_look_saves_is_there_for_a_hard_one() -> None:
     jump = probe.measure()
     assert 3 < jump.products <= 12
     assert jump.sharpness == pytest.approx(8.0, rel=0.01)
+    products = []
+    for seed in range(8):
+        model.H = Quadratic(torch.linspace(1.0, 8.0, 8), seed=seed).H  # never at rest
+        products.append(probe.measure().products)
+    assert products[0] > 3
+    assert products[4:] == [3] * 4
 
 
 def test_an_eigenvalue_that_overtakes_is_seen_though_the_old_direction_stays_an_eigenvector() -> None:
@@ -120,6 +126,17 @@ def test_the_trace_is_unbiased_its_error_is_true_and_its_interval_covers() -> No
     assert reading.trace_count > 5
     full = float(2 * (model.H - torch.diag(model.H.diag())).square().sum())
     assert spread**2 * reading.trace_count < 0.05 * full  # the variance without the large eigenvalues
+
+
+def test_a_direction_that_is_there_twice_is_taken_out_once() -> None:
+    H = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    u, v = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([1.0, 1e-9, 0.0])
+    nothing = torch.zeros(3)
+    basis = _orthonormal([([x], [H @ x]) for x in (u, v, nothing, torch.ones(3))])
+    assert len(basis) == 2
+    for q, Hq in basis:
+        torch.testing.assert_close(Hq[0], H @ q[0])
+    assert abs(float(basis[0][0][0] @ basis[1][0][0])) < 1e-12
 
 
 def test_the_noise_scale_is_the_unbiased_one() -> None:
@@ -175,7 +192,7 @@ class Busy(nn.Module):
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_look_changes_nothing_and_looks_alike(method: Any, fails: bool) -> None:
     model, x, y = Busy(), torch.randn(16, 6), torch.randint(3, (16,))
-    model.drop.eval()  # a mode that is not that of the whole
+    model.out.eval()  # a mode that is not that of the whole
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
 
     def loss() -> Tensor:
@@ -208,6 +225,8 @@ def test_a_look_changes_nothing_and_looks_alike(method: Any, fails: bool) -> Non
         return
     assert first.reason == ""
     torch.rand(3)
+    random.random()
+    np.random.rand()  # noqa: NPY002
     again = CurvatureProbe(model, optimizer, [loss, loss], method=method).measure()
     assert again == first  # whatever the random state is
 
@@ -286,11 +305,14 @@ def test_bad_arguments_are_refused_with_a_sentence() -> None:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_a_model_in_its_ddp_wrapper_neither_waits_nor_talks(tmp_path: Any) -> None:
+def test_a_model_in_its_ddp_wrapper_neither_waits_nor_talks(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        model = nn.parallel.DistributedDataParallel(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)))
-        x = torch.randn(8, 4)
+        inner = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+        inner.unused = nn.Linear(1, 1)
+        model = nn.parallel.DistributedDataParallel(inner, find_unused_parameters=True)
+        x, talked = torch.randn(8, 4), []
+        monkeypatch.setattr(model, "_sync_buffers", lambda: talked.append(1))
 
         def loss() -> Tensor:
             return model(x).square().mean()
@@ -300,7 +322,9 @@ def test_a_model_in_its_ddp_wrapper_neither_waits_nor_talks(tmp_path: Any) -> No
         for _ in range(3):
             train(optimizer, loss, 1)
             flags = model.require_forward_param_sync, model.require_backward_grad_sync
+            talked.clear()
             assert probe.measure().reason == ""
+            assert talked == []
             assert (model.require_forward_param_sync, model.require_backward_grad_sync) == flags
     finally:
         torch.distributed.destroy_process_group()

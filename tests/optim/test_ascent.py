@@ -70,6 +70,20 @@ def test_a_move_is_a_power_step_whose_largest_modulus_is_the_largest_eigenvalue(
     assert still.moved(3).vector[0].tolist() == [1.0, 0.0]  # nowhere to go
 
 
+def test_the_runner_up_of_a_climb_is_kept_and_looked_at_when_the_first_is_sure() -> None:
+    B = torch.diag(torch.tensor([-1.0, 0.5, 3.0, 4.0]))
+    found = ascend(lambda u: [B @ u[0]], [torch.ones(4)], 4, 0.0, 1e-9)
+    assert found is not None
+    assert found.second is not None
+    second = found.second[0]
+    assert float(second @ B @ second) == pytest.approx(3.0, rel=1e-3)
+    first, other = [torch.eye(4)[2]], [torch.eye(4)[3]]  # the former first has been overtaken
+    for count, value in ((1, 3.0), (2, 4.0)):
+        again = ascend(lambda u: [B @ u[0]], first, count, 0.0, 0.05, other)
+        assert again is not None
+        assert again.value == pytest.approx(value)
+
+
 def test_what_is_not_finite_or_zero_is_no_direction() -> None:
     assert ascend(lambda u: u, [torch.zeros(2)], 5, 0.0, 0.0) is None
     assert ascend(lambda u: [u[0] * math.nan], [torch.ones(2)], 5, 0.0, 0.0) is None

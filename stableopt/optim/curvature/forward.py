@@ -51,14 +51,13 @@ class Forward(Curvature):
             forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
     def _product(self, v: list[Tensor]) -> Sequence[Tensor | None]:
-        torch.clear_autocast_cache()  # casts of the weights carry the tangents of the product before
         with forward_ad.dual_level(), buffers_put_back(self.loss):
             for p, x in zip(self.parameters, v, strict=True):
                 # the tangent goes onto p itself: it is copied to itself, and no graph that others have built takes it for a change
                 with torch.no_grad(), same_version(p):
                     p.copy_(forward_ad.make_dual(p.detach(), x.detach().to(p.dtype)))
             tangents = [None if g is None else _tangent(g) for g in self._gradients(twice=False)]
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # casts of the weights carry these tangents
         return tangents
 
     @classmethod
