@@ -104,10 +104,15 @@ def in_two_processes(code: str, folder: Path, *arguments: str) -> list[str]:
         process.wait()
     texts = [output.read_text(errors="replace") for output in printed]
     assert codes == [0, 0], "\n".join(
-        f"process {rank} {'did not end' if code is None else f'ended with {code}'}:\n{text[-6000:]}"
+        f"process {rank} {'did not end' if code is None else f'ended with {code}'}:\n{_shortened(text)}"
         for rank, (code, text) in enumerate(zip(codes, texts, strict=True))
     )
     return texts
+
+
+def _shortened(text: str) -> str:
+    """Return the beginning, where the first error is, and the end."""
+    return text if len(text) <= 8000 else f"{text[:4000]}\n...\n{text[-4000:]}"
 
 
 def outcomes_of(module: str, names: list[str], folder: Path) -> list[dict[str, str]]:
