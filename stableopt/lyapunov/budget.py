@@ -28,7 +28,10 @@ _PLAN_EVERY = 128
 """Steps after which intervals are planned anew."""
 
 GRACE = 0.5
-"""Seconds that the monitor may take before it plans at all: short runs are watched step by step."""
+"""Seconds that the monitor may take, the first look of each tier aside, before it plans: short runs are watched step by step."""
+
+LEAST = 0.2
+"""The part of the budget that looks have in any case, also where the hooks alone take it all or there is much to make up for."""
 
 PAUSE = 10.0
 """What takes longer than so many steps between two steps is a pause or an evaluation, and counts as so many."""
@@ -158,10 +161,11 @@ class Schedule:
         self.interval = dict(self.base)
         self.next = dict.fromkeys(self.base, 1)
         self.seconds, self.run_seconds = 0.0, 0.0
-        self._pause = math.inf
+        self._pause, self._first, self._count = math.inf, 0.0, 0
         self._costs: dict[str, deque[float]] = {name: deque(maxlen=5) for name in self.base}
         self._steps: deque[float] = deque(maxlen=32)
-        self._hooks: deque[float] = deque(maxlen=32)
+        self._hooks: deque[float] = deque(maxlen=32)  # what a step costs at which nothing is looked at
+        self._beside: deque[float] = deque(maxlen=32)  # what looks cost beside their tiers: the same, and a little more
 
     @property
     def overhead(self) -> float:
@@ -219,26 +223,31 @@ class Schedule:
         if self.limit is None:
             return
         self._steps.append(run)
-        self._hooks.append(monitor - sum((costs or {}).values()))
+        (self._beside if due else self._hooks).append(monitor - sum((costs or {}).values()))
         for name, seconds in (costs or {}).items():
             if name in self._costs:
+                self._first += 0.0 if self._costs[name] else seconds
                 self._costs[name].append(seconds)
-        if step in _PLANS or step % _PLAN_EVERY == 0:
+        self._count += 1
+        if self._count in _PLANS or self._count % _PLAN_EVERY == 0:
             self._plan(step)
 
     def _plan(self, step: int) -> None:
         assert self.limit is not None  # noqa: S101 - the caller has looked
         self._pause = PAUSE * median(self._steps)
         alone = self._processes is None or self._processes.size == 1
-        if alone and self.seconds < GRACE:
+        spent = self.seconds - self._first
+        if alone and spent < GRACE:
             return
-        budget = self.limit * median(self._steps) - median(self._hooks)
-        if self.overhead > self.limit:
-            budget *= max(0.25, self.limit / self.overhead)
+        most = self.limit * median(self._steps)
+        budget = most - (median(self._hooks) if self._hooks else min(self._beside, default=0.0))
+        if spent > self.limit * self.run_seconds:
+            budget *= max(0.25, self.limit * self.run_seconds / spent)
+        budget = max(budget, LEAST * most)
         costs = {name: _typical(seen) for name, seen in self._costs.items() if seen}
         plan = intervals(costs, {name: self.base[name] for name in costs}, budget)
         if not alone:
-            plan = self._agreed(dict(self.interval) if self.seconds < GRACE else plan)
+            plan = self._agreed(dict(self.interval) if spent < GRACE else plan)
         for name, interval in plan.items():
             last = self.next[name] - self.interval[name]
             self.interval[name] = interval

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +50,10 @@ class Start:
         optimizer: any torch optimizer; read, not changed.
         processes: those that train the model together; None for this one alone.
 
+    Attributes:
+        values: parameter -> its values before the step.
+        graded: the parameters that had gradients when the step began, and which ones; None if that was not noted.
+
     Examples:
         >>> w = torch.nn.Parameter(torch.tensor([3.0]))
         >>> optimizer = torch.optim.SGD([w], lr=0.5)
@@ -65,7 +70,8 @@ class Start:
         self._rule: UpdateRule | None = rule_for(optimizer)
         self.values: dict[Tensor, Tensor] = {}
         self._buffers: dict[Tensor, Tensor | None] = {}
-        self._key: tuple[tuple[int, int], ...] = ()
+        self._key: tuple[tuple[Any, ...], ...] = ()
+        self.graded: dict[Tensor, tuple[int, int]] | None = None
 
     @torch.no_grad()
     def take(self, *, momentum: bool = True) -> None:
@@ -75,8 +81,9 @@ class Start:
             momentum: also the momentum buffers, which :meth:`motion` needs.
         """
         copies, rule, state = Copies(), self._rule, self._optimizer.state
-        parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-        key = tuple((id(p), p.data_ptr()) for p in parameters)
+        parameters = [p for group in self._optimizer.param_groups for p in group["params"] if p.layout is torch.strided]
+        key = tuple((id(p), p.data_ptr(), p.dtype, p.shape, p.stride()) for p in parameters)
+        self.graded = None
         if key == self._key and not any(map(is_sharded, parameters)):  # the memory fits as it did
             for p, memory in self.values.items():
                 copies.into(memory, p.detach())
@@ -89,13 +96,25 @@ class Start:
             self._buffers[p] = None if buffer is None else copies.of(buffer.detach(), kept.get(p))
         copies.run()
 
+    def grade(self) -> None:
+        """Note which parameters have gradients, now that the step is about to use them."""
+        graded = (p for p in self.values if p.grad is not None)
+        self.graded = {p: (id(p.grad), p.grad._version) for p in graded}  # noqa: SLF001  # pyright: ignore[reportOptionalMemberAccess]
+
+    def same_gradients(self) -> bool:
+        """Whether the gradients are those that the step was given."""
+        if self.graded is None:
+            return True
+        now = (self.graded.get(p) == (id(p.grad), p.grad._version) for p in self.values if p.grad is not None)  # noqa: SLF001
+        return all(now) and all(p.grad is not None for p in self.graded)
+
     @torch.no_grad()
     def motion(self) -> Motion:
         """Compare with the parameters and buffers now, after the step."""
         rule, moved, penalties = self._rule, list[Moved](), list[Tensor]()
         for group in self._optimizer.param_groups:
             for p in group["params"]:
-                if p.grad is None:
+                if p not in self.values or (p.grad is None if self.graded is None else p not in self.graded):
                     continue
                 start, share = self.values[p], self._processes.share(p)
                 moved.append(

@@ -100,7 +100,7 @@ class StepHooks:
         if self._frame is not None and _is_within(caller, self._frame):
             return None
         self._frame = caller
-        positional = len(args) > 1  # the first is the optimizer
+        positional = len(args) > 1 and callable(args[1])  # the first is the optimizer
         closure = args[1] if positional else kwargs.get("closure")
         other = self._before_step(closure, kwargs.get("trial") is not None)
         if other is None:

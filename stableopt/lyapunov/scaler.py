@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from stableopt.lyapunov.events import Event
@@ -42,6 +43,35 @@ class ScalerWatch:
         self._scaler = scaler
         self._scale = float(scaler.get_scale()) if scaler.is_enabled() else math.nan
         self._since = 0
+
+    def begin(self) -> None:
+        """Start from the scale of now.
+
+        Examples:
+            >>> import torch
+            >>> ScalerWatch(torch.amp.GradScaler("cpu")).begin()
+        """
+        self._scale = float(self._scaler.get_scale()) if self._scaler.is_enabled() else math.nan
+
+    def state_dict(self) -> dict[str, float]:
+        """Return the scale and the step of the last look.
+
+        Examples:
+            >>> import torch
+            >>> ScalerWatch(torch.amp.GradScaler("cpu", init_scale=8.0)).state_dict()
+            {'scale': 8.0, 'since': 0}
+        """
+        return {"scale": self._scale, "since": self._since}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from a state.
+
+        Examples:
+            >>> import torch
+            >>> watch = ScalerWatch(torch.amp.GradScaler("cpu"))
+            >>> watch.load_state_dict(watch.state_dict())
+        """
+        self._scale, self._since = float(state["scale"]), int(state["since"])
 
     def look(self, step: int) -> Event | None:
         """Return what was skipped since the last look, None if nothing was.

@@ -99,7 +99,9 @@ class Tiers:
             graph: the loss of the step, before its ``backward``: then nothing is evaluated.
         """
         if self._probe is None and graph is None and (observation is None or observation.closure is None):
-            return {}
+            return {
+                "notes": ("curvature was not measured: that takes a probe, or a closure that can be evaluated twice",)
+            }
         self._observation = observation
         try:
             reading = self._curvature.measure(graph)
@@ -152,7 +154,8 @@ class Tiers:
 
     def _closure(self) -> Closure:
         closure = None if self._observation is None else self._observation.closure
-        assert closure is not None  # noqa: S101 - the callers have looked
+        if closure is None:
+            raise RuntimeError("there is neither a probe nor a closure to evaluate")
         return closure
 
 

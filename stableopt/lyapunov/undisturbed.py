@@ -50,9 +50,9 @@ class Snapshot:
             for module, name, buffer, bits, version in self._buffers:
                 if getattr(module, name, None) is not buffer:
                     setattr(module, name, buffer)
-                # batch_norm writes its statistics without counting a version; bits that differ only by a zero's sign do count
-                if version is None or _version(buffer) != version or not torch.equal(buffer, bits):
-                    buffer.copy_(bits)
+                # batch_norm writes its statistics without counting a version
+                if version is None or _version(buffer) != version or not _same_bits(buffer, bits):
+                    buffer.data.copy_(bits)  # .data: graphs that have saved the buffer stay valid
 
 
 @contextmanager
@@ -79,6 +79,17 @@ def undisturbed(model: nn.Module, start: Snapshot | None = None) -> Iterator[Non
     finally:
         end.restore()
         reshard(model)
+
+
+def _same_bits(x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether two tensors of one shape and dtype hold the same bits, NaN included; sparse ones are told apart by their version."""
+    if x.layout is not torch.strided:
+        return True
+    if x.is_floating_point() or x.is_complex():
+        whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(x.real.element_size())
+        x, y = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in (x, y))
+        x, y = (t.contiguous().view(whole) for t in (x, y)) if whole is not None else (x, y)
+    return torch.equal(x, y)
 
 
 def _version(tensor: torch.Tensor) -> int | None:

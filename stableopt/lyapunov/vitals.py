@@ -28,7 +28,7 @@ class Vitals:
     r"""What one pass over the parameters shows.
 
     Args:
-        grad_norm: :math:`\|g\|` over all parameters.
+        grad_norm: :math:`\|g\|` over all parameters; NaN if there is no gradient.
         weight_norm: :math:`\|\theta\|` after the step.
         displacement: :math:`\|d\|`; NaN if the values before the step are not known.
         slope: :math:`g^\top d`; NaN likewise.
@@ -85,11 +85,7 @@ class Names:
 
     def buffers(self) -> dict[Tensor, str]:
         """Return the floating buffers with numbers in them."""
-        return {
-            b: name
-            for name, b in self._model.named_buffers()
-            if b.is_floating_point() and b.numel() and b.layout is torch.strided and b.device.type != "meta"
-        }
+        return {b: name for name, b in self._model.named_buffers() if _measurable(b)}
 
 
 @torch.no_grad()
@@ -120,7 +116,7 @@ def measure_vitals(
         >>> vitals.update_ratio
         {'w': 0.1}
     """
-    here = [p for p in parameters if p.numel() and p.device.type != "meta"]
+    here = [p for p in parameters if _measurable(p)]
     grads = {p: g for p in here if (g := _gradient(p)) is not None}
     moved = _moves({p: before[p] for p in here if p in before}, overwrite=overwrite)
     slopes = {p: _dot(grads[p], d) for p, d in moved.items() if p in grads}
@@ -145,7 +141,7 @@ def measure_vitals(
     )
     w, g, d, s = _over_processes(here, (w, g, d, s), processes)
     return Vitals(
-        grad_norm=_length(g),
+        grad_norm=_length(g) if g else math.nan,
         weight_norm=_length(w),
         displacement=_length(d) if d or before else math.nan,
         slope=-math.fsum(s.values()) if d and all(map(math.isfinite, s.values())) else math.nan,
@@ -153,6 +149,12 @@ def measure_vitals(
         update_ratio={parameters[p]: x / w[p] for p, x in d.items() if w[p] > 0},
         nonfinite=nonfinite,
     )
+
+
+def _measurable(x: Tensor) -> bool:
+    """Whether norms of a tensor can be computed: it has numbers, real or complex, of at least two bytes."""
+    floating = (x.is_floating_point() and x.element_size() > 1) or x.is_complex()
+    return floating and x.numel() > 0 and x.layout is torch.strided and x.device.type != "meta"
 
 
 def _gradient(p: Tensor) -> Tensor | None:

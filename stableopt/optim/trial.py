@@ -171,7 +171,11 @@ def graph_eps(value: Any) -> float:
 
 
 def evaluate_again(
-    closure: Callable[[], Any], start: RandomState | None = None, note: Callable[[float], None] | None = None
+    closure: Callable[[], Any],
+    start: RandomState | None = None,
+    note: Callable[[float], None] | None = None,
+    *,
+    must_compute: bool = False,
 ) -> float:
     """Return the value of a torch closure at the current parameters, without its side effects.
 
@@ -186,12 +190,13 @@ def evaluate_again(
         start: the random state to begin with, that of the first evaluation, so that dropout draws the same mask; None for the
             current one.
         note: is told the coarsest machine epsilon that autocast has brought in.
+        must_compute: refuse a closure in which torch computes nothing, as one that returns a loss from before.
 
     Returns:
         The loss.
 
     Raises:
-        ValueError: if the closure does not return one real number.
+        ValueError: if the closure does not return one real number, or computes nothing though it must.
 
     Note:
         What a closure changes by itself in Python (a counter, a data iterator) is not put back. A closure that draws a new batch at
@@ -209,17 +214,18 @@ def evaluate_again(
     """
     end = RandomState.capture()
     begin = end if start is None else start
-    code = closure.__code__ if isinstance(closure, FunctionType) else None
+    inner = getattr(closure, "__wrapped__", closure)
+    code = inner.__code__ if isinstance(inner, FunctionType) else None
     try:
         if code not in _needs_graph:
             try:
-                return _value(closure, begin, note, gradients=False)
+                return _value(closure, begin, note, gradients=False, must_compute=must_compute)
             except RuntimeError as error:
                 if "does not require grad" not in str(error):
                     raise
                 if code is not None:
                     _needs_graph.add(code)
-        return _value(closure, begin, note, gradients=True)
+        return _value(closure, begin, note, gradients=True, must_compute=must_compute)
     finally:
         end.restore()
 
@@ -263,7 +269,12 @@ def loss_with_graph(closure: Callable[[], Any], start: RandomState | None = None
 
 
 def _value(
-    closure: Callable[[], Any], start: RandomState, note: Callable[[float], None] | None, *, gradients: bool
+    closure: Callable[[], Any],
+    start: RandomState,
+    note: Callable[[float], None] | None,
+    *,
+    gradients: bool,
+    must_compute: bool,
 ) -> float:
     start.restore()
     # An autocast around the training step keeps the weights it has cast: before, they are those of the point that the step left;
@@ -276,6 +287,10 @@ def _value(
         torch.clear_autocast_cache()
     if note is not None:
         note(mode.eps)
+    if must_compute and not mode.computed:
+        raise ValueError(
+            "it computes nothing: the loss must be evaluated inside of it, at the parameters of the moment"
+        )
     return as_loss(value.detach() if isinstance(value, Tensor) else value)
 
 
@@ -287,14 +302,14 @@ class _NoBackward(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self._called, self.eps = False, 0.0
+        self._called, self.computed, self.eps = False, False, 0.0
         self._grads: dict[int, tuple[Tensor, Tensor | None]] = {}  # with its tensor, which keeps the id in use
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if not torch.compiler.is_compiling() and torch._C._is_any_autocast_enabled():  # noqa: SLF001
             self.eps = max(self.eps, autocast_eps())
         if func is Tensor.backward or func is torch.autograd.backward:
-            self._called = True
+            self._called = self.computed = True
             return None
         if func == _GRAD_GET:
             return self._grad(args[0])
@@ -304,6 +319,7 @@ class _NoBackward(TorchFunctionMode):
         if func == _GRAD_DELETE:
             self._grads[id(args[0])] = args[0], None
             return None
+        self.computed = True
         return func(*args, **(kwargs or {}))
 
     def _grad(self, tensor: Tensor) -> Tensor | None:

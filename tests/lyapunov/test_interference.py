@@ -74,7 +74,7 @@ OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "guarded Adagrad": lambda p: optim.guard(torch.optim.Adagrad)(p, lr=0.1, guard="strict"),
 }
 NEEDS_A_CLOSURE, TAKES_NONE = {"torch LBFGS"}, {"Bare"}
-ALL = Every(1, 1, 1, 1, 1)
+ALL = Every(**dict.fromkeys(TIERS, 1))
 
 
 def only(tier: str) -> Every:
@@ -91,7 +91,7 @@ def run(
     settings: dict[str, Any] | None,
     *,
     with_closure: bool,
-    steps: int = 5,
+    steps: int = 4,
     probe: str = "",
     bad: int = -1,
     zero_in_place: bool = False,
@@ -161,11 +161,21 @@ WAYS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "with_closure"), WAYS)
+OFTEN = {"torch SGD", "torch AdamW", "Bare", "Lookahead", "SGD strict", "guarded Adagrad"}
+"""Those that are watched without a closure by default."""
+
+
+@pytest.mark.parametrize(
+    ("name", "with_closure"),
+    [pytest.param(*way, marks=() if way[1] or way[0] in OFTEN else pytest.mark.slow) for way in WAYS],
+)
 def test_with_all_tiers_at_every_step(name: str, with_closure: bool) -> None:
     monitor = assert_same(name, {"every": ALL}, with_closure=with_closure)
-    assert monitor.summary()["steps"] == monitor.summary()["records"] == 5
-    assert all(record.norms and record.grad_norms for record in monitor.records)
+    assert monitor.summary()["steps"] == monitor.summary()["records"] == 4
+    assert all(record.norms for record in monitor.records)
+    # LBFGS ends with gradients of another point than it began with, and so does a lazy guard that goes back
+    assert all(record.grad_norms or record.notes for record in monitor.records)
+    assert all(record.grad_norms for record in monitor.records) or name.endswith(("LBFGS", "lazy"))
     compared = [record.verdict not in {"unobserved", "nonfinite"} for record in monitor.records]
     assert any(compared) == with_closure
     if with_closure and name != "torch LBFGS":
@@ -177,7 +187,7 @@ ALONE = [
     for name, closure in WAYS
     if closure
     for tier in TIERS
-    for probe in (("", "one", "two") if tier in {"sharpness", "layers"} else ("",))
+    for probe in (("", "one", "two") if tier in {"sharpness", "forward"} else ("",))
     for quick in (name in {"torch AdamW", "SGD strict"} and probe != "two",)
 ]
 
@@ -189,7 +199,8 @@ def test_with_each_tier_alone(name: str, tier: str, probe: str) -> None:
         "vitals": lambda r: r.grad_norms and math.isfinite(r.weight_norm),
         "energy": lambda r: r.verdict != "unobserved",
         "sharpness": lambda r: math.isfinite(r.plain_sharpness) and (probe != "two" or not math.isnan(r.noise_scale)),
-        "layers": lambda r: r.norms and math.isfinite(r.forward_exponent),
+        "layers": lambda r: bool(r.norms),
+        "forward": lambda r: math.isfinite(r.forward_exponent) and r.kinks is not None,
         "gaps": lambda r: r.norm_gap == {},
     }[tier]
     found = [bool(seen(record)) for record in monitor.records]
@@ -200,16 +211,16 @@ def test_with_each_tier_alone(name: str, tier: str, probe: str) -> None:
 @pytest.mark.parametrize(
     "name", ["torch SGD", "torch AdamW", "Bare", "SGD monitor", "SGD strict", "SGD lazy", "torch LBFGS"]
 )
-@pytest.mark.parametrize("probe", ["", "one"])
+@pytest.mark.parametrize("probe", ["", pytest.param("one", marks=pytest.mark.slow)])
 def test_as_the_loss_turns_nan(name: str, probe: str) -> None:
     monitor = assert_same(name, {"every": ALL}, with_closure=name != "Bare", probe=probe, steps=4, bad=2)
     assert any(record.nonfinite for record in monitor.records)
 
 
-@pytest.mark.parametrize("settings", [{"every": Every()}, {"every": 3}, {"max_overhead": 0.5, "every": ALL}], ids=str)
+@pytest.mark.parametrize("settings", [{"every": Every()}, {"max_overhead": 0.5, "every": ALL}], ids=str)
 def test_at_the_usual_intervals_over_many_steps(settings: dict[str, Any]) -> None:
-    monitor = assert_same("torch AdamW", settings, with_closure=True, steps=30)
-    assert monitor.summary()["steps"] == 30
+    monitor = assert_same("torch AdamW", settings, with_closure=True, steps=20)
+    assert monitor.summary()["steps"] == 20
 
 
 def test_the_comparison_would_notice_a_careless_monitor() -> None:
