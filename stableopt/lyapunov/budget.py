@@ -156,7 +156,7 @@ class Schedule:
     """
 
     def __init__(self, every: Every, limit: float | None, processes: Processes | None = None) -> None:
-        self.base = {name: value for name in TIERS if (value := getattr(every, name)) is not None}
+        self.base: dict[str, int] = {name: value for name in TIERS if (value := getattr(every, name)) is not None}
         self.limit, self._processes = limit, processes
         self.interval = dict(self.base)
         self.next = dict.fromkeys(self.base, 1)

@@ -100,12 +100,13 @@ class StepHooks:
         if self._frame is not None and _is_within(caller, self._frame):
             return None
         self._frame = caller
-        positional = len(args) > 1 and callable(args[1])  # the first is the optimizer
-        closure = args[1] if positional else kwargs.get("closure")
+        first, *rest = args[1:] or (None,)  # before it comes the optimizer
+        positional = callable(first)
+        closure = first if positional else kwargs.get("closure")
         other = self._before_step(closure, kwargs.get("trial") is not None)
         if other is None:
             return None
-        return ((args[0], other, *args[2:]), kwargs) if positional else (args, {**kwargs, "closure": other})
+        return ((self._optimizer, other, *rest), kwargs) if positional else (args, {**kwargs, "closure": other})
 
     def _see_after(self) -> None:
         if self._frame is None or _caller() is not self._frame:
