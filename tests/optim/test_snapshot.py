@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -315,3 +315,86 @@ def test_without_its_optimizer_a_snapshot_says_so() -> None:
 def test_the_part_of_a_plain_tensor_is_the_tensor() -> None:
     x = torch.ones(2)
     assert local(x) is x
+
+
+class Pair(NamedTuple):
+    mean: torch.Tensor
+    count: int
+
+
+class Hoarder(torch.optim.Optimizer):
+    """Keeps named tuples, lists and dictionaries, and lists of parameters and functions, everywhere."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+        self.seen, self.table, self.pair = [0], {"t": 0, "deep": [torch.zeros(1)]}, Pair(torch.zeros(1), 0)
+        self.mine, self.calls = [p for g in self.param_groups for p in g["params"]], [print]
+        self.views = [p.detach().view(-1) for p in self.mine]
+        self.param_groups[0]["seen"] = [0]
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        self.seen.append(1)
+        self.table["t"] += 1
+        self.table["deep"][0] += 1
+        self.table["late"] = 1
+        self.pair.mean.add_(1)
+        self.pair = self.pair._replace(count=self.pair.count + 1)
+        self.calls.append(len)
+        for group in self.param_groups:
+            group["seen"].append(1)
+            for p, view in zip(group["params"], self.views, strict=True):
+                state = self.state[p]
+                state.setdefault("pair", Pair(torch.zeros_like(p), 0)).mean.add_(1)
+                view.sub_(0.1)
+
+
+def test_nested_values_are_copied_and_keep_their_identity() -> None:
+    w = nn.Parameter(torch.ones(2))
+    optimizer = Hoarder([w])
+    optimizer.step()
+    objects = [optimizer.seen, optimizer.table, optimizer.pair.mean, optimizer.table["deep"][0], optimizer.mine]
+
+    def values() -> Any:
+        names = ("seen", "table", "pair")
+        return frozen(
+            [{k: vars(optimizer)[k] for k in names}, optimizer.param_groups[0]["seen"], optimizer.state[w], w]
+        )
+
+    there = values()
+    snapshot = Snapshot(optimizer, everything=True)
+    optimizer.step()
+    after = values()
+    optimizer.step()
+    for _ in range(2):
+        snapshot.restore()
+        assert same(values(), there)
+        now = [optimizer.seen, optimizer.table, optimizer.pair.mean, optimizer.table["deep"][0], optimizer.mine]
+        assert all(a is b for a, b in zip(now, objects, strict=True))
+        assert type(optimizer.pair) is type(optimizer.state[w]["pair"]) is Pair
+        assert optimizer.mine[0] is w
+        assert optimizer.calls[:2] == [print, len]  # functions are left alone
+        optimizer.step()
+        assert same(values(), after)  # the views are still those of the parameter
+
+
+def test_a_tensor_that_came_later_is_not_written_into() -> None:
+    w = nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.SGD([w], lr=0.1)
+    w.grad = torch.ones(2)
+    optimizer.state[w]["last"] = w.grad
+    snapshot = Snapshot(optimizer, everything=True, gradients=False)
+    w.grad = torch.full((2,), 5.0)
+    optimizer.state[w]["last"] = w.grad
+    snapshot.restore()
+    assert w.grad.tolist() == [5.0, 5.0]
+    assert optimizer.state[w]["last"].tolist() == [1.0, 1.0]
+
+
+def test_what_holds_itself_is_left_alone() -> None:
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1)
+    loop: list[Any] = []
+    loop.append(loop)
+    optimizer.loop = loop  # type: ignore[attr-defined]
+    Snapshot(optimizer, everything=True).restore()
+    assert optimizer.loop[0] is loop  # type: ignore[attr-defined]

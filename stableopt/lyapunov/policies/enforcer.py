@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from stableopt.lyapunov.alarms import Alarm
 from stableopt.lyapunov.events import Event
 from stableopt.lyapunov.policies.heard import Heard, heard_by_all
+from stableopt.lyapunov.policies.moment import Soundness
 from stableopt.lyapunov.policies.policy import ACTING, Policy
+from stableopt.lyapunov.policies.rates import Rates
 from stableopt.lyapunov.policies.refusal import Refusal
 from stableopt.lyapunov.policies.rollback import Checkpoints, Restoration
 from stableopt.optim import GuardedOptimizer
@@ -29,15 +31,15 @@ _NEVER = -(1 << 62)
 _NAMED = 8
 """Names in an event; a model may have thousands."""
 _SMALLEST = 2.0**-10
-"""Learning rates are not shrunk below this part of what the scheduler asks for."""
+"""Learning rates are not shrunk below this part of what the scheduler asks for, but for the first time."""
 
 
 class Enforcer:
     """Carry out a policy: around each step of an optimizer, and on its alarms.
 
     The order within a step is :meth:`before`, :meth:`refuse` once the gradients are there, the optimizer's step, :meth:`after`,
-    :meth:`act`. All processes that train the model call all of them in the same order, and all do the same; a policy that only
-    observes and warns asks no other process.
+    :meth:`act`, and :meth:`warn` once the record is written. All processes that train the model call all of them in the same
+    order, and all do the same; a policy that only observes and warns asks no other process.
 
     Args:
         policy: what to do.
@@ -55,8 +57,7 @@ class Enforcer:
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         >>> enforcer = Enforcer(Policy(level="shrink"), model, optimizer)
         >>> alarm = Alarm("level", "the loss stays high", "4 of 5 blocks", 3, "lower the learning rate")
-        >>> with warnings.catch_warnings(action="ignore"):
-        ...     events = enforcer.act([alarm], step=7)
+        >>> events = enforcer.act([alarm], step=7)
         >>> print(events[-1])
         step 7, level (shrink): all learning rates are multiplied by 0.5; evidence: the loss stays high (4 of 5 blocks); ...
         >>> enforcer.before(8)
@@ -82,7 +83,10 @@ class Enforcer:
         self._processes = _processes_of(optimizer) if processes is None else processes
         self._refusal = Refusal(model, optimizer, self._processes) if policy.nonfinite == "skip" else None
         self._checkpoints = Checkpoints(model, optimizer, also, policy.snapshots) if policy.uses("rollback") else None
-        self._rates: list[tuple[dict[str, Any], Any, Any]] = []
+        self._soundness = None if self._checkpoints is None else Soundness(model, self._processes)
+        self._rates = Rates(optimizer)
+        self._undone: Restoration | None = None
+        self._unsaid: list[Event] = []
         self._open, self._refused = False, list[tuple[int, tuple[str, ...]]]()
         self._together = self._processes.size > 1 and policy.uses(*ACTING)
         self._until: dict[str, int] = {}
@@ -118,20 +122,14 @@ class Enforcer:
             with_closure: whether the step evaluates a closure.
         """
         self.after(step, raised=True)  # of a step that has ended in an error
-        if self._checkpoints is not None:
-            last = max(self._checkpoints.steps, default=None)
-            due = last is None or step - last >= self.policy.snapshot_every
-            if due and step - self._troubled > self.policy.cooldown:
-                self._checkpoints.take(step)
+        if self._undone is not None:
+            self._undone.repeat()  # what the loop has called since belongs to the step that was undone
+            self._undone = None
+        self._keep(step)
         self._open = True
         if self._refusal is not None:
             self._refusal.begin(with_closure=with_closure)
-        if self.factor != 1.0:
-            for group in self._optimizer.param_groups:
-                lr = group.get("lr")
-                if lr is not None:
-                    group["lr"] = lr * self.factor
-                    self._rates.append((group, lr, group["lr"]))
+        self._rates.scale(self.factor)
 
     def refuse(self, loss: Tensor | float | None) -> tuple[str, ...]:
         """Let a step change nothing if its loss or a gradient is not finite, where the policy is to skip such steps.
@@ -156,16 +154,15 @@ class Enforcer:
     def after(self, step: int, *, raised: bool = False) -> None:
         """Undo what is for one step only: learning rates and gradients are the very objects they were; may be called twice.
 
-        A learning rate that somebody else has set within the step stays as it is.
+        A learning rate that somebody else has set within the step stays as it is, unless it was made from the scaled one
+        (:class:`Rates`).
 
         Args:
             step: its number.
-            raised: whether the step has ended in an error.
+            raised: whether the step has ended in an error. Call it at once then: until :meth:`after`, learning rates are those
+                of the step, and a checkpoint that is written in between has them.
         """
-        for group, lr, scaled in self._rates:
-            if group.get("lr") is scaled:
-                group["lr"] = lr
-        self._rates = []
+        self._rates.put_back()
         if self._refusal is not None and self._open:
             self._refusal.end(raised=raised)
             if self._refusal.names and not raised:
@@ -181,11 +178,12 @@ class Enforcer:
             step: its number.
 
         Returns:
-            The alarms as events, and then what was done. For an action ``raise`` the caller raises :class:`StabilityError` with it,
-            once the record is written.
+            The alarms as events, and then what was done. Once the record is written the caller calls :meth:`warn`, and for an
+            action ``raise`` raises :class:`StabilityError` with it.
         """
         mine = list(alarms)
-        if not mine and not self._together and not self._refused and self._shrunk == 0:
+        self._unsaid = []
+        if not mine and not self._together and not self._refused and self._shrunk == self._retries == 0:
             return ()
         heard = heard_by_all(self.policy, mine, self._processes if self._together else Alone)
         seen = {*(a.channel for a in mine), *heard, *(["nonfinite"] if self._refused else [])}
@@ -206,8 +204,41 @@ class Enforcer:
                 self._troubled = step
         done = [*self._skipped(), *self._intervene({s: h for s, h in heard.items() if s in due}, step)]
         done += self._recovered(step)
-        self._warn([e for e in events if e.action == "warn"], done, quiet="nonfinite" not in due)
+        # of steps that are skipped one after another only some are told of
+        told = {"shrink", "rollback", "observe"} | ({"skip"} if "nonfinite" in due else set())
+        self._unsaid = [*(e for e in events if e.action == "warn"), *(e for e in done if e.action in told)]
         return (*events, *done)
+
+    def warn(self) -> None:
+        """Warn of what the last :meth:`act` has found and done; a second call says nothing.
+
+        Raises:
+            RuntimeWarning: where the filters make warnings errors.
+
+        Examples:
+            >>> model = nn.Linear(1, 1)
+            >>> enforcer = Enforcer(Policy(), model, torch.optim.SGD(model.parameters()))
+            >>> _ = enforcer.act([Alarm("level", "the loss stays high", "4 of 5 blocks", 3, "wait")], step=7)
+            >>> with warnings.catch_warnings(record=True, action="always") as caught:
+            ...     enforcer.warn(), enforcer.warn()
+            (None, None)
+            >>> print(*(w.message for w in caught))
+            step 7, level (warn): the loss stays high; evidence: 4 of 5 blocks; since step 3; wait
+        """
+        said, self._unsaid = self._unsaid, []
+        for event in said:
+            warnings.warn(str(event), RuntimeWarning, stacklevel=level_outside())
+
+    def renew(self) -> None:
+        """Take what is there now for sound: to be called when the watching begins, once model and optimizer have their values.
+
+        Examples:
+            >>> model = nn.Linear(1, 1)
+            >>> Enforcer(Policy(nonfinite="skip"), model, torch.optim.SGD(model.parameters())).renew()
+        """
+        self._undone = None
+        if self._refusal is not None:
+            self._refusal.keep_buffers()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to go on alike; snapshots are not in it.
@@ -220,7 +251,7 @@ class Enforcer:
         return {name: getattr(self, f"_{name}") for name in _COUNTS} | {"until": dict(self._until)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state.
+        """Continue from a state; snapshots of what was before are dropped. Load model and optimizer first.
 
         Args:
             state: as :meth:`state_dict` gave it.
@@ -242,6 +273,19 @@ class Enforcer:
         for name in _COUNTS:
             setattr(self, f"_{name}", state[name])
         self._until = dict(until)
+        self._refused, self._unsaid = [], []
+        if self._checkpoints is not None:
+            self._checkpoints.drop(after=-1)
+        self.renew()
+
+    def _keep(self, step: int) -> None:
+        """Take a snapshot if it is time and the training is sound; a forward pass before the step may have spoilt buffers."""
+        if self._checkpoints is None or self._soundness is None:
+            return
+        last = max(self._checkpoints.steps, default=None)
+        due = last is None or step - last >= self.policy.snapshot_every
+        if due and step - self._troubled > self.policy.cooldown and self._soundness.holds():
+            self._checkpoints.take(step)
 
     def _key(self, channel: str) -> str:
         """Return under which name a channel cools down: what all processes do together has one for all."""
@@ -251,7 +295,7 @@ class Enforcer:
         """Whether an alarm of a channel has an effect now."""
         if channel == "nonfinite" and self.policy.nonfinite == "rollback":
             return True  # waiting mends no parameter
-        return step >= max(self._until.get(_ALL, 0), self._until.get(self._key(channel), 0))
+        return step > max(self._until.get(_ALL, 0), self._until.get(self._key(channel), 0))
 
     def _alarm(self, alarm: Alarm, step: int, due: set[str]) -> Event:
         """Return the event of an alarm of this process."""
@@ -290,7 +334,7 @@ class Enforcer:
         """Shrink all learning rates."""
         if all(group.get("lr") is None for group in self._optimizer.param_groups):
             return [heard.done(step, "observe", "no parameter group has a learning rate that could be shrunk")]
-        if self.factor * self.policy.factor < _SMALLEST:
+        if self._shrunk > 0 and self.factor * self.policy.factor < _SMALLEST:
             return [
                 heard.done(step, "observe", f"learning rates are multiplied by {self.factor:g} and not shrunk further")
             ]
@@ -301,12 +345,15 @@ class Enforcer:
         """Go back to before the fault and shrink; where that is not possible, shrink or, if parameters are lost, raise."""
         if self._retries >= self.policy.retries:
             return [heard.done(step, "raise", f"{self._retries} rollbacks have not helped")]
-        ready, why = self._prepared(heard.since)
+        assert self._checkpoints is not None  # noqa: S101 - the policy has a rollback
+        processes = self._processes if self._together else Alone
+        ready, why = self._checkpoints.prepare_before(heard.since, self.policy.margin, processes)
         if ready is None:
             if heard.slot == "nonfinite":
                 return [heard.done(step, "raise", f"no rollback is possible: {why}")]
             return [heard.done(step, "observe", f"no rollback is possible: {why}"), *self._shrink(heard, step)]
         target = ready.commit()
+        self._undone = ready
         self._retries += 1
         shrunk = self._shrink(heard, step)
         # the place of the fault has to be passed before the learning rates recover
@@ -316,45 +363,18 @@ class Enforcer:
             self._on_rollback(target)
         return [heard.done(step, "rollback", f"the training is back to where it was before step {target}"), *shrunk]
 
-    def _prepared(self, since: int) -> tuple[Restoration | None, str]:
-        """Return the way back to before a fault, the same on all processes, or why there is none."""
-        assert self._checkpoints is not None  # noqa: S101 - the policy has a rollback
-        steps = self._checkpoints.steps
-        target = self._checkpoints.newest(since - self.policy.margin)
-        if target is None:  # the first snapshot is sound if anything is
-            target = next((first for first in steps[:1] if first <= since), None)
-        ready, why = None, f"no snapshot is from before step {since}"
-        if target is not None:
-            try:
-                ready = self._checkpoints.prepare(target)
-            except RuntimeError as error:
-                why = str(error)
-        if self._together:
-            where = 0 if target is None else target
-            codes = torch.tensor([ready is None, where, -where], dtype=torch.int64)
-            failed, most, least = self._processes.maximum(codes).tolist()
-            if ready is not None and (failed or most != -least):
-                ready.abandon()
-                ready, why = None, "another process cannot go back to the same step"
-        if ready is None:
-            self._checkpoints.drop(after=since)
-        return ready, why
-
     def _recovered(self, step: int) -> list[Event]:
-        """Undo one shrinking after enough steps without an alarm."""
-        if self._shrunk == 0 or step - self._calm_from < self.policy.patience:
+        """Undo one shrinking after enough steps without an alarm; with the last one rollbacks are allowed again."""
+        if step - self._calm_from < self.policy.patience:
+            return []
+        if self._shrunk == 0:
+            self._retries = 0
             return []
         self._shrunk, self._calm_from = self._shrunk - 1, step
         what = f"all learning rates are multiplied by {self.factor:g}"
         if self._shrunk == 0:
             self._retries, what = 0, "the learning rates are what the optimizer and its scheduler say"
         return [Event(step, "action", "", "restore", what, f"{self.policy.patience} steps without an alarm")]
-
-    def _warn(self, alarms: list[Event], done: list[Event], *, quiet: bool) -> None:
-        """Warn of alarms, and of what was done; of steps skipped one after another only at times."""
-        said = [e for e in done if e.action in {"shrink", "rollback", "observe"} or (e.action == "skip" and not quiet)]
-        for event in (*alarms, *said):
-            warnings.warn(str(event), RuntimeWarning, stacklevel=level_outside())
 
 
 _COUNTS = ("shrunk", "retries", "skips", "calm_from", "troubled")

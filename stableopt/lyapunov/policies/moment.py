@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from stableopt.lyapunov.policies.refusal import nonfinite_names
 from stableopt.nn.sharded import reshard
 from stableopt.optim import RandomState
+from stableopt.optim.agree import Alone, Processes
 from stableopt.optim.snapshot import OF_SCHEDULERS, OF_THE_GUARD, Copies, Plan, Snapshot, local, same_kind
 
-__all__ = ["Moment", "Still"]
+__all__ = ["Moment", "Soundness", "Still"]
 
 
 class Moment:
@@ -101,10 +105,71 @@ class Moment:
         self._tensors.plan(plan)
         return plan
 
+    def plan_also(self) -> Plan:
+        """Plan to put back all modules and optimizers but the first, and the numbers of the groups of the first optimizer.
+
+        Examples:
+            >>> model, average = nn.Linear(1, 1), nn.Linear(1, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters())
+            >>> moment = Moment([model, average], [optimizer], [])
+            >>> moment.take(1, Still(model, [optimizer]))
+            >>> _ = model.weight.data.fill_(7.0), average.weight.data.fill_(7.0)
+            >>> moment.plan_also().carry_out()
+            >>> model.weight.item() == 7.0, average.weight.item() == 7.0
+            (True, False)
+        """
+        plan = Plan()
+        for snapshot in self._snapshots[1:]:
+            snapshot.plan(plan)
+        for snapshot in self._snapshots[:1]:
+            snapshot.plan_groups(plan)
+        for module in self.modules[1:]:
+            reshard(module)
+        mine = {*self.modules[0].modules()}
+        self._tensors.plan(plan, {m for module in self.modules[1:] for m in module.modules()} - mine)
+        return plan
+
     def _of_schedulers(self, optimizer: Optimizer) -> frozenset[str]:
         """Return the numbers of the groups that are kept because a scheduler is kept that goes on from them."""
         scheduled = any(getattr(thing, "optimizer", None) is optimizer for thing in self._things)
         return OF_SCHEDULERS if scheduled else frozenset()
+
+
+class Soundness:
+    """Whether the parameters and buffers of a model are finite, apart from those that were not when this was made: a mask, perhaps.
+
+    Args:
+        model: of which they are.
+        processes: that look together.
+
+    Examples:
+        >>> from stableopt.optim.agree import Alone
+        >>> norm = nn.BatchNorm1d(2)
+        >>> norm.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
+        >>> soundness = Soundness(norm, Alone)
+        >>> before, _ = soundness.holds(), norm(torch.full((2, 2), torch.nan))
+        >>> before, soundness.holds()
+        (True, False)
+    """
+
+    def __init__(self, model: nn.Module, processes: Processes) -> None:
+        self._model, self._processes = model, processes
+        self._never = frozenset(nonfinite_names(self._tensors(), Alone))
+
+    def holds(self) -> bool:
+        """Look, with one wait for the device; the same answer on all processes.
+
+        Examples:
+            >>> from stableopt.optim.agree import Alone
+            >>> Soundness(nn.Linear(1, 1), Alone).holds()
+            True
+        """
+        found = {name: None if name in self._never else x for name, x in self._tensors().items()}
+        return not nonfinite_names(found, self._processes)
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        both = (*self._model.named_parameters(), *self._model.named_buffers())
+        return {name: x if not is_lazy(x) and _has_norm(x) else None for name, x in both}
 
 
 class Still:
@@ -148,6 +213,7 @@ class _Tensors:
 
     def __init__(self) -> None:
         self._values: dict[Any, Tensor] = {}
+        self._objects: dict[tuple[nn.Module, str], weakref.ref[Tensor]] = {}
         self._parameters: list[tuple[str, nn.Module, str, Tensor | None]] = []
         self._buffers: list[tuple[str, nn.Module, str, Tensor | None]] = []
         self._still: dict[Tensor, float] = {}
@@ -161,13 +227,14 @@ class _Tensors:
         ]
         self._parameters = [(name, m, key, m._parameters[key]) for name, m, key in parts if key in m._parameters]  # noqa: SLF001
         self._buffers = [(name, m, key, m._buffers[key]) for name, m, key in parts if key in m._buffers]  # noqa: SLF001
-        self._values = {}
+        self._values, self._objects = {}, {}
         for _, _, _, p in self._parameters:
             if p is not None and p not in held and p not in self._still and p not in self._values:
                 self._values[p] = copies.of(p.detach(), old.get(p))
         for _, module, key, buffer in self._buffers:
             if buffer is not None:  # one that is assigned anew in each step is another object each time
                 self._values[module, key] = copies.of(buffer.detach(), old.get((module, key)))
+                self._objects[module, key] = weakref.ref(buffer)
         copies.run()
 
     def refusal(self) -> str:
@@ -187,25 +254,33 @@ class _Tensors:
             )
         return ""
 
-    def plan(self, plan: Plan) -> None:
-        """Plan to put back the values."""
-        for p in {p for _, _, _, p in self._parameters if p is not None and p in self._values}:
+    def plan(self, plan: Plan, among: Collection[nn.Module] | None = None) -> None:
+        """Plan to put back the values, of all modules or of those ``among`` them."""
+        for p in {
+            p for _, m, _, p in self._parameters if p is not None and (among is None or m in among)
+        } & self._values.keys():
             plan.into(p, self._values[p])
         for _, module, key, buffer in self._buffers:
+            if among is not None and module not in among:
+                continue
             if buffer is None:
                 plan.put(module._buffers, key, None)  # noqa: SLF001
             else:
-                plan.fill(module._buffers, key, self._values[module, key])  # noqa: SLF001
+                plan.fill(module._buffers, key, self._values[module, key], self._objects[module, key]())  # noqa: SLF001
 
 
 def _keys(module: nn.Module) -> list[str]:
     return [*module._parameters, *module._buffers]  # noqa: SLF001 - named_parameters would leave out shared ones
 
 
+def _has_norm(x: Tensor) -> bool:
+    return (x.is_floating_point() or x.is_complex()) and torch.finfo(x.dtype).bits >= 16
+
+
 @torch.no_grad()
 def _norms(tensors: Iterable[Tensor]) -> dict[Tensor, float]:
     """Return the norms of the parts that this process holds, with one wait for the device; numbers of 8 bits have none."""
-    wide = [x for x in tensors if (x.is_floating_point() or x.is_complex()) and torch.finfo(x.dtype).bits >= 16]
+    wide = [x for x in tensors if _has_norm(x)]
     if not wide:
         return {}
     parts = [local(x) for x in wide]

@@ -36,12 +36,14 @@ class Policy:
         other: every other channel, one of your own.
         cooldown: steps after an alarm during which the same channel has no further effect. A rollback cools all channels down, but
             for one of parameters that are not finite again.
-        factor: of a shrinking, in (0, 1); it multiplies what schedulers set, and never replaces it.
+        factor: of a shrinking, in (0, 1); it multiplies what schedulers set, and never replaces it. All shrinkings together stop
+            at 2**-10, the first one does not.
         patience: steps without an alarm after which one shrinking is undone; as many steps skipped in a row raise.
         snapshots: how many snapshots a rollback has to choose from; each takes the memory of the model and the optimizer's state.
         snapshot_every: steps between two snapshots.
         margin: steps before the beginning of a fault at which a snapshot is taken to be sound.
-        retries: how many rollbacks there may be until the learning rates have recovered; the next one raises.
+        retries: how many rollbacks there may be until the learning rates have recovered, or ``patience`` steps without an alarm
+            have passed where they are not shrunk; the next one raises.
 
     Raises:
         ValueError: if an action is unknown or not for its channel, or a number is out of range.

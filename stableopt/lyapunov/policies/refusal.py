@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from stableopt.lyapunov.vitals import Names
@@ -26,9 +28,10 @@ class Refusal:
     """Let the step of an optimizer change nothing, parameters and state, if its loss or a gradient is not finite.
 
     The gradients are taken away for the step, which then finds none: torch's optimizers, fused ones and those with weight decay
-    too, change nothing. Any other optimizer is put back afterwards from a copy, and so is LBFGS. An optimizer of this package that
-    guards its steps skips by itself those with such gradients. Buffers that the forward pass has spoilt, such as the running
-    statistics of a batch norm, go back to what they were at the end of the step before.
+    too, change nothing. Any other optimizer finds zeros, since it may not ask whether there are any, and is put back afterwards
+    from a copy; so is LBFGS. An optimizer of this package that guards its steps skips by itself those with such gradients.
+    Buffers that the forward pass has spoilt, such as the running statistics of a batch norm, go back to what they were at the
+    end of the step before, or, in the first one, when this object was made or :meth:`keep_buffers` was called last.
 
     Args:
         model: has the names of the parameters.
@@ -70,9 +73,10 @@ class Refusal:
         self._inert = of_torch and not self._iterates
         self.names: tuple[str, ...] = ()
         self._memory: Snapshot | None = None
-        self._model, self._buffers = model, dict[tuple[nn.Module, str], Tensor]()
+        self._model, self._buffers = model, dict[tuple[nn.Module, str], tuple[Tensor, weakref.ref[Tensor]]]()
         self._hidden: list[tuple[Tensor, Tensor]] = []
         self._open, self._looked, self._kept, self._watched = False, True, False, False
+        self.keep_buffers()
 
     def begin(self, *, with_closure: bool = False) -> None:
         """Prepare for a step.
@@ -106,8 +110,8 @@ class Refusal:
             if not self._inert and not self._kept:
                 self._keep()
             self._hidden = [(p, p.grad) for p in parameters if p.grad is not None]
-            for p, _ in self._hidden:
-                p.grad = None
+            for p, gradient in self._hidden:
+                p.grad = None if self._inert else torch.zeros_like(gradient)
         return self.names
 
     def end(self, *, raised: bool = False) -> None:
@@ -124,7 +128,7 @@ class Refusal:
         if self.names:
             self._mend_buffers()
         elif not raised and self._open:
-            self._keep_buffers()
+            self.keep_buffers()
         for p, gradient in self._hidden:
             p.grad = gradient
         self._hidden, self._open, self._kept, self._watched, self._looked = [], False, False, False, True
@@ -136,22 +140,38 @@ class Refusal:
         return isinstance(optimizer, GuardedOptimizer) and optimizer.param_groups[0]["guard"] not in {"off", "monitor"}
 
     @torch.no_grad()
-    def _keep_buffers(self) -> None:
+    def keep_buffers(self) -> None:
+        """Take the buffers as they are for sound: to be called before the first step, and after a checkpoint has been loaded.
+
+        Examples:
+            >>> from stableopt.optim.agree import Alone
+            >>> norm = nn.BatchNorm1d(1)
+            >>> refusal = Refusal(norm, torch.optim.SGD(norm.parameters()), Alone)
+            >>> norm(torch.full((2, 1), torch.nan)).sum().backward()
+            >>> refusal.begin(), refusal.look(None), refusal.end()
+            (None, ('grad:weight',), None)
+            >>> norm.running_mean
+            tensor([0.])
+        """
         copies, old, self._buffers = Copies(), self._buffers, {}
         for module in self._model.modules():
             for key, buffer in module._buffers.items():  # noqa: SLF001 - named_buffers would leave out shared ones
-                if buffer is not None and (buffer.is_floating_point() or buffer.is_complex()):
-                    self._buffers[module, key] = copies.of(buffer.detach(), old.get((module, key)))
+                if buffer is not None and not is_lazy(buffer) and (buffer.is_floating_point() or buffer.is_complex()):
+                    kept = old.get((module, key))
+                    self._buffers[module, key] = (
+                        copies.of(buffer.detach(), None if kept is None else kept[0]),
+                        weakref.ref(buffer),
+                    )
         copies.run()
 
     @torch.no_grad()
     def _mend_buffers(self) -> None:
         """Put back the buffers that are not finite but were."""
         plan = Plan()
-        for (module, key), value in self._buffers.items():
+        for (module, key), (value, original) in self._buffers.items():
             buffer = module._buffers.get(key)  # noqa: SLF001
             if buffer is not None and not local(buffer).isfinite().all() and local(value).isfinite().all():
-                plan.fill(module._buffers, key, value)  # noqa: SLF001
+                plan.fill(module._buffers, key, value, original())  # noqa: SLF001
         plan.carry_out()
 
     def _keep(self) -> None:

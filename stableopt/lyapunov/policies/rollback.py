@@ -11,7 +11,8 @@ from torch import nn
 
 from stableopt.lyapunov.policies.moment import Moment, Still
 from stableopt.optim import GuardedOptimizer
-from stableopt.optim.snapshot import OF_SCHEDULERS
+from stableopt.optim.agree import Processes
+from stableopt.optim.snapshot import MOMENTA, OF_SCHEDULERS
 
 __all__ = ["Checkpoints", "Restoration"]
 
@@ -20,15 +21,15 @@ class Checkpoints:
     r"""The last k snapshots of a training, in memory, each to be put back bit for bit.
 
     A snapshot has the parameters and buffers of the model, the state of the optimizer and what numbers its groups have, the random
-    states of torch, numpy and Python, and all of ``also``. Learning rates and what else a scheduler writes into the groups are in
-    it if a scheduler of this optimizer is in ``also``; else they stay what they are. The memory of the oldest snapshot is used
-    for the next one: in all it is k times that of the model and of the optimizer's state.
+    states of torch, numpy and Python, and all of ``also``. Learning rates and what else a scheduler writes into the groups, the
+    momentum too, are in it if a scheduler of this optimizer is in ``also``; else they stay what they are. The memory of the
+    oldest snapshot is used for the next one: in all it is k times that of the model and of the optimizer's state.
 
     Args:
         model: what is trained; in several processes each keeps its own part.
         optimizer: any torch optimizer.
         also: what else belongs to the training: modules (an average of the weights), optimizers, and objects with ``state_dict``
-            and ``load_state_dict`` (schedulers, a ``GradScaler``, a sampler).
+            and ``load_state_dict`` (schedulers, a ``GradScaler``).
         k: how many snapshots to keep.
 
     Raises:
@@ -182,6 +183,47 @@ class Checkpoints:
             raise LookupError(f"there is no snapshot from before step {before}: kept are {kept}.")
         return Restoration(self, moment)
 
+    def prepare_before(self, since: int, margin: int, processes: Processes) -> tuple[Restoration | None, str]:
+        """Prepare to go back to before a fault, to the same step on all processes; where that is impossible, drop what is of it.
+
+        Args:
+            since: the step at which the fault has begun.
+            margin: steps before it at which a snapshot is taken to be sound; the first of all is sound if anything is.
+            processes: all call this together.
+
+        Returns:
+            What is ready to be put back, or None and why there is nothing.
+
+        Examples:
+            >>> from stableopt.optim.agree import Alone
+            >>> model = nn.Linear(1, 1)
+            >>> checkpoints = Checkpoints(model, torch.optim.SGD(model.parameters()))
+            >>> checkpoints.prepare_before(7, 2, Alone)
+            (None, 'no snapshot is from before step 7')
+            >>> checkpoints.take(5)
+            >>> checkpoints.prepare_before(7, 2, Alone)[0].commit()
+            5
+        """
+        target = self.newest(since - margin)
+        if target is None:
+            target = next((first for first in self.steps[:1] if first <= since), None)
+        ready, why = None, f"no snapshot is from before step {since}"
+        if target is not None:
+            try:
+                ready = self.prepare(target)
+            except RuntimeError as error:
+                why = str(error)
+        if processes.size > 1:
+            where = 0 if target is None else target
+            codes = torch.tensor([ready is None, where, -where], dtype=torch.int64)
+            failed, most, least = processes.maximum(codes).tolist()
+            if ready is not None and (failed or most != -least):
+                ready.abandon()
+                ready, why = None, "another process cannot go back to the same step"
+        if ready is None:
+            self.drop(after=since)
+        return ready, why
+
     def drop(self, after: int) -> None:
         """Drop the snapshots of later steps; their memory is used again.
 
@@ -229,7 +271,7 @@ class Restoration:
         self._plan = moment.plan()  # all memory is there before anything is written
         self._loaded: list[tuple[Any, Any]] = []
         groups = [group for optimizer in moment.optimizers for group in optimizer.param_groups]
-        self._rates = [(group, {k: group[k] for k in OF_SCHEDULERS & group.keys()}) for group in groups]
+        self._rates = [(group, {k: group[k] for k in (OF_SCHEDULERS | MOMENTA) & group.keys()}) for group in groups]
         for thing, state in moment.others:
             try:
                 self._loaded.append((thing, copy.deepcopy(thing.state_dict())))
@@ -264,6 +306,31 @@ class Restoration:
             raise
         self._checkpoints.drop(after=self._moment.step)
         return self._moment.step
+
+    def repeat(self) -> None:
+        """Put back once more what is in ``also`` and goes along with the steps: modules, optimizers and schedulers.
+
+        A training loop goes on after the step that was undone and calls the scheduler, or updates an average of the weights, as
+        it does after each step. Before the next step that is undone, too. Other objects are left alone: a ``GradScaler`` is in the
+        middle of its own step then.
+
+        Examples:
+            >>> model = nn.Linear(1, 1)
+            >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+            >>> scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+            >>> checkpoints = Checkpoints(model, optimizer, [scheduler])
+            >>> checkpoints.take(1)
+            >>> ready = checkpoints.prepare(1)
+            >>> optimizer.step(), ready.commit(), scheduler.step()
+            (None, 1, None)
+            >>> ready.repeat()
+            >>> scheduler.last_epoch, optimizer.param_groups[0]["lr"]
+            (0, 0.5)
+        """
+        for thing, state in self._moment.others:
+            if any(getattr(thing, "optimizer", None) is o for o in self._moment.optimizers):
+                thing.load_state_dict(copy.deepcopy(state))
+        self._moment.plan_also().carry_out()
 
     def abandon(self) -> None:
         """Leave everything as it was before this was prepared.

@@ -50,6 +50,8 @@ class Run:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             events = list(self.enforcer.act(alarms, self.now))
+            assert caught == []
+            self.enforcer.warn()
         self.warned += [str(w.message) for w in caught]
         assert all(issubclass(w.category, RuntimeWarning) for w in caught)
         assert all(w.filename == __file__ for w in caught)
@@ -79,7 +81,7 @@ def test_observing_says_nothing() -> None:
 
 
 def test_one_warning_with_the_full_reading_per_channel_and_cool_down() -> None:
-    run = Run(Policy(cooldown=3))
+    run = Run(Policy(cooldown=2))
     for _ in range(7):  # at steps 1, 4 and 7
         run.step(alarm())
     assert [e.action for e in run.events] == ["warn", "observe", "observe", "warn", "observe", "observe", "warn"]
@@ -113,7 +115,7 @@ def test_what_is_done_for_a_channel_of_ones_own_bears_its_name() -> None:
 @pytest.mark.parametrize("tensor", [False, True])
 def test_rates_are_shrunk_within_the_step_only_and_come_back(tensor: bool) -> None:
     first = torch.tensor(0.1) if tensor else 0.1
-    run = Run(Policy(level="shrink", cooldown=2, patience=3), lambda p: torch.optim.AdamW(p, lr=first))
+    run = Run(Policy(level="shrink", cooldown=1, patience=3), lambda p: torch.optim.AdamW(p, lr=first))
     group = run.optimizer.param_groups[0]
     original = group["lr"]
     run.step()
@@ -226,7 +228,7 @@ def test_a_guarded_optimizer_shrinks_and_keeps_its_own_scale() -> None:
 
 
 def test_bad_steps_are_skipped_with_an_event_each_and_a_warning_at_times() -> None:
-    run = Run(Policy(nonfinite="skip", cooldown=3))
+    run = Run(Policy(nonfinite="skip", cooldown=2))
     run.steps(2)
     there = run.numbers()
     for _ in range(4):
@@ -492,3 +494,153 @@ def test_a_policy_that_does_not_act_changes_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(run.numbers(), alone.numbers(), strict=True))
     assert run.enforcer._checkpoints is None
     assert not run.enforcer.skips
+
+
+# --- what is sound ---
+
+
+def test_no_snapshot_is_taken_while_a_buffer_is_spoilt() -> None:
+    run = Run(Policy(nonfinite="skip", level="rollback", snapshot_every=10, margin=0, cooldown=0))
+    run.model.register_buffer("mask", torch.tensor([0.0, -torch.inf]))  # which is no fault
+    run.enforcer = Enforcer(run.enforcer.policy, run.model, run.optimizer)
+    run.steps(10)
+    run.optimizer.zero_grad()
+    loss = run.model(torch.full((8, 3), torch.nan)).square().mean()  # before the step, so before the snapshot
+    loss.backward()
+    run.enforcer.before(11)
+    assert run.enforcer.refuse(loss.detach())
+    run.optimizer.step()
+    run.enforcer.after(11)
+    assert run.enforcer._checkpoints.steps == (1,)
+    run.now = 11
+    run.steps(2)
+    assert run.enforcer._checkpoints.steps == (1, 12)
+    assert run.step(alarm("level", 13))[-2].action == "rollback"
+    assert bool(run.model[1].running_mean.isfinite().all())
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_buffers_that_the_very_first_step_spoils_are_mended(resumed: bool) -> None:
+    run = Run(Policy(nonfinite="skip"))
+    if resumed:
+        run.model[1].running_mean.fill_(3.0)
+        run.enforcer.load_state_dict(run.enforcer.state_dict())
+    there = run.model[1].running_mean.clone()
+    run.model(torch.full((8, 3), torch.nan)).sum().backward()
+    run.enforcer.before(1)
+    assert run.enforcer.refuse(None)
+    run.optimizer.step()
+    run.enforcer.after(1)
+    assert torch.equal(run.model[1].running_mean, there)
+
+
+def test_snapshots_of_what_is_abandoned_go_when_a_state_is_loaded() -> None:
+    run = Run(ROLLBACK)
+    run.steps(2)
+    state = run.enforcer.state_dict()
+    run.steps(30)
+    assert run.enforcer._checkpoints.steps == (21, 31)
+    run.enforcer.load_state_dict(state)
+    assert run.enforcer._checkpoints.steps == ()
+    run.now = 2
+    run.steps(1)
+    assert run.enforcer._checkpoints.steps == (3,)
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize(
+    ("schedule", "last"),
+    [
+        (lambda o: lr_scheduler.ExponentialLR(o, 0.9), 0.1 * 0.9**6),
+        (lambda o: lr_scheduler.ExponentialLR(o, 1.0), 0.1),
+        (lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.95**step), 0.1 * 0.95**6),
+    ],
+)
+def test_a_scheduler_within_the_step_does_not_make_the_factor_pile_up(schedule: Any, last: float, tensor: bool) -> None:
+    run = Run(Policy(level="shrink"), lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1) if tensor else 0.1))
+    scheduler = schedule(run.optimizer)
+    run.optimizer.register_step_post_hook(lambda *_: scheduler.step())
+    run.step(alarm())
+    run.steps(5)
+    assert float(run.optimizer.param_groups[0]["lr"]) == pytest.approx(last)
+    assert tensor or run.lr[-1] == pytest.approx(0.5 * last / (last / 0.1) ** (1 / 6))
+
+
+def test_what_the_loop_calls_after_the_undone_step_is_undone_at_the_next() -> None:
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    average = torch.optim.swa_utils.AveragedModel(model, use_buffers=True)
+    second = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0, momentum=0.5)
+    enforcer = Enforcer(
+        Policy(level="rollback", snapshot_every=3, margin=0), model, optimizer, also=[scheduler, average, second]
+    )
+
+    def there() -> list[Any]:
+        w = second.param_groups[0]["params"][0]
+        values = [x.clone() for x in average.state_dict().values()]
+        return [scheduler.last_epoch, optimizer.param_groups[0]["lr"], w.item(), *values]
+
+    seen = {}
+    for step in range(1, 7):
+        model(torch.randn(4, 3)).square().mean().backward()
+        enforcer.before(step)
+        seen[step] = there()
+        factor = enforcer.factor
+        optimizer.step()
+        enforcer.after(step)
+        acted = enforcer.act([alarm("level", 4)] if step == 5 else [], step)
+        assert any(e.action == "rollback" for e in acted) == (step == 5)
+        scheduler.step()
+        average.update_parameters(model)
+        second.param_groups[0]["params"][0].grad = torch.ones(1)
+        second.step()
+    assert factor == 0.5
+    assert seen[6][1] == seen[4][1] * factor  # within the step
+    for now, then in zip(seen[6][:1] + seen[6][2:], seen[4][:1] + seen[4][2:], strict=True):
+        assert torch.equal(torch.as_tensor(now), torch.as_tensor(then))
+    assert scheduler.last_epoch == seen[4][0] + 1
+
+
+def test_the_first_shrinking_is_always_allowed() -> None:
+    run = Run(Policy(level="shrink", factor=1e-4, cooldown=0))
+    assert run.step(alarm())[-1].action == "shrink"
+    assert run.enforcer.factor == 1e-4
+    assert run.step(alarm())[-1].what == "learning rates are multiplied by 0.0001 and not shrunk further"
+
+
+def test_rollbacks_are_allowed_again_where_nothing_can_be_shrunk() -> None:
+    class Rateless(torch.optim.SGD):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=0.1)
+            self.param_groups[0]["lr"] = None
+
+        def step(self, closure: Any = None) -> None:
+            pass
+
+    run = Run(Policy(level="rollback", snapshot_every=1, margin=0, cooldown=0, patience=3, retries=1), Rateless)
+    for _ in range(3):
+        run.steps(1)
+        assert [e.action for e in run.step(alarm("level", run.now + 1))][1:] == ["rollback", "observe"]
+        run.steps(4)
+    run.step(alarm("level", run.now + 1))
+    assert run.step(alarm("level", run.now + 1))[-1].action == "raise"
+
+
+@pytest.mark.parametrize(("cooldown", "steps"), [(0, [1, 2, 3, 4, 5, 6]), (1, [1, 3, 5]), (2, [1, 4]), (3, [1, 5])])
+def test_as_many_steps_are_quiet_as_the_cool_down_says(cooldown: int, steps: list[int]) -> None:
+    run = Run(Policy(cooldown=cooldown))
+    for _ in range(6):
+        run.step(alarm())
+    assert [e.step for e in run.events if e.action == "warn"] == steps
+
+
+def test_warnings_that_are_errors_lose_nothing() -> None:
+    run = Run(Policy())
+    with warnings.catch_warnings(action="error"):
+        events = run.enforcer.act([alarm(), alarm("mine")], 1)
+        assert [e.action for e in events] == ["warn", "warn"]
+        with pytest.raises(RuntimeWarning, match="level has gone wrong"):
+            run.enforcer.warn()
+        run.enforcer.warn()  # what was raised is not said again

@@ -219,7 +219,7 @@ def test_the_gradients_are_given_back_as_the_same_objects(name: str) -> None:
     gradients = [p.grad for p in training.model.parameters()]
     training.refusal.begin()
     assert training.refusal.look(None)
-    hidden = [p.grad is None for p in training.model.parameters()]
+    hidden = [p.grad is None or not p.grad.any() for p in training.model.parameters()]
     assert all(hidden) == (name != "our AdamW, strict")  # its guard has to see them
     training.optimizer.step()
     training.refusal.end()
@@ -359,3 +359,67 @@ def test_only_the_first_look_of_a_step_counts() -> None:
     training.refusal.end()
     assert training.refusal.look(float("nan")) == ()  # no step has begun
     assert training.refusal.names == ()
+
+
+class Unasking(Optimizer):
+    """Takes it that every parameter has a gradient."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.mul_(0.9).add_(p.grad / p.grad.norm(), alpha=-group["lr"])
+
+
+def test_an_optimizer_that_does_not_ask_for_gradients_is_refused_all_the_same() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = Unasking(model.parameters())
+    refusal, before = Refusal(model, optimizer, Alone), frozen(model.state_dict())
+    model(torch.full((1, 2), torch.nan)).sum().backward()
+    gradients = [p.grad for p in model.parameters()]
+    refusal.begin()
+    assert refusal.look(None) == ("grad:weight",)
+    optimizer.step()
+    refusal.end()
+    assert same(dict(model.state_dict()), dict(before))
+    assert all(p.grad is g for p, g in zip(model.parameters(), gradients, strict=True))
+
+
+class Remembering(nn.Module):
+    """Keeps its last input as a buffer: a view of the data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 1)
+        self.register_buffer("last", torch.zeros(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = x
+        return self.linear(x)
+
+
+def test_data_that_a_module_remembers_are_not_written_into() -> None:
+    model, data = Remembering(), torch.arange(16.0).reshape(8, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    refusal = Refusal(model, optimizer, Alone)
+    data[4:] = torch.nan
+    for batch in (data[:4], data[4:]):
+        optimizer.zero_grad()
+        model(batch).sum().backward()
+        refusal.begin()
+        refusal.look(None)
+        optimizer.step()
+        refusal.end()
+    assert bool(data[4:].isnan().all())
+    assert torch.equal(model.last, data[:4])
+
+
+def test_a_lazy_module_has_no_buffers_yet() -> None:
+    model = nn.LazyBatchNorm1d()
+    refusal = Refusal(model, torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), Alone)
+    model(torch.rand(4, 2))
+    refusal.begin()
+    refusal.end()

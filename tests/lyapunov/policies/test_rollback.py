@@ -17,6 +17,7 @@ from stableopt import optim
 from stableopt.constraints import L2Ball
 from stableopt.lyapunov.policies.rollback import Checkpoints
 from stableopt.optim import guard
+from tests.lyapunov.policies.test_refusal import Remembering
 from tests.lyapunov.training import Noise
 from tests.optim.test_snapshot import CLASSES, Odd, frozen, same
 
@@ -477,3 +478,37 @@ def test_bad_arguments_are_refused() -> None:
             Checkpoints(model, optimizer, k=k)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"also= takes .* got int"):
         Checkpoints(model, optimizer, [3])
+
+
+def test_data_that_a_module_remembers_are_not_written_into() -> None:
+    model, data = Remembering(), torch.arange(16.0).reshape(8, 2)
+    checkpoints = Checkpoints(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    kept = data.clone()
+    model(data[:4])
+    checkpoints.take(1)
+    model(data[4:])
+    checkpoints.restore(before=1)
+    assert torch.equal(data, kept)
+    assert torch.equal(model.last, data[:4])
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_momentum_of_a_scheduler_is_as_its_learning_rate(named: bool) -> None:
+    for make, key in (
+        (lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), "momentum"),
+        (lambda p: torch.optim.AdamW(p, lr=0.1), "betas"),
+    ):
+        optimizer = make([nn.Parameter(torch.ones(1))])
+        model = nn.Module()
+        model.w = optimizer.param_groups[0]["params"][0]
+        scheduler = lr_scheduler.OneCycleLR(optimizer, 0.5, total_steps=20)
+        checkpoints = Checkpoints(model, optimizer, [scheduler] if named else [])
+        checkpoints.take(1)
+        before = [optimizer.param_groups[0][k] for k in ("lr", key)]
+        for _ in range(3):
+            optimizer.step()
+            scheduler.step()
+        after = [optimizer.param_groups[0][k] for k in ("lr", key)]
+        checkpoints.restore(before=1)
+        assert before[1] != after[1]
+        assert [optimizer.param_groups[0][k] for k in ("lr", key)] == (before if named else after)
