@@ -15,14 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stableopt.lyapunov.hutchinson import orthonormal, trace_beside
 from stableopt.lyapunov.running import RunningMean, student_quantile
 from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.optim import Sharpness, SharpnessReading
 from stableopt.optim.curvature import Curvature, Method, dot, gradients
 from stableopt.optim.limits import known_limits
 from stableopt.optim.modules import buffers_put_back, modules_at_hand
+from stableopt.optim.packing import Packing
 from stableopt.optim.preconditioner import Preconditioner
-from stableopt.optim.rules.base import real_view, unviewed
+from stableopt.optim.rules.base import real_view
 
 __all__ = ["CurvatureProbe", "CurvatureReading", "Loss", "apart"]
 
@@ -277,11 +279,14 @@ class CurvatureProbe:
         curvature.last = type(curvature.last)(maxlen=max(3, self.products))
         self._sharpness.products = self.products + self._saved
         reading = self._sharpness.measure_within(curvature)
-        known, used = _orthonormal(list(curvature.last)), curvature.count
+        packing, used = Packing.of(curvature.parameters), curvature.count
+        known = orthonormal(
+            [(packing.pack(map(real_view, v)), packing.pack(map(real_view, Hv))) for v, Hv in curvature.last]
+        )
         curvature.last.clear()
         state = self._generator.get_state()
         try:
-            rest = [self._rest_of_the_trace(curvature, known) for _ in range(self.traces)]
+            rest = [trace_beside(curvature, packing, known, self._generator) for _ in range(self.traces)]
         except BaseException:
             self._generator.set_state(state)
             raise
@@ -292,33 +297,22 @@ class CurvatureProbe:
         top = math.fsum(dot(q, Hq) for q, Hq in known)
         return reading, top + self._rest.mean if finite else math.nan, curvature
 
-    def _rest_of_the_trace(self, curvature: Curvature, known: list[tuple[list[Tensor], list[Tensor]]]) -> float:
-        """Return z'PHPz."""
-        z = [self._signs(p) for p in curvature.parameters]
-        Hz = curvature(z)
-        for q, Hq in known:
-            along = dot(q, z)
-            z = [a - along * b for a, b in zip(z, q, strict=True)]
-            Hz = [a - along * b for a, b in zip(Hz, Hq, strict=True)]
-        return dot(z, Hz)
-
-    def _signs(self, p: Tensor) -> Tensor:
-        signs = torch.randint(0, 2, real_view(p.detach()).shape, generator=self._generator, dtype=torch.int8) * 2 - 1
-        return unviewed(signs.to(p.device, p.real.dtype if p.is_complex() else p.dtype), p)
-
     def _noise_scale(self, parameters: Sequence[Tensor]) -> float:
         m = len(self.losses)
         if m < 2:
             return math.nan
+        packing = Packing.of(parameters)
         total: list[Tensor] | None = None
         each = 0.0
         torch.clear_autocast_cache()
         for loss in self.losses:
             with torch.enable_grad(), buffers_put_back(loss):
                 grads = gradients(loss(), parameters)
-            dense = [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
-            each += dot(dense, dense) / m
-            total = dense if total is None else [a + b for a, b in zip(total, dense, strict=True)]
+            packed = packing.pack(
+                [real_view(torch.zeros_like(p) if g is None else g) for p, g in zip(parameters, grads, strict=True)]
+            )
+            each += dot(packed, packed) / m
+            total = packed if total is None else [a + b for a, b in zip(total, packed, strict=True)]
         torch.clear_autocast_cache()  # an autocast around us would keep weights whose graph is gone
         together = dot(total or [], total or []) / m**2
         if not math.isfinite(each):
@@ -341,24 +335,6 @@ def _losses(loss: Loss | Sequence[Loss]) -> list[Loss]:
             f"the probe needs a function that returns the loss with its graph, or several, got {type(wrong or loss).__name__}."
         )
     return losses
-
-
-def _orthonormal(
-    pairs: list[tuple[list[Tensor], list[Tensor]]],
-) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """Return an orthonormal basis Q of a span with HQ, from vectors with their products."""
-    basis: list[tuple[list[Tensor], list[Tensor]]] = []
-    for v, Hv in pairs:
-        q, Hq, before = v, Hv, math.sqrt(dot(v, v))
-        for _ in range(2):  # twice is enough
-            for b, Hb in basis:
-                along = dot(b, q)
-                q = [x - along * y for x, y in zip(q, b, strict=True)]
-                Hq = [x - along * y for x, y in zip(Hq, Hb, strict=True)]
-        norm = math.sqrt(dot(q, q))
-        if before > 0.0 and norm > 1e-3 * before and math.isfinite(norm):
-            basis.append(([x / norm for x in q], [x / norm for x in Hq]))
-    return basis
 
 
 def _draw_from(seed: int) -> None:

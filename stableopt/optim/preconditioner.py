@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from stableopt.optim.curvature import dot
 from stableopt.optim.limits import known_limits
+from stableopt.optim.packing import Packing
 from stableopt.optim.rules.base import real_view
 
 __all__ = ["Preconditioner"]
@@ -22,10 +24,9 @@ class Preconditioner:
 
     Args:
         parameters: those that require gradients, in the order of the groups.
-        roots: :math:`D^{-1/2}` for each, entrywise on the real view of the parameter; 0 where nothing moves.
-        metrics: P for each.
-        decays: the weight decay that belongs to the curvature, for each.
-        owners: the number of the group of each.
+        packing: of vectors over them, where those of different groups stay apart.
+        roots: :math:`D^{-1/2}`, packed, entrywise on the real view of the parameters; 0 where nothing moves.
+        decays: the weight decay that belongs to the curvature, for each packed tensor.
         limits: of each group.
         least: the smallest limit of the groups that are looked at.
         sign: -1 if the optimizer maximizes, else 1.
@@ -37,10 +38,9 @@ class Preconditioner:
     """
 
     parameters: list[Tensor]
+    packing: Packing
     roots: list[Tensor]
-    metrics: list[Tensor | float]
     decays: list[float]
-    owners: list[int]
     limits: list[float]
     least: float
     sign: float
@@ -69,8 +69,7 @@ class Preconditioner:
         if any(bool(g.get("maximize")) != bool(groups[0].get("maximize")) for g in groups):
             raise ValueError("the groups must agree on maximize: otherwise there is no common loss to measure.")
         limits = [float(rule.limit(g)) for g in groups]
-        hidden = [_decay_in_curvature(rule, group) for group in groups]
-        parameters, roots, metrics, decays, owners, waiting = [], [], [], [], [], 0
+        parameters, roots, owners, waiting = [], [], [], 0
         for i, group in enumerate(groups):
             if only is not None and i != only:
                 continue
@@ -86,29 +85,72 @@ class Preconditioner:
                 waiting += P is None
                 parameters.append(p)
                 owners.append(i)
-                decays.append(hidden[i])
-                metrics.append(0.0 if P is None else P)
                 roots.append(_inverse_root(p, P, limits[i]))
         if parameters and waiting == len(parameters):
             return "the optimizer has taken no step, so its metric does not exist yet"
-        least = min((limits[i] for i in owners), default=math.inf)
+        packing = Packing.of(parameters, owners)
+        hidden = [_decay_in_curvature(rule, group) for group in groups]
         return cls(
-            parameters, roots, metrics, decays, owners, limits, least, -1.0 if groups[0].get("maximize") else 1.0
+            parameters,
+            packing,
+            packing.pack(roots),
+            [hidden[owner] for owner, _, _ in packing.keys],
+            limits,
+            min((limits[i] for i in owners), default=math.inf),
+            -1.0 if groups[0].get("maximize") else 1.0,
         )
 
-    def fits(self, u: list[Tensor]) -> bool:
-        """Say whether a direction is one of these parameters, and some of what it moves still moves."""
-        return [x.shape for x in u] == [root.shape for root in self.roots] and any(
-            bool((root * x).any()) for root, x in zip(self.roots, u, strict=True)
-        )
+    def placed(self, u: list[Tensor] | None) -> list[Tensor] | None:
+        """Return a packed direction where it is needed.
+
+        Args:
+            u: the direction.
+
+        Returns:
+            It; None if it is not one of these parameters, or nothing of what it moves moves any more.
+
+        Examples:
+            >>> scaling = Preconditioner.of(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5))
+            >>> scaling.placed([torch.ones(2)]) is None
+            True
+        """
+        if u is None or not self.packing.fits(u):
+            return None
+        here = [x.to(root) for x, root in zip(u, self.roots, strict=True)]
+        return here if any(bool((root * x).any()) for root, x in zip(self.roots, here, strict=True)) else None
 
     def random(self, seed: int) -> list[Tensor]:
-        """Return a random direction, the same on every device."""
+        """Return a random direction, packed, the same on every device.
+
+        Args:
+            seed: of it.
+
+        Examples:
+            >>> scaling = Preconditioner.of(torch.optim.SGD([torch.nn.Parameter(torch.ones(3))], lr=0.5))
+            >>> scaling.random(0)[0].shape
+            torch.Size([3])
+        """
         generator = torch.Generator().manual_seed(seed)
         return [
             torch.randn(root.shape, generator=generator, dtype=torch.float64).to(root) * (root > 0)
             for root in self.roots
         ]
+
+    def weights(self, u: list[Tensor]) -> list[float]:
+        r"""Return :math:`\|v\|_P^2` of each group along :math:`v = D^{-1/2} u`, which is :math:`\|u\|^2` over its limit.
+
+        Args:
+            u: packed.
+
+        Examples:
+            >>> scaling = Preconditioner.of(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.5))
+            >>> scaling.weights([torch.ones(1)])
+            [0.25]
+        """
+        squares = [0.0] * len(self.limits)
+        for x, (owner, _, _) in zip(u, self.packing.keys, strict=True):
+            squares[owner] += dot([x], [x])
+        return [square / limit if square else 0.0 for square, limit in zip(squares, self.limits, strict=True)]
 
 
 def _metric(rule: Any, state: dict[str, Any], group: dict[str, Any]) -> Tensor | float | None:

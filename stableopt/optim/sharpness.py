@@ -253,18 +253,10 @@ class Sharpness:
             >>> sharpness = Sharpness(torch.optim.SGD([w], lr=0.5), lambda: (w**2).sum())
             >>> sharpness.load_state_dict({"directions": []})
         """
-        self._warm = {}
-        every = self.optimizer.param_groups
-        for kept in state_dict["directions"]:
-            groups = every if kept["group"] is None else [every[kept["group"]]]
-            devices = [p.device for group in groups for p in group["params"] if p.requires_grad]
-            if len(devices) != len(kept["vector"]):  # of other parameters: it would not fit
-                continue
-            vector, second = (
-                x and [a.to(device) for a, device in zip(x, devices, strict=True)]
-                for x in (kept["vector"], kept["second"])
-            )
-            self._warm[kept["group"]] = Direction(vector, [], kept["value"], kept["lowest"], kept["count"], second)
+        self._warm = {
+            kept["group"]: Direction(kept["vector"], [], kept["value"], kept["lowest"], kept["count"], kept["second"])
+            for kept in state_dict["directions"]
+        }
 
     def _scaling(self, group: int | None) -> Preconditioner | SharpnessReading:
         """Return the metric, or the reading that there is nothing to measure."""
@@ -279,13 +271,17 @@ class Sharpness:
         return scaling
 
     def _climb(self, curvature: Curvature, scaling: Preconditioner, group: int | None) -> SharpnessReading:
+        packing = scaling.packing
+
         def product(u: list[Tensor]) -> list[Tensor]:
-            """Return D^{-1/2} (H + coupled decay) D^{-1/2} u, all in real views."""
+            """Return D^{-1/2} (H + coupled decay) D^{-1/2} u, all packed."""
             v = [root * x for root, x in zip(scaling.roots, u, strict=True)]
-            Hv = curvature([unviewed(x, p) for x, p in zip(v, scaling.parameters, strict=True)])
+            Hv = curvature([unviewed(x, p) for x, p in zip(packing.unpack(v), scaling.parameters, strict=True)])
             return [
-                root * (scaling.sign * real_view(h) + omega * x)
-                for root, h, omega, x in zip(scaling.roots, Hv, scaling.decays, v, strict=True)
+                root * (scaling.sign * h + omega * x)
+                for root, h, omega, x in zip(
+                    scaling.roots, packing.pack([real_view(h) for h in Hv]), scaling.decays, v, strict=True
+                )
             ]
 
         def climb(start: list[Tensor], lowest: float, second: list[Tensor] | None = None) -> Direction | None:
@@ -294,12 +290,13 @@ class Sharpness:
             return ascend(product, start, self.products, lowest, strict * self.tolerance, second)
 
         kept = self._warm.get(group)
-        if kept is None or not scaling.fits(kept.vector):
+        start = None if kept is None else scaling.placed(kept.vector)
+        if kept is None or start is None:
             kept = None
             count, found = 1, climb(scaling.random(self.seed), 0.0)
         else:
-            second = kept.second if self.fresh is None and kept.second and scaling.fits(kept.second) else None
-            count, found = kept.count + 1, climb(kept.vector, kept.lowest, second)
+            second = scaling.placed(kept.second) if self.fresh is None else None
+            count, found = kept.count + 1, climb(start, kept.lowest, second)
             due = self.fresh is not None and (count & (count - 1) == 0 or count % self.fresh == 0)
             if found is not None and (due or found.value < 0):
                 other = climb(scaling.random(self.seed + count), found.lowest)
@@ -315,10 +312,9 @@ class Sharpness:
 def _reading(found: Direction, scaling: Preconditioner, curvature: Curvature) -> SharpnessReading:
     """Return what was found along v = D^{-1/2} u."""
     scale = math.sqrt(dot(found.vector, found.vector))
-    v = [root * u / scale for root, u in zip(scaling.roots, found.vector, strict=True)]
-    weights = [0.0] * len(scaling.limits)
-    for i, P, x in zip(scaling.owners, scaling.metrics, v, strict=True):
-        weights[i] += dot([P * x], [x])
+    u = [x / scale for x in found.vector]
+    v = [root * x for root, x in zip(scaling.roots, u, strict=True)]
+    weights = scaling.weights(u)
     residual = found.residual()
     length = dot(v, v)
     return SharpnessReading(
