@@ -198,6 +198,7 @@ class Monitor:
         """
         if self._hooks.attach():
             self._ended = time.perf_counter()
+            self._enforcer.renew()
             if self._scaler is not None:
                 self._scaler.begin()
         return self
@@ -290,7 +291,7 @@ class Monitor:
         """Continue from a state; records of later steps are dropped from the sinks, since they are taken again.
 
         Args:
-            state: as :meth:`state_dict` gave it, from the moment of the checkpoint of model and optimizer.
+            state: as :meth:`state_dict` gave it, from the moment of the checkpoint of model and optimizer, which are loaded first.
 
         Raises:
             ValueError: if the step is no integer >= 0, the state is of another version, or ``energy.jsonl`` is damaged.
@@ -361,10 +362,12 @@ class Monitor:
     def _announce(self, events: tuple[Event, ...]) -> None:
         """Warn, and raise what a policy raises, now that the step is recorded."""
         failed = next((event for event in events if event.kind == "action" and event.action == "raise"), None)
-        if events:
-            self._enforcer.warn()
-        if failed is not None:
-            raise StabilityError(str(failed))
+        try:
+            if events:
+                self._enforcer.warn()
+        finally:
+            if failed is not None:
+                raise StabilityError(str(failed))
 
     def _judge(self, facts: dict[str, Any]) -> tuple[Event, ...]:
         """Return the alarms of this step and what was done about them."""
