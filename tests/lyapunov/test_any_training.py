@@ -15,9 +15,10 @@ from torch.optim import lr_scheduler, swa_utils
 
 from stableopt import optim
 from stableopt.lyapunov import Every, Monitor
+from stableopt.lyapunov.budget import TIERS
 from tests.lyapunov.training import batches, equal, make_closure, make_model, picture, seed_everything
 
-ALL = Every(1, 1, 1, 1, 1)
+ALL = Every(**dict.fromkeys(TIERS, 1))
 Scenario = Callable[["Watch"], Any]
 
 
@@ -623,8 +624,13 @@ MAKES: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("name", MAKES)
-@pytest.mark.parametrize("probe", [False, True])
+@pytest.mark.parametrize(
+    ("name", "probe"),
+    [
+        ("AdamW", False), ("SGD strict", True), ("SGD monitor", True),
+        *(pytest.param(*way, marks=pytest.mark.slow) for way in (("AdamW", True), ("SGD strict", False), ("SGD monitor", False))),
+    ],
+)  # fmt: skip
 def test_a_resumed_record_is_that_of_the_uninterrupted_run_line_by_line(name: str, probe: bool, tmp_path: Any) -> None:
     data, cut = batches(12), 5
 
@@ -634,7 +640,7 @@ def test_a_resumed_record_is_that_of_the_uninterrupted_run_line_by_line(name: st
         optimizer = MAKES[name](model.parameters())
         x, y = batches(1)[0]
         fixed = [lambda: (model(x) - y).square().mean(), lambda: (model(2 * x) - y).square().mean()] if probe else None
-        every = Every(vitals=1, energy=2, sharpness=3, layers=2, gaps=4)
+        every = Every(vitals=1, energy=2, sharpness=3, layers=2, forward=3, gaps=4)
         monitor = Monitor(
             model, optimizer, tmp_path / folder, every=every, probe=fixed, max_overhead=None, policy="observe"
         )

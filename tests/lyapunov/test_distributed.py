@@ -22,6 +22,7 @@ from stableopt.lyapunov.events import Event
 from stableopt.lyapunov.policies.enforcer import Enforcer
 from stableopt.lyapunov.policies.policy import Policy
 from stableopt.optim.snapshot import local
+from tests.lyapunov import spread_training
 from tests.optim.spread import (
     SPREADS,
     Net,
@@ -250,15 +251,33 @@ def check_guard_after_evaluation() -> None:
 
 
 CHECKS["gathered weights"] = check_guard_after_evaluation
+CHECKS |= spread_training.CHECKS
+
+
+FURTHER = [n for n in CHECKS if "watched" in n and (n.startswith(("hsdp", "fsdp as one")) or "lazy" in n)]
+FIRST = [n for n in CHECKS if n not in FURTHER]
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
-    return shared_outcomes(__name__, list(CHECKS), tmp_path_factory)
+def first(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return shared_outcomes(__name__, FIRST, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def further(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    return shared_outcomes(__name__, FURTHER, tmp_path_factory)
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("name", list(CHECKS))
-def test_two_processes(name: str, outcomes: list[dict[str, str]]) -> None:
-    for outcome in outcomes:
+@pytest.mark.parametrize("name", FIRST)
+def test_two_processes(name: str, first: list[dict[str, str]]) -> None:
+    for outcome in first:
+        assert not outcome[name], outcome[name][-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", FURTHER)
+def test_two_processes_with_further_layouts(name: str, further: list[dict[str, str]]) -> None:
+    for outcome in further:
         assert not outcome[name], outcome[name][-4000:]

@@ -196,7 +196,7 @@ ALONE = [
 def test_with_each_tier_alone(name: str, tier: str, probe: str) -> None:
     monitor = assert_same(name, {"every": only(tier)}, with_closure=True, probe=probe, steps=3)
     seen = {
-        "vitals": lambda r: r.grad_norms and math.isfinite(r.weight_norm),
+        "vitals": lambda r: (r.grad_norms or r.notes) and math.isfinite(r.weight_norm),
         "energy": lambda r: r.verdict != "unobserved",
         "sharpness": lambda r: math.isfinite(r.plain_sharpness) and (probe != "two" or not math.isnan(r.noise_scale)),
         "layers": lambda r: bool(r.norms),
