@@ -169,7 +169,7 @@ class _Examination:
         """
         rounds: list[list[float]] = []
         began = time.perf_counter()
-        while len(rounds) < 4 or (len(rounds) < 10 and time.perf_counter() - began < _SECONDS):
+        while len(rounds) < 4 or (len(rounds) < 7 and time.perf_counter() - began < _SECONDS):
             passes = self._seconds(lambda: torch.autograd.grad(self.loss(), self.parameters, allow_unused=True))
             rounds.append([passes, *(run() for run in runs)])
         unit, *others = (statistics.median(column) for column in zip(*rounds[1:], strict=True))  # the first warms up

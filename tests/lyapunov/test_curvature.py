@@ -109,7 +109,7 @@ def test_the_trace_is_unbiased_its_error_is_true_and_its_interval_covers() -> No
     for _ in range(5):
         probe.measure()
     covered, estimates, errors = 0, [], []
-    for seed in range(60):
+    for seed in range(40):
         again = CurvatureProbe(model, optimizer, model.loss, seed=seed)
         again.load_state_dict(probe.state_dict() | {"generator": torch.Generator().manual_seed(seed).get_state()})
         again._rest = type(again._rest)()
@@ -120,9 +120,9 @@ def test_the_trace_is_unbiased_its_error_is_true_and_its_interval_covers() -> No
         estimates.append(reading.trace)
         errors.append(reading.trace_error**2)
     spread = float(np.std(estimates, ddof=1))
-    assert float(np.mean(estimates)) == pytest.approx(true, abs=3 * spread / math.sqrt(60))
+    assert float(np.mean(estimates)) == pytest.approx(true, abs=3 * spread / math.sqrt(40))
     assert float(np.mean(errors)) == pytest.approx(spread**2, rel=0.6)
-    assert covered >= 53  # of 60 at 95 %
+    assert covered >= 34  # of 40 at 95 %
     assert reading.trace_count > 5
     full = float(2 * (model.H - torch.diag(model.H.diag())).square().sum())
     assert spread**2 * reading.trace_count < 0.05 * full  # the variance without the large eigenvalues

@@ -68,7 +68,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], Any, set[str]]]
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+LONGER = {"lstm", "gru", "huber", "spectral norm"}
+
+
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] if c in LONGER else []) for c in CASES])
 def test_each_way_is_judged_on_each_kind_of_net(case: str) -> None:
     make, shape, criterion, fails = CASES[case]
     model, x, y = make(), torch.randn(10, *shape), torch.randint(3, (10,))

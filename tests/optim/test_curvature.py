@@ -341,6 +341,7 @@ def test_fused_attention_gives_way_to_its_formula_for_the_second_derivative_only
     assert Choice(loss).run(parameters, lambda product: product(v) and product.name) == "exact"
 
 
+@pytest.mark.slow
 def test_compiled_code_is_run_as_written_and_not_compiled_again() -> None:
     model, _ = problem()
     x, y, compiled = torch.randn(10, 5), torch.randint(3, (10,)), []
