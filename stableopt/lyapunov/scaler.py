@@ -42,16 +42,18 @@ class ScalerWatch:
                 raise TypeError(f"Monitor needs a torch.amp.GradScaler as scaler, got {type(scaler).__name__}.")
         self._scaler = scaler
         self._scale = float(scaler.get_scale()) if scaler.is_enabled() else math.nan
-        self._since = 0
+        self._since, self._goes_on = 0, False
 
     def begin(self) -> None:
-        """Start from the scale of now.
+        """Start from the scale of now, or go on from the state that has just been loaded.
 
         Examples:
             >>> import torch
             >>> ScalerWatch(torch.amp.GradScaler("cpu")).begin()
         """
-        self._scale = float(self._scaler.get_scale()) if self._scaler.is_enabled() else math.nan
+        if not self._goes_on:
+            self._scale = float(self._scaler.get_scale()) if self._scaler.is_enabled() else math.nan
+        self._goes_on = False
 
     def state_dict(self) -> dict[str, float]:
         """Return the scale and the step of the last look.
@@ -71,7 +73,7 @@ class ScalerWatch:
             >>> watch = ScalerWatch(torch.amp.GradScaler("cpu"))
             >>> watch.load_state_dict(watch.state_dict())
         """
-        self._scale, self._since = float(state["scale"]), int(state["since"])
+        self._scale, self._since, self._goes_on = float(state["scale"]), int(state["since"]), True
 
     def look(self, step: int) -> Event | None:
         """Return what was skipped since the last look, None if nothing was.
