@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -80,7 +79,7 @@ def diagnose(model: nn.Module, loss: Callable[[], Tensor], optimizer: Optimizer 
         optimizer: that will train it, to see whether its limits are known; None to leave that out.
 
     Returns:
-        The diagnosis. Costs are measured here and now, medians of a few rounds, good to about 20 % on a quiet machine.
+        The diagnosis. Costs are measured here and now, the least of a few rounds, good to about 20 % on a quiet machine.
 
     Raises:
         TypeError: if the model is no module, or the loss cannot be called.
@@ -131,7 +130,7 @@ class _Examination:
         statistics_, drawing = _kinds(self.model)
         found = Diagnosis(
             parameters=sum(p.numel() for p in self.parameters),
-            seconds=statistics.median(self.fb),
+            seconds=min(self.fb),
             repeatable=repeatable,
             unused=unused,
             kinks=kinks,
@@ -162,7 +161,7 @@ class _Examination:
             return run()
 
     def _relative(self, *runs: Callable[[], float]) -> list[float]:
-        """Return the median times of a few rounds in units of a forward and backward pass, timed in the same rounds.
+        """Return the least times of a few rounds in units of a forward and backward pass, timed in the same rounds.
 
         Args:
             runs: each returns the seconds that it took.
@@ -172,7 +171,7 @@ class _Examination:
         while len(rounds) < 4 or (len(rounds) < 7 and time.perf_counter() - began < _SECONDS):
             passes = self._seconds(lambda: torch.autograd.grad(self.loss(), self.parameters, allow_unused=True))
             rounds.append([passes, *(run() for run in runs)])
-        unit, *others = (statistics.median(column) for column in zip(*rounds[1:], strict=True))  # the first warms up
+        unit, *others = (min(column) for column in zip(*rounds[1:], strict=True))  # the first warms up
         self.fb.append(unit)
         return [other / unit for other in others]
 
