@@ -17,6 +17,8 @@ from stableopt.lyapunov.alarms import (
 )
 from stableopt.lyapunov.budget import Every
 from stableopt.lyapunov.curvature import CurvatureProbe, CurvatureReading
+from stableopt.lyapunov.diagnosis import Diagnosis
+from stableopt.lyapunov.doctor import diagnose
 from stableopt.lyapunov.events import KINDS, POLICIES, Event
 from stableopt.lyapunov.layers import (
     LayerNorms,
@@ -57,6 +59,7 @@ __all__ = [
     "Checkpoints",
     "CurvatureProbe",
     "CurvatureReading",
+    "Diagnosis",
     "EDetector",
     "Event",
     "Every",
@@ -80,6 +83,7 @@ __all__ = [
     "Sublevel",
     "TensorBoardSink",
     "WandbSink",
+    "diagnose",
     "is_residual",
     "iter_records",
     "kink_distance",

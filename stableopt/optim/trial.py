@@ -54,7 +54,7 @@ class RandomState:
             True
         """
         cuda = tuple(torch.cuda.get_rng_state_all()) if torch.cuda.is_initialized() else ()
-        return cls(torch.get_rng_state(), cuda, np.random.get_state(), random.getstate())  # noqa: NPY002 - the global one is meant
+        return cls(torch.get_rng_state(), cuda, np.random.get_state(legacy=False), random.getstate())  # noqa: NPY002 - the global one
 
     def restore(self) -> None:
         """Go back to this state.

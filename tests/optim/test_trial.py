@@ -53,7 +53,7 @@ def test_nothing_is_left_behind(set_to_none: bool) -> None:
         assert torch.equal(b, buffers[name][1])
     assert torch.equal(torch.get_rng_state(), state.cpu)
     assert random.getstate() == state.python
-    assert np.array_equal(np.random.get_state()[1], state.numpy[1])  # noqa: NPY002
+    assert np.array_equal(np.random.get_state()[1], state.numpy["state"]["key"])  # noqa: NPY002
 
 
 def test_power_iteration_vectors_are_put_back() -> None:
@@ -220,3 +220,17 @@ def test_a_failed_attempt_without_gradients_does_not_advance_buffers_twice() -> 
 
     first = evaluate_again(closure)  # two attempts
     assert evaluate_again(closure) == first  # one attempt
+
+
+def test_any_bit_generator_of_numpy_goes_back() -> None:
+    kept = np.random.get_state(legacy=False)  # noqa: NPY002
+    generator = np.random.get_bit_generator()
+    try:
+        np.random.set_bit_generator(np.random.PCG64(1))
+        state = RandomState.capture()
+        first = np.random.rand(2)  # noqa: NPY002
+        state.restore()
+        assert np.array_equal(first, np.random.rand(2))  # noqa: NPY002
+    finally:
+        np.random.set_bit_generator(generator)
+        np.random.set_state(kept)  # noqa: NPY002
