@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import stat
 import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -72,7 +73,9 @@ class FileSink(Sink):
         disabled: whether writing has failed; the sink then does nothing any more.
 
     Note:
-        Survives a killed process, not a power failure: no ``fsync`` per line. One process writes one file.
+        Survives a killed process, not a power failure: no ``fsync`` per line. One process writes one file. After an interrupt, or
+        if the file has another size than this sink left it with, its end is looked at anew before the next line; if it has grown,
+        so that somebody else writes to it, there is one warning.
 
     Examples:
         >>> import tempfile
@@ -94,6 +97,8 @@ class FileSink(Sink):
         self.path = Path(path)
         self.disabled = False
         self._file: BinaryIO | None = None
+        self._size = 0  # of the file, with the last line
+        self._warned = False
 
     @abstractmethod
     def begin(self) -> None:
@@ -103,19 +108,57 @@ class FileSink(Sink):
     def line(self, record: StepRecord) -> bytes:
         """Return what is appended for a record, with its line break."""
 
+    def written(self) -> None:
+        """Take note that the last line asked for is in the file."""
+
     def write(self, record: StepRecord) -> None:
         """Append one line, or give up for good with one warning."""
         if self.disabled:
             return
         try:
+            grown = self._file is not None and self._look_again(self._file)
             if self._file is None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 self.begin()
                 self._file = self.path.open("ab")
-            self._file.write(self.line(record))
+                self._size = os.fstat(self._file.fileno()).st_size
+            line = self.line(record)
+            self._file.write(line)
             self._file.flush()
+            self._size += len(line)
+            self.written()
         except OSError as error:
             self._disable(error)
+        except BaseException:  # an interrupt: nobody knows what is in the file, so the next record begins with its end
+            self._let_go()
+            raise
+        else:
+            if grown:
+                self._warn_of_another()
+
+    def _look_again(self, file: BinaryIO) -> bool:
+        """Close the file if it is not as this sink left it, and return whether it has grown."""
+        status = os.fstat(file.fileno())
+        if status.st_size == self._size or not stat.S_ISREG(status.st_mode):
+            return False
+        self._let_go()
+        return status.st_size > self._size
+
+    def _let_go(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            with contextlib.suppress(Exception):
+                file.close()
+
+    def _warn_of_another(self) -> None:
+        if self._warned:
+            return
+        self._warned = True
+        warnings.warn(
+            f"somebody else writes to {self.path} too: the records of two runs are mixed there. Give each run its own run_dir.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
     def close(self) -> None:
         """Close the file; the next record opens it again."""
@@ -130,10 +173,7 @@ class FileSink(Sink):
     def _disable(self, error: OSError) -> None:
         """Stop writing first, warn second: a warning may be an error here."""
         self.disabled = True
-        file, self._file = self._file, None
-        if file is not None:
-            with contextlib.suppress(OSError):  # the same fault once more; the descriptor is released all the same
-                file.close()
+        self._let_go()  # with the same fault once more; the descriptor is released all the same
         warnings.warn(
             f"cannot write the records of the run to {self.path} ({error}): "
             "training goes on, later steps are not written. Free the disk or choose another file.",

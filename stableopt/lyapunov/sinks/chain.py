@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ __all__ = ["Chain", "Links", "add_link", "first_link", "split_link", "verify_cha
 _SEED = b"stableopt: a chain of step records\n"
 _MARK = b', "chain": "'
 _HEX = re.compile(rb"[0-9a-f]{64}")
+_DECODER = json.JSONDecoder()
 _LENGTH = len(_MARK) + 64 + len(b'"}')
 
 
@@ -100,7 +102,8 @@ class Links:
             line: without its line break.
 
         Raises:
-            ValueError: if it does not follow from the line before, or has no digest although an earlier line has.
+            ValueError: if it does not follow from the line before, or has no digest although an earlier line has, or a digest in
+                another form than that of :func:`add_link`.
 
         Examples:
             >>> Links().take(b'{"step": 1}')
@@ -115,12 +118,28 @@ class Links:
                 )
             self.chained += 1
             self._link = digest
+        elif _names_a_chain(line):
+            raise ValueError(
+                'has a "chain" in another form than it is written in: the file was formatted anew (line breaks, spaces, order of '
+                "keys), so nothing shows whether it was edited"
+            )
         elif self.chained:
             raise ValueError('has no "chain" although earlier lines have one: it was edited or inserted')
         else:
             self._link = first_link(line)
         self.lines += 1
         return content
+
+
+def _names_a_chain(line: bytes) -> bool:
+    """Return whether a line begins with a JSON object that has the key ``"chain"``."""
+    if b'"chain"' not in line and b"\\u" not in line:
+        return False
+    try:  # any byte is a character there; only the structure matters
+        data, _ = _DECODER.raw_decode(line.removeprefix(b"\xef\xbb\xbf").strip().decode("latin-1"))
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(data, dict) and "chain" in data
 
 
 @dataclass(frozen=True)
@@ -150,7 +169,7 @@ def verify_chain(path: str | os.PathLike[str]) -> Chain:
         path: a file that :class:`~stableopt.lyapunov.JSONLSink` wrote; read a line at a time. A torn last line is left out.
 
     Raises:
-        ValueError: if a line does not follow from the line before; the message names it.
+        ValueError: if a line does not follow from the line before, or has its digest in another form; the message names it.
         OSError: if the file cannot be read.
 
     Note:

@@ -26,8 +26,8 @@ class JSONLSink(FileSink):
         path: the file; its folder is made if it is not there. Opened at the first record.
 
     Note:
-        Survives a killed process, not a power failure: no ``fsync`` per line. One process writes one file: the lines of two
-        do not follow from each other.
+        Survives a killed process, not a power failure: no ``fsync`` per line. One process writes one file: if another one writes
+        to it too, there is one warning, and steps that do not rise are an error for readers.
 
     Examples:
         >>> import tempfile
@@ -43,7 +43,7 @@ class JSONLSink(FileSink):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(path)
-        self._link = first_link()
+        self._link = self._next = first_link()
 
     def begin(self) -> None:
         r"""End the file with a line break, dropping a torn line, and find the digest that the next line follows.
@@ -65,14 +65,28 @@ class JSONLSink(FileSink):
                 self._link = split_link(last)[1] or first_link(last)
 
     def line(self, record: StepRecord) -> bytes:
-        r"""Return the line of a record, which follows from the one that was asked for before.
+        r"""Return the line of a record, which follows from the last one that was written.
 
         Examples:
             >>> JSONLSink("energy.jsonl").line(StepRecord(step=1))[-77:-67]
             b'"chain": "'
         """
-        line, self._link = add_link(record.to_json().encode("ascii"), self._link)
+        line, self._next = add_link(record.to_json().encode("ascii"), self._link)
         return line + b"\n"
+
+    def written(self) -> None:
+        """Let the next line follow from the last one asked for.
+
+        Examples:
+            >>> sink = JSONLSink("energy.jsonl")
+            >>> line = sink.line(StepRecord(step=1))
+            >>> sink.line(StepRecord(step=1)) == line
+            True
+            >>> sink.written()
+            >>> sink.line(StepRecord(step=1)) == line
+            False
+        """
+        self._link = self._next
 
     def truncate(self, step: int) -> None:
         """Drop the records after a step from the file, as :func:`truncate_records` does.

@@ -35,6 +35,8 @@ def is_torn(line: bytes) -> bool:
 def whole_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
     r"""Yield the lines of a file of JSON objects with their numbers from 1, without their line breaks and without a torn last one.
 
+    A file that is being written is read up to its first line without a line break.
+
     Args:
         path: the file; read as it is asked for, a line at a time.
 
@@ -53,8 +55,10 @@ def whole_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
         for number, line in enumerate(file, start=1):
             if line.endswith(b"\n"):
                 yield number, line[:-1]
-            elif not is_torn(line):
-                yield number, line
+            else:
+                if not is_torn(line):
+                    yield number, line
+                return  # what a writer appends meanwhile belongs to a line that was taken, or left out
 
 
 def lines_from_end(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

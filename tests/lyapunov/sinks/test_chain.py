@@ -204,11 +204,46 @@ def test_a_digest_is_64_small_hexadecimal_digits():
         assert split_link(wrong) == (wrong, "")
 
 
-def test_two_runs_that_write_to_one_file_are_found(tmp_path):
-    a, b = JSONLSink(tmp_path / "energy.jsonl"), JSONLSink(tmp_path / "energy.jsonl")
+def formatted_anew(lines):
+    yield "line breaks", [line + b"\r" for line in lines]
+    yield "separators", [json.dumps(json.loads(line), separators=(",", ":")).encode() for line in lines]
+    yield "order", [json.dumps(dict(reversed(json.loads(line).items()))).encode() for line in lines]
+    yield "spaces", [b" " + line + b" " for line in lines]
+    yield "escapes", [line.replace(b'"chain"', b'"ch\\u0061in"') for line in lines]
+
+
+def test_a_file_that_was_edited_and_formatted_anew_is_no_file_without_a_chain(tmp_path):
+    lines = write(tmp_path / "energy.jsonl", (1, 2, 3)).read_bytes().splitlines()
+    path = tmp_path / "again.jsonl"
+    for kind, others in formatted_anew([line.replace(b'"loss": 0.5', b'"loss": 0.4') for line in lines]):
+        for changed in (others, [*others[:2], lines[2]]):
+            path.write_bytes(b"".join(line + b"\n" for line in changed))
+            for check in (read_records, verify_chain):
+                with pytest.raises(ValueError, match=r'again\.jsonl, line 1 (has a "chain" in another form|does not)'):
+                    check(path)
+        path.write_bytes(b"".join(line + b"\n" for line in [lines[0], others[1], lines[2]]))
+        with pytest.raises(ValueError, match=r"line 2 "):
+            verify_chain(path)
+        assert kind
+
+
+def test_a_text_about_a_chain_is_none(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(StepRecord(step=1, reason='the "chain" \\u0061', norms={"chain": 1.0}).to_json() + "\n")
+    assert verify_chain(path) == Chain(lines=1, chained=0, head="")
+
+
+def test_two_runs_that_write_to_one_file_are_told(tmp_path):
+    path = tmp_path / "energy.jsonl"
+    a, b = JSONLSink(path), JSONLSink(path)
     a.write(StepRecord(step=1))
-    b.write(StepRecord(step=2))
-    a.write(StepRecord(step=3))
+    b.write(StepRecord(step=1))
+    with pytest.warns(RuntimeWarning, match=r"somebody else writes to .*energy\.jsonl"):
+        a.write(StepRecord(step=3))
+    with pytest.warns(RuntimeWarning, match="somebody else"):
+        b.write(StepRecord(step=4))
+    a.write(StepRecord(step=5))  # once is enough
     a.close(), b.close()
-    with pytest.raises(ValueError, match=r"line 3 does not follow .* two runs"):
-        read_records(tmp_path / "energy.jsonl")
+    assert verify_chain(path).chained == 5
+    with pytest.raises(ValueError, match="line 2 is of step 1, after one of step 1"):
+        read_records(path)

@@ -266,3 +266,78 @@ def test_a_file_that_was_removed_begins_anew(tmp_path):
         sink.close()
         assert verify_chain(sink.path).chained == 1
         sink.path.unlink()
+
+
+def test_a_file_that_is_cut_while_a_sink_has_it_open_goes_on_with_a_valid_chain(tmp_path):
+    whole = write(tmp_path / "whole.jsonl", range(1, 5)).read_bytes()
+    sink = JSONLSink(tmp_path / "a.jsonl")
+    for step in (1, 2, 3):
+        sink.write(StepRecord(step=step, loss=1 / step, reason="ü"))
+    truncate_records(sink.path, 1)
+    for step in (2, 3, 4):
+        sink.write(StepRecord(step=step, loss=1 / step, reason="ü"))
+    sink.close()
+    assert sink.path.read_bytes() == whole
+
+
+class Interrupt(BaseException):
+    """Like KeyboardInterrupt, but one that does not end the tests."""
+
+
+class Interrupted:
+    """A file in which an interrupt comes in the middle of a line, before it, or after it."""
+
+    def __init__(self, file, share) -> None:
+        self._file, self._share = file, share
+
+    def write(self, line):
+        self._file.write(line[: round(self._share * len(line))])
+        raise Interrupt
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_an_interrupt_while_a_line_is_written_leaves_a_file_that_goes_on(tmp_path, share):
+    sink = JSONLSink(tmp_path / "a.jsonl")
+    sink.write(StepRecord(step=1))
+    sink._file = Interrupted(sink._file, share)  # type: ignore[assignment]
+    with pytest.raises(Interrupt):
+        sink.write(StepRecord(step=2))
+    for step in (3, 4):
+        sink.write(StepRecord(step=step))  # a warning of another writer would be an error here
+    sink.close()
+    assert steps(sink.path) == [1, *([2] if share == 1.0 else []), 3, 4]
+    assert verify_chain(sink.path).chained == len(steps(sink.path))
+
+
+def test_an_interrupt_between_a_line_and_its_digest_does_not_count_as_a_line(tmp_path, monkeypatch):
+    sink = JSONLSink(tmp_path / "a.jsonl")
+    sink.write(StepRecord(step=1))
+
+    def interrupted(self):
+        raise Interrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepRecord, "to_json", interrupted)
+        with pytest.raises(Interrupt):
+            sink.write(StepRecord(step=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(JSONLSink, "written", interrupted)
+        with pytest.raises(Interrupt):
+            sink.write(StepRecord(step=3))
+    sink.write(StepRecord(step=4))
+    sink.close()
+    assert steps(sink.path) == [1, 3, 4]
+
+
+def test_a_file_that_grows_while_it_is_read_is_read_up_to_the_line_that_was_not_whole(tmp_path):
+    path = write(tmp_path / "a.jsonl", (1, 2))
+    content = path.read_bytes()
+    path.write_bytes(content[:-1])
+    found = iter_records(path)
+    assert [next(found).step, next(found).step] == [1, 2]
+    with path.open("ab") as file:
+        file.write(b"\n")
+    assert list(found) == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import json
 
 import pytest
@@ -66,3 +67,15 @@ def test_whole_lines_are_numbered_from_one_and_a_torn_one_is_left_out(tmp_path):
     assert list(whole_lines(path)) == [(1, b"{}"), (2, b""), (3, b"x\r"), (4, b'{"a": 1}')]
     path.write_bytes(b'{}\n{"a": 1')
     assert list(whole_lines(path)) == [(1, b"{}")]
+
+
+@pytest.mark.parametrize("end", [b'{"a": 2}', b'{"a": '])
+def test_nothing_is_read_after_a_line_that_was_not_whole(tmp_path, end):
+    path = tmp_path / "a"
+    path.write_bytes(b'{"a": 1}\n' + end)
+    found = whole_lines(path)
+    assert next(found) == (1, b'{"a": 1}')
+    assert list(itertools.islice(found, 1)) == [(2, end)] * (not is_torn(end))
+    with path.open("ab") as file:
+        file.write(b'3}\n{"a": 4}\n')
+    assert list(found) == []
