@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +25,7 @@ from torch.utils._pytree import tree_map_only
 from stableopt.lyapunov.layers.cfl import has_law
 from stableopt.lyapunov.layers.forward import dual_numbers, relative_step
 from stableopt.lyapunov.layers.readout import Readout
+from stableopt.lyapunov.layers.skip import is_sum
 from stableopt.lyapunov.layers.walk import eager, floating
 from stableopt.nn.structure import Residual
 from stableopt.optim import RandomState
@@ -38,12 +41,13 @@ _FIRST_STEPS = 8
 
 @functools.singledispatch
 def is_residual(module: nn.Module) -> bool:
-    """Return whether a module is a residual block of unknown make; register a function that returns True for a class of yours.
+    """Return whether a module may be a residual block of unknown make; register a function that returns True for a class of yours.
 
-    Recognized are modules with a step, an attribute ``step_size``, ``tau``, ``dt`` or ``step`` that is a float or a tensor with
-    one floating-point element; and torch's encoder layer with ``norm_first=True``. A block whose sum goes through a nonlinearity or
-    a normalization (that of a ResNet, an encoder layer with ``norm_first=False``) is none: its output less its input is not the
-    branch.
+    Candidates are modules with a step, an attribute ``step_size``, ``tau``, ``dt`` or ``step`` that is a float or a tensor with
+    one floating-point element. They are measured if the graph of their operations shows that the output is the input plus
+    something (:func:`stableopt.lyapunov.layers.skip.is_sum`); for a class that is registered this is taken for granted.
+    Registered is torch's encoder layer with ``norm_first=True``. A block whose sum goes through a nonlinearity or a normalization
+    (that of a ResNet, an encoder layer with ``norm_first=False``) is none: its output less its input is not the branch.
 
     Args:
         module: any module that has no law of its own (:func:`stableopt.lyapunov.layers.step_law`).
@@ -54,10 +58,16 @@ def is_residual(module: nn.Module) -> bool:
     """
     if has_law(module) or isinstance(module, Residual):
         return False
+    return bool(_steps(module))
+
+
+def _steps(module: nn.Module) -> list[float | Tensor]:
     values = [getattr(module, name, None) for name in _NAMES]
-    return any(
-        isinstance(v, float) or (isinstance(v, Tensor) and v.is_floating_point() and v.numel() == 1) for v in values
-    )
+    return [
+        v
+        for v in values
+        if isinstance(v, float) or (isinstance(v, Tensor) and v.is_floating_point() and v.numel() == 1)
+    ]
 
 
 @is_residual.register(nn.TransformerEncoderLayer)
@@ -111,6 +121,7 @@ class Branches:
     def __init__(self, *, seed: int = 0) -> None:
         self._generator = torch.Generator().manual_seed(seed)
         self.vectors: dict[str, Tensor] = {}
+        self._sums: weakref.WeakKeyDictionary[nn.Module, bool] = weakref.WeakKeyDictionary()
         self.start()
 
     def start(self) -> None:
@@ -145,25 +156,43 @@ class Branches:
     def measure(self, readout: Readout, start: RandomState | None = None) -> None:
         r"""Leave ``("branch", name)``, :math:`\sigma`, and ``("pull", name)``, :math:`-\langle w, u\rangle`, in a readout.
 
-        Buffers and random states are not put back here.
+        Buffers and random states are not put back here. The backward hooks of the modules in a block are not called; those that its
+        forward map itself puts on tensors are, with derivatives along the directions of this estimate.
 
         Args:
             readout: gets the numbers of the blocks; one that cannot be differentiated is left out.
             start: the random state for each evaluation of a block.
         """
         for name, seen in self._seen.items():
-            if seen.output is None:
+            if seen.output is None or not self._is_sum(seen, start):
                 continue
             u, steps = self.vectors.get(name), 1
             if u is None or u.shape != seen.x.shape:
                 u, steps = torch.randn(seen.x.shape, generator=self._generator, dtype=torch.float32), _FIRST_STEPS
             u = _unit(u.to(seen.x))[0]
-            with contextlib.suppress(Exception), eager():  # whatever the block does not allow
+            with (
+                contextlib.suppress(Exception),
+                eager(),
+                _without_backward_hooks(seen.block),
+            ):  # whatever the block does not allow
                 strength, pull, following = self._power(seen, u, steps, start or RandomState.capture())
                 self.vectors[name] = torch.where(following.isfinite().all(), following, u)
                 readout.add(("branch", name), strength)
                 readout.add(("pull", name), pull)
         self.start()
+
+    def _is_sum(self, seen: _Seen, start: RandomState | None) -> bool:
+        """Return whether a block is a residual sum; it is looked at once, unless that fails."""
+        block = seen.block
+        if is_residual.dispatch(type(block)) is not is_residual.dispatch(object):
+            return True
+        if block not in self._sums:
+            with contextlib.suppress(Exception), eager(), _without_backward_hooks(block), torch.enable_grad():
+                (start or RandomState.capture()).restore()
+                x = seen.x.detach().requires_grad_()
+                y = seen(x)
+                self._sums[block] = any(is_sum(y, x, float(step)) for step in _steps(block))
+        return self._sums.get(block, False)
 
     @staticmethod
     def _power(seen: _Seen, u: Tensor, steps: int, start: RandomState) -> tuple[Tensor, Tensor, Tensor]:
@@ -203,6 +232,24 @@ def _against(seen: _Seen, w: Tensor, start: RandomState) -> Tensor:
         y = seen(x)
         (gradient,) = torch.autograd.grad(y, x, w.to(y), allow_unused=True)
     return torch.zeros_like(w) if gradient is None else gradient.to(w)
+
+
+@contextlib.contextmanager
+def _without_backward_hooks(block: nn.Module) -> Iterator[None]:
+    """Take the backward hooks off all modules of a block: the derivatives here are none of a training."""
+    kept = [
+        (holder, name, holder[name])
+        for holder in [*map(vars, block.modules()), vars(torch.nn.modules.module)]
+        for name in ("_backward_hooks", "_backward_pre_hooks", "_global_backward_hooks", "_global_backward_pre_hooks")
+        if holder.get(name)
+    ]
+    try:
+        for holder, name, hooks in kept:
+            holder[name] = type(hooks)()
+        yield
+    finally:
+        for holder, name, hooks in kept:
+            holder[name] = hooks
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,7 @@ layers share: the growth of an average direction, not of the worst one.
 from __future__ import annotations
 
 import functools
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,9 @@ __all__ = ["END", "Growth", "dual_numbers", "relative_step"]
 END = "end"
 _APART = 0x51AB1E
 """Added to the seed, so that data drawn with a small seed of the user is not the direction itself."""
+_TRIES = 3
+_FORWARD_MODE = re.compile(r"forward[- ]?(mode|AD|differentiation)|jvp|Jacobian-vector|dual", re.IGNORECASE)
+"""What torch says about an operation without a derivative in forward mode."""
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -38,14 +42,15 @@ class Growth:
     """Measure the norms of a perturbation at the beginning of each layer of a trunk, and at the end.
 
     One evaluation with dual numbers is tried first: exact derivatives. Where an operation has none in forward mode (fused
-    attention, LSTM on the CPU), two evaluations and their difference take its place, here and from then on.
+    attention, LSTM on the CPU), two evaluations and their difference take its place, here and from then on; after an error of
+    another kind dual numbers are tried again, at three readings in a row at most. The model gets copies of its input.
 
     Args:
         model: the model.
         seed: of the direction, which stays the same so that readings can be compared.
 
     Attributes:
-        how: ``"forward"`` for dual numbers, ``"difference"`` for a finite difference.
+        how: ``"forward"`` for dual numbers, ``"difference"`` for a finite difference: of the last reading.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
@@ -61,6 +66,7 @@ class Growth:
         self.how = "forward"
         self._model, self._seed = model, seed
         self._kept: Tensor | None = None
+        self._failures = 0  # in a row, of a kind that may pass
 
     def measure(
         self,
@@ -82,7 +88,10 @@ class Growth:
         Raises:
             ProbeError: if the probe does not call the model, or a layer of the trunk is not called.
         """
-        if self.how == "difference" or not self._with_dual_numbers(probe, trunk, readout, start, also):
+        known = self.how == "difference" and not 0 < self._failures < _TRIES
+        if not known and self._with_dual_numbers(probe, trunk, readout, start, also):
+            self.how, self._failures = "forward", 0
+        else:
             base = _Base(trunk, also)
             Walk(self._model, probe, base).run(start)
             self._run(probe, _Difference(self._direction, base), trunk, readout, start)
@@ -102,7 +111,9 @@ class Growth:
                 self._run(probe, _Tangents(self._direction, also), trunk, readout, start)
         except ProbeError:
             raise
-        except Exception:  # what an operation raises that has none differs from one to the next
+        except Exception as error:  # what an operation raises that has none differs from one to the next
+            lasting = isinstance(error, NotImplementedError) or bool(_FORWARD_MODE.search(str(error)))
+            self._failures = _TRIES if lasting else self._failures + 1
             return False
         return True
 
@@ -188,7 +199,7 @@ class _Tangents:
     def source(self, x: Tensor) -> Tensor:
         v = self._direction(x)
         self.norms[None] = _norm([v])
-        return fwd.make_dual(x.detach(), v)
+        return fwd.make_dual(x.detach().clone(), v.clone())  # the model may write into them
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tangents = _tangents(floating((args, kwargs)))
@@ -229,7 +240,7 @@ class _Base:
             other.start()
 
     def source(self, x: Tensor) -> Tensor:
-        return x
+        return x.clone()  # the model may write into it
 
     def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name in self._wanted:

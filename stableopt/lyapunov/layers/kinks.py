@@ -13,6 +13,7 @@ counted, so in a deep model the share is an estimate from below.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,9 +35,11 @@ def kink_distance(module: nn.Module, z: Tensor) -> Tensor | None:  # noqa: ARG00
     """Return the distance of each entry to the nearest kink; register a function here for an activation of your own.
 
     Functions of torch are known wherever they are called (ReLU, LeakyReLU, PReLU, Hardtanh, ReLU6, Hardsigmoid, Hardswish,
-    Softshrink, Threshold); this is for modules that compute their kinks in another way: of ours :class:`stableopt.nn.GroupSort` (a
-    kink where two neighbors of the sorted group are equal), :class:`stableopt.nn.Abs`, :class:`stableopt.nn.NActivation`,
-    :class:`stableopt.nn.LinearSpline`.
+    Softshrink, Hardshrink, Threshold, SELU, ELU with another alpha than 1, and clamp with numbers where derivatives in forward mode
+    show that it is applied to data); this is for modules that compute their kinks in another way: of ours
+    :class:`stableopt.nn.GroupSort` (a kink where two neighbors of the sorted group are equal), :class:`stableopt.nn.Abs`,
+    :class:`stableopt.nn.NActivation`, :class:`stableopt.nn.LinearSpline`. Not counted are the kinks within ``nn.RNN`` with ReLU,
+    whose steps are one operation, and those of comparisons (``maximum``, ``where``, pooling) and of ``abs``.
 
     Args:
         module: the activation.
@@ -98,6 +101,22 @@ def _threshold(_z: Tensor, threshold: float, *_args: Any, **_kwargs: Any) -> tup
     return (float(threshold),)
 
 
+def _elu(_z: Tensor, alpha: float = 1.0, *_args: Any, **_kwargs: Any) -> tuple[float, ...]:
+    return () if alpha == 1.0 else (0.0,)
+
+
+def _clamp(_z: Tensor, min: Any = None, max: Any = None, *_args: Any, **_kwargs: Any) -> tuple[float, ...]:  # noqa: A002 torch's names
+    return tuple(float(bound) for bound in (min, max) if isinstance(bound, int | float) and math.isfinite(bound))
+
+
+_CLAMPS = frozenset(
+    getattr(home, name + end)
+    for home in (torch, Tensor)
+    for name in ("clamp", "clamp_min", "clamp_max", "clip")
+    for end in ("", "_")
+)
+"""Also applied to weights and to numbers that must not be zero."""
+
 _ZERO, _SIX, _THREE = _at(0.0), _at(0.0, 6.0), _at(-3.0, 3.0)
 _FUNCTIONS: dict[Any, Callable[..., tuple[float, ...]]] = {
     **dict.fromkeys([F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_], _ZERO),
@@ -105,7 +124,10 @@ _FUNCTIONS: dict[Any, Callable[..., tuple[float, ...]]] = {
     **dict.fromkeys([F.hardtanh, F.hardtanh_], _hardtanh),
     F.relu6: _SIX,
     **dict.fromkeys([F.hardsigmoid, F.hardswish], _THREE),
-    F.softshrink: _softshrink,
+    **dict.fromkeys([F.softshrink, F.hardshrink, torch.hardshrink, Tensor.hardshrink], _softshrink),
+    **dict.fromkeys([F.selu, torch.selu, torch.selu_], _ZERO),
+    **dict.fromkeys([F.elu, F.elu_], _elu),
+    **dict.fromkeys(_CLAMPS, _clamp),
     **dict.fromkeys([F.threshold, torch.threshold_], _threshold),
 }
 
@@ -173,12 +195,15 @@ class KinkCounter(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         kinks = _FUNCTIONS.get(func) if self._path and not self._inside else None
-        if kinks is not None and args and isinstance(args[0], Tensor):
-            z = _primal(args[0])
+        x = args[0] if args else kwargs.get("input")
+        if kinks is not None and isinstance(x, Tensor) and (func not in _CLAMPS or _is_moved(x)):
+            z = _primal(x)
+            options = {key: value for key, value in kwargs.items() if key not in {"inplace", "input"}}
             with torch.no_grad():
-                places = kinks(*args, **{key: value for key, value in kwargs.items() if key != "inplace"})
+                places = kinks(*(args or (x,)), **options)
                 distances = [(z - c).abs() if c else z.abs() for c in places]
-                self._count(distances[0] if len(distances) == 1 else torch.stack(distances).amin(0), z)
+                if distances:
+                    self._count(distances[0] if len(distances) == 1 else torch.stack(distances).amin(0), z)
         return func(*args, **kwargs)
 
     def _count(self, distance: Tensor | None, z: Tensor) -> None:
@@ -192,6 +217,10 @@ class KinkCounter(TorchFunctionMode):
         name = self._path[-1]
         self._near.setdefault(name, []).append(near.sum(dtype=wide) + 0.0 * size)  # NaN stays NaN
         self._units[name] = self._units.get(name, 0) + distance.numel()
+
+
+def _is_moved(x: Tensor) -> bool:
+    return fwd.unpack_dual(x).tangent is not None
 
 
 def _primal(z: Tensor) -> Tensor:

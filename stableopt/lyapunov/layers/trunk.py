@@ -82,6 +82,11 @@ def find_trunk(model: nn.Module, probe: Callable[[], Any], start: RandomState | 
     with flow:
         walk.run(start)
     root = recorder.root
+    if recorder.opaque:
+        raise ProbeError(
+            f"the model returns a {recorder.opaque} in which no tensors are found: let it return tensors, alone or in tuples, "
+            "lists and dicts, or register the class with torch.export.register_dataclass"
+        )
     if root is None or not root.leaves:
         raise ProbeError("the output does not depend on the input")
     cuts, reached = flow.cuts(root.leaves)
@@ -201,8 +206,10 @@ class _Recorder:
         self.root: _Call | None = None
         self._open: list[_Call] = []
         self._begun = False
+        self.opaque = ""
 
     def source(self, x: Tensor) -> Tensor:
+        x = x.clone()  # the model may write into it
         self._flow.begin(x)
         self._begun = True
         return x
@@ -218,6 +225,8 @@ class _Recorder:
 
     def leave(self, name: str, module: nn.Module, output: Any) -> None:
         self._open.pop().leaves = self._flow.numbers(floating(output))
+        if not self._open and not floating(output):
+            self.opaque = type(output).__name__
 
     def result(self, outputs: list[Tensor]) -> list[Tensor]:
         return outputs

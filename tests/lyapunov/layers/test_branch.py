@@ -134,6 +134,54 @@ def test_what_is_recognized():
     assert is_residual(Mine())
 
 
+class Gumbel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.tau = 1.0
+
+    def forward(self, x):
+        return nn.functional.gumbel_softmax(x, tau=self.tau)
+
+
+def test_a_step_alone_makes_no_residual_block():
+    layer = nn.Linear(3, 3)
+    layer.step = 0.5
+    for module in (layer, Gumbel()):
+        assert is_residual(module)  # a candidate
+        reading = readings(nn.Sequential(nn.Linear(3, 3), module), torch.randn(4, 3))
+        assert (reading.cfl, reading.growth, reading.reason) == ({}, {}, "")
+
+
+def test_a_class_that_is_registered_is_taken_at_its_word():
+    class Turned(Euler):
+        def forward(self, x):
+            return torch.cat([super().forward(x)[:, :1], super().forward(x)[:, 1:]], 1)
+
+    model = nn.Sequential(Turned(linear(-torch.eye(2)), 0.5))
+    assert readings(model, torch.randn(4, 2)).cfl == {}
+    is_residual.register(Turned, lambda module: True)
+    assert readings(model, torch.randn(4, 2)).cfl == {"0": pytest.approx(0.25)}
+
+
+def test_hooks_on_the_backward_pass_see_nothing_and_stay():
+    block, seen = Euler(linear(-torch.eye(2)), 0.5), []
+    handles = [
+        block.register_full_backward_hook(lambda *_: seen.append("block")),
+        block.field.register_full_backward_pre_hook(lambda *_: seen.append("before")),
+        nn.modules.module.register_module_full_backward_hook(lambda *_: seen.append("any")),
+    ]
+    try:
+        model, x = nn.Sequential(block), torch.randn(4, 2)
+        assert readings(model, x).cfl == {"0": pytest.approx(0.25)}
+        assert seen == []
+        model(x.requires_grad_()).sum().backward()
+        assert set(seen) == {"block", "before", "any"}
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert not block._backward_hooks
+
+
 def test_an_encoder_layer_that_normalizes_first_grows():
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(4, 2, 8, norm_first=True, batch_first=True, dropout=0.0)

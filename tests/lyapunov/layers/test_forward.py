@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwd
 from torch import nn
 
 from stableopt.lyapunov.layers import LayerProbe
@@ -163,3 +164,64 @@ def test_the_direction_is_not_drawn_like_data():
     x = torch.randn(4, 3, generator=generator)
     _, growth = norms(nn.Sequential(nn.Linear(3, 3)), x)
     assert abs(float(torch.nn.functional.cosine_similarity(growth._kept.flatten(), x.flatten(), dim=0))) < 0.9
+
+
+class Scales(nn.Module):
+    """Writes into its input, as an image model that divides by 255."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        x /= 255.0
+        return self.layer(x)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_model_that_writes_into_its_input_changes_neither_the_direction_nor_the_data(way):
+    model, x = Scales(), torch.full((4, 3), 255.0)
+    layers = LayerProbe(model, lambda: model(x).sum())
+    layers._growth.how = way
+    first = layers.measure()
+    kept = layers._growth._kept.clone()
+    assert [layers.measure().forward_exponent for _ in range(3)] == [first.forward_exponent] * 3
+    assert torch.equal(layers._growth._kept, kept)
+    assert torch.equal(x, torch.full((4, 3), 255.0))
+    v = kept / 255.0 @ model.layer.weight.detach().T
+    assert first.forward_exponent == pytest.approx(math.log(float(v.norm() / kept.norm())), rel=1e-5)
+
+
+def test_after_an_error_that_passes_dual_numbers_are_tried_again():
+    model, x, calls, broken = nn.Sequential(nn.Linear(3, 3)), torch.randn(4, 3), [], True
+
+    def probe():
+        calls.append(1)
+        if broken and fwd._current_level >= 0:
+            raise RuntimeError("a worker died")
+        return model(x).sum()
+
+    growth, trunk = Growth(model), Trunk(("0",))
+
+    def how():
+        calls.clear()
+        growth.measure(probe, trunk, Readout())
+        return growth.how, len(calls)
+
+    assert how() == ("difference", 3)
+    broken = False
+    assert how() == ("forward", 1)
+    broken = True
+    assert [how() for _ in range(4)] == [("difference", 3)] * 3 + [("difference", 2)]  # three times in a row are enough
+    broken = False
+    assert how() == ("difference", 2)
+
+
+def test_an_operation_without_forward_mode_is_not_tried_again():
+    model, x, calls = Last().float(), torch.randn(4, 6, 3, dtype=torch.float32), []
+    model.register_forward_hook(lambda *_: calls.append(1))
+    growth = Growth(model)
+    for _ in range(2):
+        calls.clear()
+        growth.measure(lambda: model(x).sum(), Trunk(("",)), Readout())
+    assert len(calls) == 2

@@ -58,6 +58,10 @@ KINKS = {
     "Tensor.relu": (lambda: Function(lambda x: x.relu()), (0.0,)),
     "Tensor.relu_": (lambda: Function(lambda x: x.clone().relu_()), (0.0,)),
     "F.hardtanh": (lambda: Function(lambda x: F.hardtanh(x, min_val=-4.0, max_val=2.0)), (-4.0, 2.0)),
+    "relu by keyword": (lambda: Function(lambda x: torch.relu(input=x)), (0.0,)),
+    "selu": (nn.SELU, (0.0,)),
+    "elu": (lambda: nn.ELU(2.0), (0.0,)),
+    "hardshrink": (lambda: nn.Hardshrink(0.7), (-0.7, 0.7)),
     "abs": (Abs, (0.0,)),
     "zigzag": (lambda: NActivation(6, (-1.0, 2.0)), (-1.0, 2.0)),
     "spline": (lambda: LinearSpline(6, knots=3, span=4.0), (-4.0, 0.0, 4.0)),
@@ -107,7 +111,7 @@ def test_a_loss_with_a_kink_is_not_the_model():
 
 
 def test_smooth_activations_have_none_and_nan_is_nan():
-    assert share(nn.Sequential(nn.Tanh(), nn.GELU(), nn.Softplus()), torch.randn(3, 2)) == {}
+    assert share(nn.Sequential(nn.Tanh(), nn.GELU(), nn.Softplus(), nn.ELU(), nn.CELU(2.0)), torch.randn(3, 2)) == {}
     assert math.isnan(share(nn.Sequential(nn.ReLU()), torch.tensor([1.0, math.nan]))["0"])
     assert share(nn.Sequential(nn.ReLU()), torch.zeros(0, 2)) == {}
 
@@ -132,3 +136,25 @@ def test_a_reading_counts_in_the_same_pass():
     assert probe.measure(update_ratio=1e-5).kinks == {"1": 0.25}
     assert probe.measure(update_ratio=0.0).kinks == {"1": 0.25}
     assert probe.measure().kinks == {"1": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("clamp", "places"),
+    [
+        (lambda x: x.clamp(min=0.5), (0.5,)),
+        (lambda x: torch.clamp(x, -1.5, 0.5), (-1.5, 0.5)),
+        (lambda x: x.clip(max=0.5), (0.5,)),
+        (lambda x: x.clamp_min(0.5), (0.5,)),
+        (lambda x: torch.clamp_max(x, max=-0.5), (-0.5,)),
+        (lambda x: x.clamp(min=torch.tensor(0.5)), ()),
+    ],
+)
+def test_a_clamp_counts_where_it_is_applied_to_data(clamp, places):
+    model = nn.Sequential(Function(clamp))
+    for place in places:
+        x = points(place, place + 0.09, place - 0.09, place + 0.2)
+        assert LayerProbe(model, lambda x=x: model(x).sum()).measure(update_ratio=0.01).kinks == {"0": 0.5}
+    if not places:
+        assert LayerProbe(model, lambda: model(points(0.5)).sum()).measure(update_ratio=0.01).kinks == {}
+    weights = nn.Sequential(Function(lambda x: x * clamp(torch.ones(6))))
+    assert LayerProbe(weights, lambda: weights(points(0.5)).sum()).measure().kinks == {}

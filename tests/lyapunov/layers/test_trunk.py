@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -127,3 +129,19 @@ def test_an_output_that_ignores_the_input_has_no_layers():
     model = Model(lambda m, x: m.a(torch.ones(4)), a=linear())
     with pytest.raises(ProbeError, match="does not depend on the input"):
         find_trunk(model, lambda: model(X).sum())
+
+
+def test_outputs_that_hide_their_tensors_are_the_reason():
+    @dataclass
+    class Out:
+        y: torch.Tensor
+
+    class Hides(nn.Linear):
+        def forward(self, x):
+            return Out(super().forward(x))
+
+    model = Hides(2, 2)
+    with pytest.raises(ProbeError, match=r"returns a Out in which no tensors .* torch\.export\.register_dataclass"):
+        find_trunk(model, lambda: model(torch.ones(1, 2)).y.sum())
+    torch.export.register_dataclass(Out)
+    assert find_trunk(model, lambda: model(torch.ones(1, 2)).y.sum()).layers == ("",)
