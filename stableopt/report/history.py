@@ -68,6 +68,7 @@ class Stretch(NamedTuple):
         low: the lowest value; NaN if the stretch is a gap.
         mean: the mean.
         high: the highest.
+        gaps: how many values of it are not finite.
 
     Examples:
         >>> Stretch(1.0, 0.0, 0.5, 1.0).high
@@ -78,13 +79,15 @@ class Stretch(NamedTuple):
     low: float
     mean: float
     high: float
+    gaps: int = 0
 
 
 class Curve:
     """A series of numbers in bounded memory that loses no spike.
 
     The first ``limit`` values are kept as they are. Then neighbors are merged, again and again, into stretches of equal
-    numbers of values that keep their lowest, mean and highest value; there are never more than ``limit`` of them.
+    numbers of values that keep their lowest, mean and highest value and how many are no numbers; there are never more than
+    ``limit`` of them.
 
     Args:
         limit: the most stretches, an even number of at least 2.
@@ -128,8 +131,8 @@ class Curve:
     def stretches(self) -> list[Stretch]:
         """The curve, in order."""
         return [
-            Stretch((start + end) / 2, low, total / values if values else math.nan, high)
-            for start, end, low, total, high, values, _ in self._rows
+            Stretch((start + end) / 2, low, total / values if values else math.nan, high, int(taken - values))
+            for start, end, low, total, high, values, taken in self._rows
         ]
 
     def _append(self, x: float, row: list[float]) -> None:

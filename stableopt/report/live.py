@@ -8,6 +8,7 @@ import math
 import time
 import warnings
 from collections import Counter, deque
+from itertools import pairwise
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,7 +29,7 @@ def sparkline(values: list[float], width: int = 40, *, ascii_only: bool = False)
 
     Args:
         values: NaN and infinity are shown as "!"; a logarithmic scale is taken where all are above zero and span two decades.
-        width: the most characters; of more values each character takes the last of its stretch.
+        width: the most characters; of more values each character takes the last of its stretch, or "!" if one of it is not finite.
         ascii_only: whether to do without block characters.
 
     Examples:
@@ -39,7 +40,9 @@ def sparkline(values: list[float], width: int = 40, *, ascii_only: bool = False)
     """
     levels = " .:-=+*#" if ascii_only else "▁▂▃▄▅▆▇█"
     if len(values) > width:
-        values = [values[(k + 1) * len(values) // width - 1] for k in range(width)]
+        ends = [k * len(values) // width for k in range(width + 1)]
+        parts = [values[start:end] for start, end in pairwise(ends)]
+        values = [part[-1] if all(map(math.isfinite, part)) else math.nan for part in parts]
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         return "!" * len(values)
@@ -147,7 +150,8 @@ class LiveView(Sink):
             if not math.isnan(value) or (name == "loss" and record.nonfinite):
                 self._latest[name] = (record.step, value)
         if record.update_ratio:
-            largest = sorted(record.update_ratio.items(), key=lambda item: -item[1])[:_SHOWN]
+            first = {name: math.inf if math.isnan(ratio) else ratio for name, ratio in record.update_ratio.items()}
+            largest = sorted(record.update_ratio.items(), key=lambda item: -first[item[0]])[:_SHOWN]
             self._updates = (record.step, largest)
         for event in record.events:
             self._events.append(event)
@@ -216,8 +220,8 @@ class LiveView(Sink):
         return rich.panel.Panel(table, title="stability", title_align="left", expand=False)
 
     def _spark(self) -> str:
-        stretches = self._loss.stretches
-        return sparkline([stretch.mean for stretch in stretches], ascii_only=self.console.encoding.lower() != "utf-8")
+        means = [math.nan if stretch.gaps else stretch.mean for stretch in self._loss.stretches]
+        return sparkline(means, ascii_only=self.console.encoding.lower() != "utf-8")
 
     def _trust(self) -> tuple[str, str] | None:
         value = self._value("trust")

@@ -179,3 +179,12 @@ def test_the_memory_of_a_history_does_not_depend_on_the_number_of_records():
     small, large = size(1_000), size(4_000)
     assert large[0] <= small[0] * 2
     assert small[1] == large[1] == 200
+
+
+def test_gaps_are_counted_also_once_stretches_are_merged():
+    ys = [1.0, math.nan, 2.0, 3.0, math.inf, math.nan, 4.0, 5.0]
+    curve = curve_of(ys, 4)
+    assert curve.width == 2
+    assert [s.gaps for s in curve.stretches] == [1, 0, 2, 0]
+    assert [s.gaps for s in curve_of(ys, 2).stretches] == [1, 2]
+    assert [s.gaps for s in curve_of(ys, 8).stretches] == [0, 1, 0, 0, 1, 1, 0, 0]

@@ -247,3 +247,19 @@ def test_a_sparkline_rises_where_the_values_do_and_by_factors_over_decades():
     assert sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert sparkline([10.0**k for k in range(8)]) == "▁▂▃▄▅▆▇█"
     assert sparkline([5.0, 5.0]) == "▁▁"
+
+
+def test_an_update_that_is_not_a_number_comes_first():
+    view = LiveView(terminal())
+    ratios = {"a": 0.1, "b": math.nan, **{f"c{k}": 0.2 + 0.1 * k for k in range(6)}, "d": math.inf, "e": math.nan}
+    view.write(StepRecord(step=1, update_ratio=ratios))
+    view.close()
+    assert [name for name, _ in view._updates[1]] == ["b", "d", "e", "c5", "c4"]
+
+
+def test_a_loss_that_was_not_finite_for_a_step_of_a_long_run_is_seen():
+    view = LiveView(terminal())
+    for step in range(1, 1001):
+        view.write(StepRecord(step=step, loss=math.nan if step == 500 else 1.0, nonfinite=("loss",) * (step == 500)))
+    view.close()
+    assert last_panel(view).count("!") == 1

@@ -214,8 +214,12 @@ def _line(frame: _Frame, line: Line) -> str:
     every = max(1, sum(map(len, pieces)) // _MARKED)
     places = [s for piece in pieces for s in (piece[every // 2 :: every] or piece[:1])]
     marks = "".join(_shape(line.style, frame.x(s.x), frame.y(s.mean)) for s in places)
-    title = f"<title>{_escape(line.label)}</title>"
-    return f'<g class="{color}">{title}<path class="line {dashes}" d="{path}"/><path class="mark" d="{marks}"/></g>'
+    title, gaps = f"<title>{_escape(line.label)}</title>", sum(s.gaps for s in line.curve.stretches)
+    more = f"<title>{_escape(line.label)}: {gaps} not finite</title>" if gaps else ""
+    return (
+        f'<g class="{color}">{title}<path class="line {dashes}" d="{path}">{more}</path>'
+        f'<path class="mark" d="{marks}">{more}</path></g>'
+    )
 
 
 def _hull(frame: _Frame, line: Line) -> str:
@@ -238,12 +242,12 @@ def _band(frame: _Frame, band: Band) -> str:
 
 
 def _pieces(stretches: Sequence[Stretch]) -> Iterator[list[Stretch]]:
-    """Cut a curve at its gaps."""
+    """Cut a curve at its gaps, and after stretches that have some."""
     piece: list[Stretch] = []
     for stretch in stretches:
         if not math.isnan(stretch.mean):
             piece.append(stretch)
-        elif piece:
+        if piece and stretch.gaps:
             yield piece
             piece = []
     if piece:

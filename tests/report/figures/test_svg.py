@@ -153,3 +153,11 @@ def test_every_mark_of_a_strip_stands_in_its_row_and_at_its_step():
         abs(float(path.split(" ")[1].split("h")[0]) - row) < 12
         for path, row in zip((left, right), rows.values(), strict=True)
     )
+
+
+def test_a_gap_cuts_the_line_also_within_a_stretch_and_is_told():
+    curve = curve_of([(x, math.nan if x == 3 else 1.0 + x) for x in range(8)], 4)
+    drawing = drawing_of(curve)
+    assert [s.gaps for s in curve.stretches] == [0, 1, 0, 0]
+    assert drawing.pieces("line 0") == 2
+    assert "1 not finite" in [t.text.partition(": ")[2] for t in drawing.root.iter("title") if t.text]
