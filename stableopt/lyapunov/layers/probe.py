@@ -83,8 +83,8 @@ class LayerProbe:
 
     Note:
         In a distributed run all processes have to ask together; each perturbs its own batch.
-        What the model itself does in Python stays done; so do hooks that a forward map of a residual block puts on tensors: they see
-        derivatives that belong to no training. Backward hooks of modules do not.
+        What the model itself does in Python stays done; so do hooks that a forward map of a residual block puts on tensors: they
+        see derivatives that belong to no training. Backward hooks of modules do not.
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU())
