@@ -1,7 +1,7 @@
 """Small trainings for the suite of alarms: data, nets, optimizers, schedules, and faults that begin at a step.
 
-The two sets share no seed, no order of the data, no width and no learning rate; each has data that the other does not have, and the
-second one has a schedule and dropouts that the first one does not have.
+The sets share no seed, no order of the data, no width and no learning rate; each has data that the one before does not have, and
+those held out have schedules and dropouts that the first one does not have.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, cast
 
 import torch
-from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits, load_wine
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -83,7 +83,7 @@ SETS = {
             "guarded": (1e-3, 3e-3),
         },
     ),
-    "heldout": Choice(
+    "heldout 1": Choice(
         seeds=(1000, 1001, 1002),
         widths=(24, 48, 80),
         vectors=("digits", "diabetes"),
@@ -97,6 +97,22 @@ SETS = {
             "muon": (0.01, 0.03),
             "torch muon": (0.01, 0.03),
             "guarded": (7e-4, 2e-3),
+        },
+    ),
+    "heldout 2": Choice(
+        seeds=(2000, 2001, 2002),
+        widths=(28, 44, 72),
+        vectors=("wine", "digits"),
+        sequences=("echo", "columns"),
+        schedules=("constant", "linear", "restarts", "warm-up and cosine", "warm-up"),
+        dropouts=(0.0, 0.15, 0.0, 0.25),
+        rates={
+            "sgd": (0.08, 0.25),
+            "momentum": (0.012, 0.04),
+            "adamw": (8e-4, 4e-3),
+            "muon": (0.008, 0.025),
+            "torch muon": (0.008, 0.025),
+            "guarded": (8e-4, 4e-3),
         },
     ),
 }
@@ -136,9 +152,9 @@ def settings(which: str) -> Iterator[Setting]:
 def table(name: str) -> tuple[Tensor, Tensor, int]:
     """Return inputs, targets, and the number of classes, 0 for a regression."""
     generator = torch.Generator().manual_seed(5)
-    if name in {"majority", "periodic"}:
-        return _majority(generator) if name == "majority" else _periodic(generator)
-    load = {"breast cancer": load_breast_cancer, "diabetes": load_diabetes}.get(name, load_digits)
+    if name in {"majority", "periodic", "echo"}:
+        return {"majority": _majority, "periodic": _periodic, "echo": _echo}[name](generator)
+    load = {"breast cancer": load_breast_cancer, "diabetes": load_diabetes, "wine": load_wine}.get(name, load_digits)
     found = cast("Any", load())
     x = torch.tensor(found.data, dtype=torch.float32)
     if name in {"digits", "rows", "columns"}:
@@ -150,7 +166,7 @@ def table(name: str) -> tuple[Tensor, Tensor, int]:
     if name == "diabetes":
         y = torch.tensor(found.target, dtype=torch.float32)
         return x, ((y - y.mean()) / y.std()).unsqueeze(1), 0
-    return x, torch.tensor(found.target), 2
+    return x, torch.tensor(found.target), len(found.target_names)
 
 
 def _majority(generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
@@ -169,6 +185,12 @@ def _periodic(generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
     wave = torch.sin(6.283 * time / (y.unsqueeze(1) + 2.0) + phase)
     noise = 0.2 * torch.randn(4000, 12, generator=generator)
     return torch.stack([wave + noise, torch.ones_like(wave)], -1), y, 5
+
+
+def _echo(generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
+    """Return sequences of 7 of 5 symbols, one-hot, and the first one of each."""
+    symbols = torch.randint(5, (4000, 7), generator=generator)
+    return F.one_hot(symbols, 5).float(), symbols[:, 0], 5
 
 
 class Recurrent(nn.Module):
@@ -269,6 +291,8 @@ def optimizers(setting: Setting, model: nn.Module, *, eps: float = 1e-8) -> list
 
 def rate(setting: Setting, t: int) -> float:
     """Return the factor of the schedule on the learning rate at step t, counted from 0."""
+    if setting.schedule == "linear":
+        return 1.0 - t / STEPS
     if setting.schedule == "restarts":
         return 0.5 + 0.5 * math.cos(math.pi * (t % 100) / 100)
     factor = min(1.0, (t + 1) / 40) if "warm-up" in setting.schedule else 1.0
@@ -302,8 +326,3 @@ def accuracy(setting: Setting, model: nn.Module) -> float:
         z = model(x)
     model.train()
     return float((z.argmax(1) == y).float().mean()) if classes else 1.0 - float(F.mse_loss(z, y) / y.var())
-
-
-def colder(setting: Setting) -> Setting:
-    """The same training without what was learned before."""
-    return replace(setting, warm=False)

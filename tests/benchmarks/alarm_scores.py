@@ -58,6 +58,12 @@ def worse(healthy: np.ndarray, faulty: np.ndarray, began: int) -> bool:
     return bool(np.mean(b) - np.mean(a) > max(WORSE * fall, 3.0 * np.std(a) / math.sqrt(len(a))))
 
 
+def acting(faulty: np.ndarray, began: int) -> int:
+    """Return the first step longer than all before the fault: with a schedule near zero it may come well after the fault."""
+    longer = np.flatnonzero(~(faulty[began:, 6] <= np.max(faulty[:began, 6])))
+    return began + int(longer[0]) if len(longer) else began
+
+
 PEERS = ("arc-vigil", "trainpulse", "trainpulse, told the rate", "stabilityguard", "arc-training")
 
 
@@ -72,15 +78,17 @@ class Score:
     worse: int = 0
     worse_quick: int = 0
     worse_slow: int = 0
+    acting: int = 0
     delays: list[int] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
     channels: Counter[str] = field(default_factory=Counter)
 
     def add(
-        self, name: str, first: int | None, began: int, harm: bool, *, early: bool = False, channel: str = ""
+        self, name: str, first: int | None, began: int, acts: int, harm: bool, *, early: bool = False, channel: str = ""
     ) -> None:
         """Count one run, whose first alarm at or after its fault came at step ``first``."""
         delay = math.inf if first is None else first - began + 1
+        self.acting += first is not None and first - acts + 1 <= QUICK
         self.runs, self.early, self.worse = self.runs + 1, self.early + early, self.worse + harm
         self.quick, self.slow = self.quick + (delay <= QUICK), self.slow + (delay <= SLOW)
         self.worse_quick += harm and delay <= QUICK
@@ -128,15 +136,16 @@ def score(which: str, folder: Path, monitored: Path | None = None) -> tuple[list
                 continue
             faulty, told = load(path)
             began, harm = told["began"], fault == "nan batch" or worse(rows, faulty, told["began"])
+            acts = acting(faulty, began) if fault.startswith("x") else began
             first = min((a for a in mine(kind, setting.name, faulty) if a[0] >= began), default=(None, ""))
             title = f"{fault}, guarded" if setting.optimizer == "guarded" else fault
             scores = table.setdefault(title, {})
-            scores.setdefault("stableopt", Score()).add(setting.name, first[0], began, harm, channel=first[1])
+            scores.setdefault("stableopt", Score()).add(setting.name, first[0], began, acts, harm, channel=first[1])
             for peer in PEERS:
                 step = told["alarms"].get(peer)
                 early = isinstance(step, int) and step < began
                 late = step if isinstance(step, int) and not early else None
-                scores.setdefault(peer, Score()).add(setting.name, late, began, harm, early=early)
+                scores.setdefault(peer, Score()).add(setting.name, late, began, acts, harm, early=early)
     return healthy, table
 
 
@@ -165,7 +174,8 @@ def show(which: str, folder: Path, *, monitored: Path | None = None, details: bo
             middle = f"median {int(np.median(s.delays))}" if s.delays else ""
             print(
                 f"  {detector:<28s} within {QUICK}: {s.quick:3d}  within {SLOW}: {s.slow:3d}   "
-                f"of the worse: {s.worse_quick:3d}, {s.worse_slow:3d} of {s.worse:3d}   early {s.early:3d}   {middle} "
+                f"of the worse: {s.worse_quick:3d}, {s.worse_slow:3d} of {s.worse:3d}   early {s.early:3d}   "
+                f"within {QUICK} of the first longer step: {s.acting:3d}   {middle} "
                 f"{dict(s.channels) if detector == 'stableopt' else ''}"
             )
         for line in scores["stableopt"].missed if details else ():

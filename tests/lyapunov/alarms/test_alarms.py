@@ -20,7 +20,7 @@ def mixed(steps: int, seed: int = 0) -> list[Sample]:
     rng, found = random.Random(seed), []
     for t, loss in enumerate(descent(steps, seed), start=1):
         phase = t // 60 % 5
-        after = loss * (1.05 if phase == 2 else 0.99)
+        after = loss * (1.6 if phase == 2 else 0.99)
         loss = loss + (3.0 if phase == 3 else 0.0)
         sample = whole(t, loss, after + loss - loss, (10.0 if phase == 4 else 0.1) * math.exp(0.1 * rng.gauss(0, 1)))
         found.append(Sample(t, nonfinite=("loss",)) if rng.random() < 0.002 else sample)
@@ -45,8 +45,8 @@ def test_every_channel_speaks_and_then_is_silent_for_the_cooldown() -> None:
 
 def test_what_happens_in_the_cooldown_is_no_evidence() -> None:
     stream = [whole(t, 1.0, 1.1 if t < 60 else 0.9) for t in range(1, 200)]
-    assert [step for step, _ in said(Alarms([Increase()], cooldown=54), stream)] == [6]
-    assert [step for step, _ in said(Alarms([Increase()], cooldown=40), stream)] == [6, 51]
+    assert [step for step, _ in said(Alarms([Increase()], cooldown=51), stream)] == [9]
+    assert [step for step, _ in said(Alarms([Increase()], cooldown=40), stream)] == [9, 57]
 
 
 def test_a_fault_that_stays_is_reported_again() -> None:
