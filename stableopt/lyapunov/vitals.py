@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stableopt.constraints.sharding import is_sharded
+from stableopt.lyapunov.lengths import has_norm, norms, read
 from stableopt.optim.agree import Processes
 from stableopt.optim.snapshot import local
 
@@ -85,7 +86,7 @@ class Names:
 
     def buffers(self) -> dict[Tensor, str]:
         """Return the floating buffers with numbers in them."""
-        return {b: name for name, b in self._model.named_buffers() if _measurable(b)}
+        return {b: name for name, b in self._model.named_buffers() if has_norm(b)}
 
 
 @torch.no_grad()
@@ -116,21 +117,21 @@ def measure_vitals(
         >>> vitals.update_ratio
         {'w': 0.1}
     """
-    here = [p for p in parameters if _measurable(p)]
+    here = [p for p in parameters if has_norm(p)]
     grads = {p: g for p in here if (g := _gradient(p)) is not None}
     moved = _moves({p: before[p] for p in here if p in before}, overwrite=overwrite)
     slopes = {p: _dot(grads[p], d) for p, d in moved.items() if p in grads}
     names = buffers or {}
     inner = {b: local(b) for b in names}
-    values = _read(
+    values = read(
         [
-            *_norms(local(p).detach() for p in here),
-            *_norms(grads.values()),
-            *_norms(moved.values()),
+            *norms(local(p).detach() for p in here),
+            *norms(grads.values()),
+            *norms(moved.values()),
             *slopes.values(),
-            *_norms(inner.values()),
+            *norms(inner.values()),
         ],
-        here,
+        here[0].device if here else None,
     )
     take = iter(values)
     w, g, d, s, b = ({k: next(take) for k in keys} for keys in (here, grads, moved, slopes, inner))
@@ -149,12 +150,6 @@ def measure_vitals(
         update_ratio={parameters[p]: x / w[p] for p, x in d.items() if w[p] > 0},
         nonfinite=nonfinite,
     )
-
-
-def _measurable(x: Tensor) -> bool:
-    """Whether norms of a tensor can be computed: it has numbers, real or complex, of at least two bytes."""
-    floating = (x.is_floating_point() and x.element_size() > 1) or x.is_complex()
-    return floating and x.numel() > 0 and x.layout is torch.strided and x.device.type != "meta"
 
 
 def _gradient(p: Tensor) -> Tensor | None:
@@ -189,25 +184,6 @@ def _dot(g: Tensor, d: Tensor) -> Tensor:
         return torch.stack([torch.dot(a, b) for a, b in zip(g.split(_PIECE), d.split(_PIECE), strict=True)]).sum()
     wide = torch.float32 if g.dtype in _HALF else g.dtype
     return (g.to(wide) * d).sum(dtype=torch.float64)
-
-
-def _norms(tensors: Iterable[Tensor]) -> list[Tensor]:
-    found = list(tensors)
-    if not found:
-        return []
-    if any(x.dtype in _HALF for x in found):
-        found = [x.float() if x.dtype in _HALF else x for x in found]
-    return [*_TORCH._foreach_norm(found)]  # noqa: SLF001
-
-
-def _read(values: list[Tensor], here: list[Tensor]) -> list[float]:
-    """Return numbers from 0-d tensors of any dtype and device, with one wait."""
-    if not values:
-        return []
-    device = here[0].device if here else values[0].device
-    if len({(x.dtype, x.device) for x in values}) == 1:
-        return torch.stack(values).to(device, torch.float64).tolist()
-    return torch.stack([x.to(device, torch.float64) for x in values]).tolist()
 
 
 def _all_finite(x: Tensor) -> bool:

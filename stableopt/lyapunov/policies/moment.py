@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from stableopt.lyapunov.lengths import norms, read
 from stableopt.lyapunov.policies.refusal import nonfinite_names
 from stableopt.nn.sharded import reshard
 from stableopt.optim import RandomState
@@ -283,7 +284,4 @@ def _norms(tensors: Iterable[Tensor]) -> dict[Tensor, float]:
     wide = [x for x in tensors if _has_norm(x)]
     if not wide:
         return {}
-    parts = [local(x) for x in wide]
-    # the square of a number of half precision may not be finite in half precision
-    found = [torch.linalg.vector_norm(x, dtype=torch.float32 if x.element_size() == 2 else None) for x in parts]
-    return dict(zip(wide, torch.stack([x.to(parts[0].device, torch.float64) for x in found]).tolist(), strict=True))
+    return dict(zip(wide, read(norms(local(x) for x in wide)), strict=True))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from stableopt.lyapunov.lengths import norms
 from stableopt.lyapunov.vitals import Names
 from stableopt.optim import GuardedOptimizer
 from stableopt.optim.agree import Processes
@@ -20,7 +20,6 @@ from stableopt.optim.snapshot import Copies, Plan, Snapshot, local
 
 __all__ = ["Refusal", "nonfinite_names"]
 
-_foreach_norm: Any = torch._foreach_norm  # noqa: SLF001  # pyright: ignore[reportPrivateImportUsage]
 """Norms of a list of tensors."""
 
 
@@ -201,7 +200,7 @@ def nonfinite_names(tensors: Mapping[str, Tensor | None], processes: Processes) 
     bad = torch.zeros(1, device=device)
     if here:  # a norm keeps every NaN and infinity
         bad = (
-            torch.stack([n.to(device) for n in _norms(here.values())]).isfinite().logical_not().any().float().reshape(1)
+            torch.stack([n.to(device) for n in norms(here.values())]).isfinite().logical_not().any().float().reshape(1)
         )
     if not processes.maximum(bad).item():
         return ()
@@ -209,15 +208,6 @@ def nonfinite_names(tensors: Mapping[str, Tensor | None], processes: Processes) 
     for i, name in enumerate(tensors):  # finite numbers, too, may have a norm that is not
         flags[i] = float(name in here and not here[name].isfinite().all())
     return tuple(name for name, flag in zip(tensors, processes.maximum(flags).tolist(), strict=True) if flag)
-
-
-def _norms(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return the norms, in any order; those of half precision as float32."""
-    half, wide = [], []
-    for x in tensors:
-        (half if x.element_size() <= 2 else wide).append(x)
-    found = _foreach_norm(wide) if wide else ()
-    return [*found, *(_foreach_norm(half, 2, dtype=torch.float32) if half else ())]
 
 
 def _dense(x: Tensor) -> Tensor:
