@@ -59,6 +59,8 @@ class Scale:
         if self.kind == "log":
             return math.log10(value)
         if self.kind == "symlog":
+            if abs(value) > 1e15 * self.unit:  # the quotient may be too large for a float, and 1 is nothing beside it
+                return math.copysign(math.log10(abs(value)) - math.log10(self.unit), value)
             return math.copysign(math.log10(1.0 + abs(value) / self.unit), value)
         return value
 

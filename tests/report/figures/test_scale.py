@@ -22,6 +22,8 @@ NUMBERS = st.floats(-1e100, 1e100, allow_nan=False)
 @example([5e-324, 1e100], "auto")
 @example([1.0, 1.0 + 1e-15], "auto")
 @example([1e6, 1e6 + 1e-4], "linear")
+@example([7.3e-243, -8.8e65], "auto")
+@example([1.0, 0.9999e15, 1.0001e15, 1.0, 1.0, 1.0], "auto")
 def test_every_value_has_a_place_and_larger_ones_are_further(values, kind):
     scale = choose_scale(values, kind)
     places = [scale(v) for v in sorted(values)]
