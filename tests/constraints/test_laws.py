@@ -58,11 +58,10 @@ def candidates(row: Row, p: Tensor, y: Tensor) -> list[Tensor]:
 @each_convex
 def test_prox_is_firmly_nonexpansive(row: Row) -> None:
     """|Px - Py|^2 <= <Px - Py, x - y>."""
-    for x, y in pairs(row):
-        for step in STEPS:
-            moved, apart = row.g.prox(x, step) - row.g.prox(y, step), x - y
-            slack = 1e-12 * float(x.norm() + y.norm() + 1) ** 2
-            assert float((moved * (apart - moved)).sum()) >= -slack
+    for (x, y), step in zip(pairs(row), itertools.cycle(STEPS), strict=False):
+        moved, apart = row.g.prox(x, step) - row.g.prox(y, step), x - y
+        slack = 1e-12 * float(x.norm() + y.norm() + 1) ** 2
+        assert float((moved * (apart - moved)).sum()) >= -slack
 
 
 @each
@@ -177,7 +176,7 @@ def test_complex_numbers_with_zero_imaginary_part_are_like_real_ones(row: Row) -
 
 
 @each_set
-@each_dtype
+@each_dtype_in_turn
 def test_a_projection_is_feasible_in_exact_arithmetic(row: Row, dtype: torch.dtype, device: torch.device) -> None:
     c = set_of(row)
     assert row.exact is not None
@@ -218,7 +217,7 @@ def test_violation_is_zero_exactly_where_project_changes_nothing(row: Row, dtype
 
 
 @each_set
-@each_dtype
+@each_dtype_in_turn
 def test_what_exact_arithmetic_finds_outside_is_never_called_feasible(row: Row, dtype: torch.dtype) -> None:
     c = set_of(row)
     assert row.exact is not None

@@ -51,6 +51,15 @@ def trained(model: nn.Module, x: Tensor, steps: int = 3) -> list[float]:
 every_method = pytest.mark.parametrize(("method", "kind"), CASES)
 """Each method on matrices and on kernels, where it has them."""
 
+each_traced = pytest.mark.parametrize(
+    ("method", "kind"),
+    [
+        pytest.param(*case, marks=() if case[1] == "linear" or case[0] in {"gram", "bcop"} else pytest.mark.slow)
+        for case in CASES
+    ],
+)
+"""For what torch traces: each method once, and one of them on both; the others in the longer run."""
+
 
 def moved(method: str, kind: str) -> nn.Sequential:
     """A model after some steps, so that its numbers are those of no beginning."""
@@ -208,7 +217,7 @@ def test_69_functional_transforms_of_each_method(method: str, kind: str) -> None
     torch.testing.assert_close(both[0], both[1])
 
 
-@every_method
+@each_traced
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_training_of_each_method(method: str, kind: str, backend: str) -> None:
     torch._dynamo.reset()
@@ -245,7 +254,7 @@ def test_65_safetensors_of_each_method(method: str, kind: str, tmp_path: Path) -
     torch.testing.assert_close(fresh.eval()(x), model.eval()(x), rtol=0, atol=0)
 
 
-@every_method
+@each_traced
 def test_67_torch_export_of_each_method(method: str, kind: str) -> None:
     model, x = moved(method, kind).float(), inputs(dtype=torch.float32)
     plain = export(model).eval()
