@@ -332,7 +332,7 @@ class GuardedOptimizer(Optimizer):
         ]
         step = cast("Any", self.torch_class.step)
         # torch wraps the step of a class when its first instance is made; the hooks of this step have run already.
-        if getattr(step, "hooked", False):
+        while getattr(step, "hooked", False):  # the compiler may have wrapped it once more
             step = step.__wrapped__
         value = step(self, closure) if self.needs_closure else step(self)
         if todo:

@@ -379,3 +379,23 @@ def test_a_list_of_constraints_belongs_to_the_groups_of_the_constructor() -> Non
     optimizer.add_param_group({"params": [c]})
     assert optimizer.param_groups[0]["constraint"] == [Box(0.0, 1.0), None]
     assert optimizer.param_groups[1]["constraint"] is None
+
+
+def test_hooks_run_once_also_where_the_compiler_has_wrapped_the_step_of_the_class(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    table = nn.Embedding(4, 2, sparse=True)
+    torch.optim.SparseAdam(list(table.parameters()))  # torch wraps the step of the class with the first instance
+    monkeypatch.setattr(torch.optim.SparseAdam, "step", torch.compiler.disable(torch.optim.SparseAdam.step))
+    said: list[str] = []
+    optimizer = guard(torch.optim.SparseAdam)(list(table.parameters()), lr=0.1)
+    optimizer.register_step_post_hook(lambda *_: said.append("post"))
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = table(torch.tensor([1])).square().sum()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert said == ["post"]
