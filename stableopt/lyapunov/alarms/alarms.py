@@ -55,7 +55,8 @@ class Alarms:
 
         Examples:
             >>> alarms = Alarms()
-            >>> _ = alarms.update(Sample(1, 1.0, 2.0, 1.0, 2.0, 1e-9))
+            >>> for step in (1, 2):
+            ...     _ = alarms.update(Sample(step, 1.0, 2.0, 1.0, 2.0, 1e-9))
             >>> alarms.alert
             True
         """
