@@ -115,22 +115,6 @@ SETS = {
             "guarded": (8e-4, 4e-3),
         },
     ),
-    "heldout 3": Choice(
-        seeds=(3000, 3001, 3002),
-        widths=(20, 52, 68),
-        vectors=("friedman", "digits"),
-        sequences=("last pair", "rows"),
-        schedules=("constant", "steps", "root", "warm-up and cosine", "restarts"),
-        dropouts=(0.0, 0.1, 0.0, 0.2),
-        rates={
-            "sgd": (0.06, 0.12),
-            "momentum": (0.016, 0.035),
-            "adamw": (9e-4, 2.5e-3),
-            "muon": (0.007, 0.018),
-            "torch muon": (0.007, 0.018),
-            "guarded": (9e-4, 2.5e-3),
-        },
-    ),
 }
 _NETS = ("mlp", "cnn", "residual", "gru", "transformer")
 _OPTIMIZERS = ("sgd", "momentum", "adamw", "muon")
@@ -168,9 +152,8 @@ def settings(which: str) -> Iterator[Setting]:
 def table(name: str) -> tuple[Tensor, Tensor, int]:
     """Return inputs, targets, and the number of classes, 0 for a regression."""
     generator = torch.Generator().manual_seed(5)
-    made = {"majority": _majority, "periodic": _periodic, "echo": _echo, "last pair": _last_pair, "friedman": _friedman}
-    if name in made:
-        return made[name](generator)
+    if name in {"majority", "periodic", "echo"}:
+        return {"majority": _majority, "periodic": _periodic, "echo": _echo}[name](generator)
     load = {"breast cancer": load_breast_cancer, "diabetes": load_diabetes, "wine": load_wine}.get(name, load_digits)
     found = cast("Any", load())
     x = torch.tensor(found.data, dtype=torch.float32)
@@ -208,20 +191,6 @@ def _echo(generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
     """Return sequences of 7 of 5 symbols, one-hot, and the first one of each."""
     symbols = torch.randint(5, (4000, 7), generator=generator)
     return F.one_hot(symbols, 5).float(), symbols[:, 0], 5
-
-
-def _last_pair(generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """Return sequences of 8 of 3 symbols, one-hot, and which pair of symbols is at the end."""
-    symbols = torch.randint(3, (4000, 8), generator=generator)
-    return F.one_hot(symbols, 3).float(), 3 * symbols[:, -2] + symbols[:, -1], 9
-
-
-def _friedman(generator: torch.Generator) -> tuple[Tensor, Tensor, int]:
-    """Return the first regression of Friedman, 1991, with ten inputs of which five matter."""
-    x = torch.rand(2000, 10, generator=generator)
-    y = 10.0 * torch.sin(math.pi * x[:, 0] * x[:, 1]) + 20.0 * (x[:, 2] - 0.5) ** 2 + 10.0 * x[:, 3] + 5.0 * x[:, 4]
-    y = y + torch.randn(2000, generator=generator)
-    return (x - 0.5) / 0.29, ((y - y.mean()) / y.std()).unsqueeze(1), 0
 
 
 class Recurrent(nn.Module):
@@ -322,10 +291,6 @@ def optimizers(setting: Setting, model: nn.Module, *, eps: float = 1e-8) -> list
 
 def rate(setting: Setting, t: int) -> float:
     """Return the factor of the schedule on the learning rate at step t, counted from 0."""
-    if setting.schedule == "steps":
-        return 0.1 ** (2 * t // STEPS)
-    if setting.schedule == "root":
-        return min((t + 1) / 25, math.sqrt(25 / (t + 1)))
     if setting.schedule == "linear":
         return 1.0 - t / STEPS
     if setting.schedule == "restarts":

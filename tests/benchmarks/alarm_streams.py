@@ -278,16 +278,14 @@ def record(setting: Setting, folder: Path, watchers: Callable[[], Watcher], *, s
     save(healthy, training, facts)
 
 
-def record_start(
-    setting: Setting, start: str, folder: Path, watchers: Callable[[], Watcher], *, stream: bool = True
-) -> None:
+def record_start(setting: Setting, start: str, folder: Path, watchers: Callable[[], Watcher]) -> None:
     """Train a run in which something is wrong from its first step."""
     path = folder / start.replace(" ", "_") / f"{setting.name}.npz"
     if path.exists():
         return
     watcher = watchers()
     gain, eps = (6.0, 1e-8) if start == "exploding init" else (1.0, 1e-30)
-    training = Training(setting, watcher, gain=gain, eps=eps, stream=stream)
+    training = Training(setting, watcher, gain=gain, eps=eps)
     for t in range(AFTER + 20):
         training.step(t)
     save(path, training, {"began": 0, "alarms": watcher.alarms(), "end": accuracy(setting, training.model)})

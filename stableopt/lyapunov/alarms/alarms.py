@@ -55,8 +55,7 @@ class Alarms:
 
         Examples:
             >>> alarms = Alarms()
-            >>> for step in (1, 2):
-            ...     _ = alarms.update(Sample(step, 1.0, 2.0, 1.0, 2.0, 1e-9))
+            >>> _ = alarms.update(Sample(1, 1.0, 2.0, 1.0, 2.0, 1e-9))
             >>> alarms.alert
             True
         """

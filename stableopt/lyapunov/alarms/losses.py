@@ -160,7 +160,7 @@ class Relapse(_Losses):
 
     Examples:
         >>> channel = Relapse(window=20)
-        >>> losses = [2.0 - t / 50 for t in range(50)] + [1.8] * 6
+        >>> losses = [2.0 - t / 50 for t in range(50)] + [1.8] * 5
         >>> alarms = [channel.update(Sample(t, loss)) for t, loss in enumerate(losses, start=1)]
         >>> [alarm.since for alarm in alarms if alarm is not None][0]
         51
@@ -168,7 +168,7 @@ class Relapse(_Losses):
 
     name = "relapse"
 
-    def __init__(self, null: float = 0.05, run_length: float = 1e5, margin: float = 0.25, window: int = 100) -> None:
+    def __init__(self, null: float = 0.02, run_length: float = 1e5, margin: float = 0.25, window: int = 100) -> None:
         super().__init__(EDetector(null, run_length, rates=(0.2, 0.5, 0.9)), 10)
         self.margin = finite_number("Relapse", "margin", margin, low=0.0)
         self._recent = RecentHighest(count("Relapse", "window", window))

@@ -89,16 +89,16 @@ class Increase(Channel):
 
     Examples:
         >>> channel = Increase()
-        >>> alarms = [channel.update(Sample(t, 1.0, 2.0, 1.0, 2.0, 1e-9)) for t in range(1, 14)]
+        >>> alarms = [channel.update(Sample(t, 1.0, 2.0, 1.0, 2.0, 1e-9)) for t in range(1, 12)]
         >>> [alarm is not None for alarm in alarms].index(True)
-        10
-        >>> alarms[10].since
+        8
+        >>> alarms[8].since
         1
     """
 
     name = "increase"
 
-    def __init__(self, null: float = 0.3, run_length: float = 1e5, noticeable: float = 1e-2) -> None:
+    def __init__(self, null: float = 0.2, run_length: float = 1e5, noticeable: float = 1e-2) -> None:
         self.detector = EDetector(null, run_length)
         self.noticeable = finite_number("Increase", "noticeable", noticeable, low=0.0, high=1.0)
         self._levels = Levels()

@@ -45,8 +45,8 @@ def test_every_channel_speaks_and_then_is_silent_for_the_cooldown() -> None:
 
 def test_what_happens_in_the_cooldown_is_no_evidence() -> None:
     stream = [whole(t, 1.0, 1.1 if t < 60 else 0.9) for t in range(1, 200)]
-    assert [step for step, _ in said(Alarms([Increase()], cooldown=49), stream)] == [11]
-    assert [step for step, _ in said(Alarms([Increase()], cooldown=35), stream)] == [11, 56]
+    assert [step for step, _ in said(Alarms([Increase()], cooldown=51), stream)] == [9]
+    assert [step for step, _ in said(Alarms([Increase()], cooldown=40), stream)] == [9, 57]
 
 
 def test_a_fault_that_stays_is_reported_again() -> None:
