@@ -231,11 +231,12 @@ def test_what_exact_arithmetic_finds_outside_is_never_called_feasible(row: Row, 
 def test_shape_dtype_device_and_input_are_kept(row: Row, dtype: torch.dtype, device: torch.device) -> None:
     g = row.g
     for name, point in points(row, dtype):
+        if name.startswith("random") and not name.endswith("*1"):
+            continue  # the size of usual numbers changes no shape
         x = point.to(device)
         before, version = x.clone(), x._version
-        results = [g.prox(x), g.prox(x, 0.0)]
+        results = [g.prox(x), g.project(x) if isinstance(g, Constraint) else g.prox(x, 0.0)]
         if isinstance(g, Constraint):
-            results += [g.project(x)]
             if (
                 not row.tolerant or x.abs().sum() < 1e3
             ):  # a manifold is parametrized by free parameters of moderate size

@@ -288,7 +288,9 @@ def test_67_onnx_after_export_of_each_method(method: str, kind: str) -> None:
 # ------------------------------------------------------------------------------------------------------ each layer, everywhere
 
 
-@pytest.mark.parametrize("name", COMPILED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if "1d" in n or "3d" in n else n for n in COMPILED]
+)
 def test_compiled_training_without_graph_breaks_is_training(name: str) -> None:
     torch._dynamo.reset()
     animal = ANIMALS[name]
