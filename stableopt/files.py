@@ -2,11 +2,35 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["encode_safetensors", "write_atomically"]
+
+
+def encode_safetensors(arrays: Mapping[str, tuple[str, Sequence[int], bytes]]) -> bytes:
+    """Return the bytes of a safetensors file: the same arrays always give the same bytes.
+
+    Args:
+        arrays: name -> (dtype as the format names it, shape, numbers in row-major order, little-endian).
+
+    Examples:
+        >>> data = encode_safetensors({"a": ("F32", (1,), bytes(4))})
+        >>> len(data), data[-4:]
+        (68, b'\\x00\\x00\\x00\\x00')
+    """
+    header, chunks, start = {}, [], 0
+    for name in sorted(arrays):
+        kind, shape, chunk = arrays[name]
+        chunks.append(chunk)
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [start, start + len(chunk)]}
+        start += len(chunk)
+    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns its data to eight bytes
+    return len(text).to_bytes(8, "little") + text + b"".join(chunks)
 
 
 def write_atomically(path: str | Path, content: bytes) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from stableopt.certify.verify import parse_weights
+from stableopt.files import encode_safetensors
 
 __all__ = ["decode_weights", "encode_weights"]
 
@@ -27,17 +26,13 @@ def encode_weights(tensors: dict[str, Tensor]) -> bytes:
         >>> decode_weights(data)["w"]
         tensor([1., 2.])
     """
-    header, chunks, start = {}, [], 0
-    for name in sorted(tensors):
-        value = tensors[name].contiguous()
+    arrays = {}
+    for name, tensor in tensors.items():
+        value = tensor.contiguous()
         bits = {8: (torch.int64, "<i8"), 4: (torch.int32, "<i4"), 2: (torch.int16, "<i2")}[value.element_size()]
-        chunks.append(value.view(bits[0]).numpy().astype(bits[1]).tobytes())
-        end = start + len(chunks[-1])
-        header[name] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header, separators=(",", ":"), sort_keys=True).encode()
-    text += b" " * (-len(text) % 8)  # the format aligns its data to eight bytes
-    return len(text).to_bytes(8, "little") + text + b"".join(chunks)
+        chunk = value.view(bits[0]).numpy().astype(bits[1]).tobytes()
+        arrays[name] = _NAMES[value.dtype], value.shape, chunk
+    return encode_safetensors(arrays)
 
 
 def decode_weights(data: bytes) -> dict[str, Tensor]:
