@@ -133,12 +133,16 @@ def _full_precision(device: str) -> AbstractContextManager[Any]:
 
 def _normalized(x: Tensor, eps: float) -> Tensor:
     """Divide by the Frobenius norm, at least ``eps``; squares neither overflow nor vanish."""
-    largest = x.abs().amax().clamp(min=torch.finfo(x.dtype).tiny)
+    largest = x.abs().amax()
+    largest = torch.where(largest == 0.0, 1.0, largest.clamp(min=torch.finfo(x.dtype).tiny))
     y = x / largest
     norm = torch.linalg.vector_norm(y, dtype=torch.float64)
     part = torch.ones_like(norm) if eps == 0 else (largest.double() * norm / eps).clamp(max=1.0)
     # a norm below 1 is that of denormal numbers, or 0: then y is 0 too
-    return y * (part / norm.clamp(min=torch.finfo(y.dtype).tiny)).to(y.dtype)
+    scale = part / norm.clamp(min=torch.finfo(y.dtype).tiny)
+    if eps != 0:  # below eps the factor is largest / eps, also for the derivative at 0, where the norm has none
+        scale = torch.where(part < 1.0, largest.double() / eps, scale)
+    return y * scale.to(y.dtype)
 
 
 def _odd_quintic(y: Tensor, a: float, b: float, c: float) -> Tensor:

@@ -1,28 +1,60 @@
 r"""One parameter's update map :math:`(\theta, u) \mapsto (\theta^+, u^+)` and its exact derivative in k directions at once.
 
-The map is the rule's pure ``update``, then prox or projection in the metric of the step, then the momentum set to the realised
-displacement: what :mod:`stableopt.optim` does in place. Its derivative is taken in forward mode, for all directions in one pass.
+The map is that of :mod:`stableopt.optim` as a pure function: the rule's ``update`` to a point y, then the prox of g in the metric P
+of the step, or the projection, then the momentum set to the realised displacement. Update and realignment are differentiated in
+forward mode, for all directions in one pass.
+
+*The prox.* With :math:`D = sP^{-1}`, s the step, let :math:`p = \arg\min_u g(u)+\frac12\|u-y\|_{D^{-1}}^2`, g convex or not. Then
+
+.. math:: D^{-1}p \in \partial\varphi(y), \qquad
+    \varphi(y) = \sup_u\ \langle D^{-1}u, y\rangle - \tfrac12\|u\|_{D^{-1}}^2 - g(u),
+
+a supremum of affine functions, which is convex. So :math:`D^{-1}J`, J the Jacobian of the prox, is a Hessian wherever it exists,
+and symmetric: :math:`J = DJ^\top D^{-1} = P^{-1}J^\top P`. A product with J is one with :math:`J^\top` in reverse mode, which
+all of :mod:`stableopt.constraints` has. For a sum over coordinates J is diagonal, and one product gives all of it.
+
+*Its step.* p is the proximal point of y iff :math:`D^{-1}(y-p) \in \partial g(p)`. For another :math:`D'` the proximal point
+:math:`p'` therefore is that of :math:`p'+DD'^{-1}(y-p')` for D, and to first order
+
+.. math:: \dot p = J\bigl(\dot y - D^{-1}\dot D\,(y-p)\bigr), \qquad D^{-1}\dot D = \dot s/s - P^{-1}\dot P,
+
+which asks for no other derivative than J. In the Euclidean projection :math:`\dot D` has no part.
+
+*Where there is no derivative*, the result is the element that autograd takes: 0 for the sign of Lion; half of both where two
+moments of amsgrad tie; that of :mod:`stableopt.constraints` on the kinks of a prox. Three are chosen here.
+
+* The square root has the derivative 0 at 0. A second moment is 0 where all gradients so far were (or vanish when squared), and
+  there the derivative of Adam's direction :math:`m/(\sqrt v+\epsilon)` is :math:`\dot m/\epsilon`: the root moves in first order,
+  but it is multiplied by :math:`m = 0`.
+* Rounding to bfloat16 has no derivative at all: torch's Muon is differentiated as if its polynomials were not rounded.
+* In a set without interior, where autograd takes the identity for a point that lies in it exactly, the derivative is the mean over
+  two neighbors outside.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.func import jvp, vmap
 from torch.overrides import TorchFunctionMode
 
-from stableopt.constraints import Regularizer
+from stableopt.constraints import Constraint, Regularizer
 from stableopt.lyapunov.layers.forward import dual_numbers
 from stableopt.optim.rules.base import Group, State, UpdateRule
+from stableopt.optim.rules.unknown import Unknown
 
 __all__ = ["Pushed", "push", "tangent_names"]
 
 _COUNTS = frozenset({"step", "mu_product"})
-"""Entries of a state that depend on the number of steps alone; of a 0-d parameter they have the shape of the parameter."""
+"""Entries of a state that depend on the number of steps alone; those of a 0-d parameter have its shape."""
+_NUMBERS = ("lr", "momentum", "dampening", "weight_decay", "betas", "alpha", "eps")
+"""Hyper-parameters with respect to which there is a derivative."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +65,7 @@ class Pushed:
         parameter: after the step.
         state: after the step.
         d_parameter: ``(k, *shape)``.
-        d_state: the tangents of the state's entries that carry some, each ``(k, *shape)``.
+        d_state: the tangents of those entries of the state that carry some, each ``(k, *shape)``.
     """
 
     parameter: Tensor
@@ -42,12 +74,12 @@ class Pushed:
     d_state: dict[str, Tensor]
 
 
-def tangent_names(rule: UpdateRule, state: State, parameter: Tensor) -> tuple[str, ...]:  # noqa: ARG001 - for other rules
-    """Return the entries of a state that carry tangents: floating tensors shaped like the parameter, counts excepted.
+def tangent_names(rule: UpdateRule, state: State, parameter: Tensor) -> tuple[str, ...]:  # noqa: ARG001 - all rules alike so far
+    """Return the entries of a state that carry tangents: floating tensors shaped like the parameter, but no counts of steps.
 
     Args:
         rule: of the optimizer.
-        state: of the parameter; an empty one, before the first step, carries none.
+        state: of the parameter; an empty one, before the first step, has none.
         parameter: the parameter.
 
     Examples:
@@ -66,6 +98,7 @@ def tangent_names(rule: UpdateRule, state: State, parameter: Tensor) -> tuple[st
     )
 
 
+@torch.no_grad()
 def push(
     rule: UpdateRule | None,
     group: Group,
@@ -74,27 +107,33 @@ def push(
     state: State,
     d_parameter: Tensor,
     d_gradient: Tensor,
-    d_state: dict[str, Tensor],
+    d_state: Mapping[str, Tensor],
     *,
     regularizer: Regularizer | None = None,
-    d_hyper: dict[str, Tensor] | None = None,
+    d_hyper: Mapping[str, Tensor] | None = None,
 ) -> Pushed:
     r"""Do one step of one parameter and push k tangents through it.
 
     Args:
         rule: of the optimizer.
         group: hyper-parameters.
-        parameter: :math:`\theta` before the step, any shape.
+        parameter: :math:`\theta` before the step, of any shape; with a set it lies inside, where a step begins.
         gradient: of the loss at it.
-        state: of the parameter before the step, empty before the first one.
+        state: of the parameter before the step, empty before the first one. Nothing of it is changed.
         d_parameter: ``(k, *shape)``.
-        d_gradient: ``(k, *shape)``, what the tangents of everything make of the gradient.
+        d_gradient: ``(k, *shape)``, what the tangents make of the gradient: :math:`H\dot\theta` and what else it depends on.
         d_state: the tangents of entries of the state, each ``(k, *shape)``; a name that is left out has none.
         regularizer: the penalty or the set of the parameter.
-        d_hyper: the tangents of hyper-parameters.
+        d_hyper: the tangents of hyper-parameters that are numbers, such as ``lr``, each ``(k,)``, of ``betas`` ``(k, 2)``.
 
     Returns:
         The parameter and the state after the step, and their tangents.
+
+    Raises:
+        ValueError: if nothing is known about the update, something does not fit together, or a prox has no derivative.
+
+    Note:
+        A parameter outside of its set is first projected by an optimizer; here it is not.
 
     Examples:
         >>> from stableopt.optim.rules import HeavyBall
@@ -102,44 +141,256 @@ def push(
         >>> pushed = push(HeavyBall(), {"lr": 0.25, "momentum": 0.5}, w, w, {}, one, one, {})
         >>> pushed.parameter.item(), pushed.d_parameter.item(), pushed.d_state["momentum_buffer"].item()
         (1.5, 0.75, 1.0)
+        >>> push(HeavyBall(), {"lr": 0.25}, w, w, {}, 0 * one, 0 * one, {}, d_hyper={"lr": torch.ones(1)}).d_parameter
+        tensor([[-2.]])
     """
-    if rule is None or regularizer is not None or d_hyper:
-        raise NotImplementedError("to follow")
-    point = {"parameter": parameter, "gradient": gradient} | {name: state[name] for name in d_state}
-    tangents = {"parameter": d_parameter, "gradient": d_gradient} | d_state
+    d_hyper = d_hyper or {}
+    known = _checked(rule, group, parameter, gradient, state, d_parameter, d_gradient, d_state, d_hyper, regularizer)
+    if len(d_parameter) == 0:  # vmap wants a row
+        rows = [{name: _padded(d) for name, d in named.items()} for named in (d_state, d_hyper)]
+        first, second, options = _padded(d_parameter), _padded(d_gradient), {"regularizer": regularizer}
+        one = push(rule, group, parameter, gradient, state, first, second, rows[0], d_hyper=rows[1], **options)
+        return Pushed(one.parameter, one.state, one.d_parameter[:0], {n: d[:0] for n, d in one.d_state.items()})
+    step = _Step(known, group, {name: _plain(value) for name, value in state.items()}, regularizer)
+    at: dict[str, Any] = {"parameter": _plain(parameter), "gradient": _plain(gradient)}
+    d: dict[str, Any] = {"parameter": d_parameter, "gradient": d_gradient, "state": dict(d_state)}
+    hyper, d["hyper"] = _hyper(group, d_hyper, parameter)
+    at["state"] = {name: step.state[name] for name in d_state}
+    plain, after = step.plain(at)
+    d_plain = _tangents(lambda at: step.plain(at)[0], at | {"hyper": hyper}, d)
+    if regularizer is None:
+        return Pushed(plain["parameter"], after, d_plain["parameter"], d_plain["state"])
+    moved, d_moved = step.regularized(plain, d_plain, after)
+    if not step.realigns(after):
+        return Pushed(moved, after, d_moved, d_plain["state"])
+    at = plain | {"parameter": plain["parameter"] - moved}
+    d_at = d_plain | {"parameter": d_plain["parameter"] - d_moved, "hyper": d["hyper"]}
+    settled = step.realigned(at, after)
+    d_settled = _tangents(lambda at: step.realigned(at, after), at | {"hyper": hyper}, d_at)
+    return Pushed(moved, after | settled, d_moved, d_settled)
 
-    def mapped(at: dict[str, Tensor]) -> tuple[Tensor, State]:
-        held = state | {name: at[name] for name in d_state}
-        return rule.update(at["parameter"], at["gradient"], held, group)
 
-    with torch.no_grad():
-        new, held = mapped(point)
-        names = tangent_names(rule, held, new)
+@dataclass(frozen=True)
+class _Step:
+    """The parts of one step, as functions of nested dictionaries of tensors, which jvp and vmap take."""
 
-        def carried(at: dict[str, Tensor]) -> dict[str, Tensor]:
-            moved, after = mapped(at)
-            return {"parameter": moved, "state": {name: after[name] for name in names}}  # pyright: ignore[reportReturnType]
+    rule: UpdateRule
+    group: Group
+    state: State
+    regularizer: Regularizer | None
 
-        pushed: Any = _tangents(carried, point, tangents)
-    return Pushed(new, held, pushed["parameter"], pushed["state"])
+    def plain(self, at: dict[str, Any]) -> tuple[dict[str, Any], State]:
+        """Return the step without regularizer, with metric and step size for a prox after it, and the whole state."""
+        group = {**self.group, **at.get("hyper", {})}
+        moved, after = self.rule.update(at["parameter"], at["gradient"], self.state | at["state"], group)
+        names = tangent_names(self.rule, after, moved)
+        result: dict[str, Any] = {"parameter": moved, "state": {name: after[name] for name in names}}
+        if self.regularizer is not None:
+            size = self.rule.effective_lr(group, first=self.rule.buffer(self.state) is None)
+            metric = self._metric(after, group)
+            result |= {"size": torch.as_tensor(size, dtype=torch.float64)}
+            result |= {"metric": metric} if isinstance(metric, Tensor) else {}
+        return result, after
+
+    def _metric(self, after: State, group: Group) -> Tensor | float:
+        """Return the metric of the step where it has a part, as :func:`stableopt.optim.regularize.regularize` does."""
+        g = self.regularizer
+        needed = self.rule.momentum(group) or not isinstance(g, Constraint) or g.diagonal
+        return self.rule.metric(after, group) if needed else 0.0
+
+    def regularized(self, plain: dict[str, Any], d_plain: dict[str, Any], after: State) -> tuple[Tensor, Tensor]:
+        """Return the proximal point, or the projection, and its tangents."""
+        g: Any = self.regularizer
+        y, d, size = plain["parameter"], d_plain["parameter"], float(plain["size"])
+        metric = plain["metric"] if "metric" in plain else self._metric(after, self.group)
+        weighs = isinstance(metric, Tensor)
+        if isinstance(g, Constraint) and not (weighs and g.diagonal):
+            return (p := g.project(y)), _through(g, g.project, y, p, d, None)
+        prox = functools.partial(g.prox, step=size / metric)
+        p = prox(y)
+        if weighs:
+            d = d + d_plain["metric"] / metric * (y - p)
+        if not isinstance(g, Constraint):  # the size of the metric has no part in a projection
+            d = d - _relative(d_plain["size"], size, self.group).view(-1, *[1] * y.ndim) * (y - p)
+        return p, _through(g, prox, y, p, d, metric if weighs else None)
+
+    def realigns(self, after: State) -> bool:
+        """Return whether the momentum is set to the realised displacement."""
+        return bool(self.rule.momentum(self.group)) and self.rule.buffer(after) is not None
+
+    def realigned(self, at: dict[str, Any], after: State) -> State:
+        """Return the entries of the state with the momentum that stands for the realised displacement."""
+        group = {**self.group, **at.get("hyper", {})}
+        held = after | {name: value.clone() for name, value in at["state"].items()}
+        metric = at["metric"] if "metric" in at else self._metric(after, self.group)
+        self.rule.realign(at["parameter"], held, metric, group)
+        return {name: held[name] for name in at["state"]}
 
 
-def _tangents(
-    function: Callable[[dict[str, Tensor]], Any], point: dict[str, Tensor], tangents: dict[str, Tensor]
-) -> Any:
+def _tangents(function: Callable[[Any], Any], point: dict[str, Any], tangents: dict[str, Any]) -> Any:
     """Return the derivative of a function at a point along each row of the tangents."""
+    tangents = {name: tangents[name] for name in point}
     with dual_numbers():  # loads what the first dual number needs
         pass
-    with _RootAtZero():
+    with _Differentiable(refuse_floats=bool(point["hyper"])):
         return vmap(lambda direction: jvp(function, (point,), (direction,))[1])(tangents)
 
 
-class _RootAtZero(TorchFunctionMode):
-    """Give the square root the derivative 0 at 0."""
+class _Differentiable(TorchFunctionMode):
+    """Choose derivatives where torch has none: 0 for the square root at 0, and no rounding to bfloat16.
+
+    Args:
+        refuse_floats: whether to refuse that a number with a tangent is read as a float, which loses the tangent.
+    """
+
+    def __init__(self, *, refuse_floats: bool) -> None:
+        super().__init__()
+        self._refuse_floats = refuse_floats
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.sqrt, torch.Tensor.sqrt) and not kwargs:
-            x = args[0]
+        kwargs = kwargs or {}
+        if func in _ROOTS and not kwargs:
+            x: Tensor = args[0]
             flat = x == 0
-            return torch.where(flat, torch.zeros_like(x), func(torch.where(flat, torch.ones_like(x), x)))
-        return func(*args, **(kwargs or {}))
+            return torch.where(flat, torch.zeros_like(x), torch.where(flat, torch.ones_like(x), x).sqrt())
+        if func is torch.Tensor.bfloat16:
+            return args[0]
+        if func in _READS and self._refuse_floats and unpack_dual(args[0]).tangent is not None:
+            raise ValueError(
+                "push has no derivative with respect to a hyper-parameter that the rule reads as a float; leave it out of "
+                "d_hyper, or let the rule read it with stableopt.optim.rules.base.number."
+            )
+        return func(*args, **kwargs)
+
+
+_ROOTS = (torch.sqrt, torch.Tensor.sqrt)
+_READS = (torch.Tensor.item, torch.Tensor.__float__)
+
+
+def _through(
+    g: Regularizer, prox: Callable[[Tensor], Tensor], y: Tensor, p: Tensor, rows: Tensor, metric: Tensor | None
+) -> Tensor:
+    """Multiply rows by the Jacobian of a prox at y, which is symmetric in the metric; p is the proximal point."""
+    places = [y]
+    if isinstance(g, Constraint) and torch.equal(
+        p, y
+    ):  # autograd takes the identity, which is wrong in a set without interior
+        places = _around(prox, y)
+    single = g.separable and not y.is_complex()  # then one product has the whole diagonal
+    weighted = torch.ones_like(y)[None] if single else rows if metric is None else metric * rows
+    product = torch.stack([_adjoint(g, prox, x, prox(x), weighted) for x in places]).mean(0)
+    return product * rows if single else product if metric is None else product / metric
+
+
+def _adjoint(g: Regularizer, prox: Callable[[Tensor], Tensor], y: Tensor, p: Tensor, rows: Tensor) -> Tensor:
+    """Multiply rows by the transposed Jacobian of a prox at y."""
+    leaf = y.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        q = prox(leaf)
+    if q.requires_grad:
+        return torch.stack([torch.autograd.grad(q, leaf, row, retain_graph=True)[0] for row in rows])
+    if any(not torch.equal(prox(y + 1e-3 * row), p) for row in rows):
+        raise ValueError(
+            f"push needs a prox that autograd can differentiate, and that of {g!r} comes back detached; "
+            "leave out torch.no_grad and detach from its prox or project."
+        )
+    return torch.zeros_like(rows)
+
+
+def _around(project: Callable[[Tensor], Tensor], y: Tensor) -> list[Tensor]:
+    """Return where to differentiate a projection in place of a point of the set: there if a neighbor lies inside, else around it.
+
+    The mean over two neighbors, one opposite to the other, is off by the square of their distance, which is that of rounding.
+    """
+    size = y.abs().max().clamp(min=torch.finfo(y.dtype).tiny) if y.any() else 1.0
+    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(y)
+    apart = torch.finfo(y.dtype).eps ** 0.5 * size * noise
+    around = [y + apart, y - apart]
+    return [y] if any(torch.equal(project(x), x) for x in around) else around
+
+
+def _relative(d_size: Tensor, size: float, group: Group) -> Tensor:
+    """Return the tangents of the logarithm of the step size."""
+    if size != 0.0:
+        return d_size / size
+    if d_size.any():
+        raise ValueError(
+            f"push has no derivative of a prox with respect to a step size of 0, got lr={group.get('lr')!r}."
+        )
+    return d_size
+
+
+def _hyper(group: Group, d_hyper: Mapping[str, Tensor], parameter: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return hyper-parameters as tensors, and their tangents to go with them."""
+    dtype = parameter.dtype.to_real() if parameter.ndim == 0 else torch.float64  # 0-d tensors leave the dtype of others
+
+    def tensor(value: Any) -> Tensor:
+        return torch.as_tensor(value, dtype=dtype, device=parameter.device).reshape(())
+
+    values: dict[str, Any] = {}
+    tangents: dict[str, Any] = {}
+    for name, d in d_hyper.items():
+        several, rows = isinstance(group[name], tuple | list), d.to(parameter.device, dtype)
+        values[name] = tuple(map(tensor, group[name])) if several else tensor(group[name])
+        tangents[name] = tuple(rows.unbind(1)) if several else rows
+    return values, tangents
+
+
+def _plain(value: Any) -> Any:
+    """Return a tensor without graph, and dense."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to_dense() if value.is_sparse else value.detach()
+
+
+def _padded(rows: Tensor) -> Tensor:
+    return rows.new_zeros(1, *rows.shape[1:])
+
+
+def _checked(
+    rule: UpdateRule | None,
+    group: Group,
+    parameter: Tensor,
+    gradient: Tensor,
+    state: State,
+    d_parameter: Tensor,
+    d_gradient: Tensor,
+    d_state: Mapping[str, Tensor],
+    d_hyper: Mapping[str, Tensor],
+    regularizer: Regularizer | None,
+) -> UpdateRule:
+    """Refuse what cannot be pushed; return the rule."""
+    if rule is None or isinstance(rule, Unknown):
+        raise ValueError(
+            f"push needs the rule of an optimizer, got {rule!r}, of which no update is known; register one with "
+            "stableopt.optim.rule_for.register."
+        )
+    refusal = None if regularizer is None else rule.takes(group, regularizer)
+    if refusal:
+        raise ValueError(refusal)
+    k, shape = len(d_parameter), parameter.shape
+    rows = {"d_parameter": d_parameter, "d_gradient": d_gradient} | {f"d_state[{n!r}]": d for n, d in d_state.items()}
+    for name, d in rows.items():
+        if d.shape != (k, *shape) or d.dtype != parameter.dtype:
+            raise ValueError(
+                f"push needs {name} of shape {(k, *shape)} and dtype {parameter.dtype}, got {tuple(d.shape)} and {d.dtype}."
+            )
+    if gradient.shape != shape:
+        raise ValueError(
+            f"push needs a gradient of the shape of its parameter, {tuple(shape)}, got {tuple(gradient.shape)}."
+        )
+    names = tangent_names(rule, state, parameter)
+    for name in d_state:
+        if name not in names:
+            raise ValueError(
+                f"push needs d_state for entries of the state that carry tangents, which are {names}, got {name!r}; "
+                "before the first step there are none."
+            )
+    for name, d in d_hyper.items():
+        value = group.get(name)
+        if name not in _NUMBERS or value is None or (name == "betas" and "momentum_decay" in group):
+            raise ValueError(f"push needs hyper-parameters of {_NUMBERS} that the update has in d_hyper, got {name!r}.")
+        wanted = (k, len(value)) if isinstance(value, tuple | list) else (k,)
+        if d.shape != wanted:
+            raise ValueError(f"push needs d_hyper[{name!r}] of shape {wanted}, got {tuple(d.shape)}.")
+    return rule

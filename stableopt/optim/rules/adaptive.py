@@ -17,6 +17,7 @@ from stableopt.optim.rules.base import (
     Scratch,
     State,
     UpdateRule,
+    add_scaled_,
     inner,
     number,
     real_view,
@@ -143,7 +144,7 @@ class Moments(UpdateRule):
         lr, buffer = number(group["lr"]), self.buffer(state)
         if buffer is not None and lr > 0:
             moved = unviewed(metric * real_view(correction), correction)
-            buffer.add_(moved.to(buffer.dtype), alpha=1.0 / lr)
+            add_scaled_(buffer, moved.to(buffer.dtype), 1.0 / lr)
 
     def takes(self, group: Group, regularizer: Regularizer) -> str | None:
         """Refuse penalties without an exact prox in a diagonal metric."""

@@ -19,10 +19,11 @@ import math
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from stableopt.constraints import Regularizer
 from stableopt.constraints.sharding import is_sharded
@@ -31,6 +32,8 @@ __all__ = [
     "Group",
     "State",
     "UpdateRule",
+    "add_scaled_",
+    "mixed",
     "number",
     "real_view",
     "step_sums",
@@ -373,11 +376,42 @@ def unviewed(x: Tensor, like: Tensor) -> Tensor:
 def number(value: Any) -> float:
     """Return a hyper-parameter, a number or a tensor with one element, as a float.
 
+    Within forward-mode differentiation a tensor that carries a tangent stays one, 0-d, so that an update map may be differentiated
+    with respect to its hyper-parameters.
+
     Examples:
         >>> number(torch.tensor([0.5]))
         0.5
+        >>> torch.func.jvp(lambda lr: number(lr) * torch.ones(2), (torch.tensor([0.5]),), (torch.tensor([3.0]),))[
+        ...     1
+        ... ].tolist()
+        [3.0, 3.0]
     """
-    return float(value.detach()) if isinstance(value, Tensor) else float(value)
+    if not isinstance(value, Tensor):
+        return float(value)
+    if forward_ad.unpack_dual(value).tangent is not None:
+        return cast("float", value.reshape(()))
+    return float(value.detach())
+
+
+def mixed(x: Tensor, y: Tensor, weight: float | Tensor) -> Tensor:
+    """Return ``x.lerp(y, weight)``, for a weight of any floating dtype.
+
+    Examples:
+        >>> mixed(torch.zeros(2), torch.ones(2), torch.tensor(0.5, dtype=torch.float64)).tolist()
+        [0.5, 0.5]
+    """
+    return x.lerp(y, weight.to(x.dtype) if isinstance(weight, Tensor) else weight)
+
+
+def add_scaled_(x: Tensor, y: Tensor, factor: float | Tensor) -> Tensor:
+    """Add a multiple of a tensor to another one, in place, and return it; the factor may be a :func:`number` with a tangent.
+
+    Examples:
+        >>> add_scaled_(torch.ones(2), torch.ones(2), 0.5).tolist()
+        [1.5, 1.5]
+    """
+    return x.add_(y * factor) if isinstance(factor, Tensor) else x.add_(y, alpha=factor)
 
 
 def zero_energy(like: Tensor) -> Tensor:

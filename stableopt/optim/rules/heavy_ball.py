@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from stableopt.constraints import Regularizer
-from stableopt.optim.rules.base import Group, Scratch, State, UpdateRule, number, weighted_square, zero_energy
+from stableopt.optim.rules.base import (
+    Group,
+    Scratch,
+    State,
+    UpdateRule,
+    add_scaled_,
+    number,
+    weighted_square,
+    zero_energy,
+)
 from stableopt.theory import sgd_energy_limit
 
 __all__ = ["HeavyBall"]
@@ -77,7 +86,7 @@ class HeavyBall(UpdateRule):
 
     def momentum(self, group: Group) -> float:
         r"""Return :math:`\beta`."""
-        return float(group.get("momentum", 0.0))
+        return number(group.get("momentum", 0.0))
 
     def effective_lr(self, group: Group, *, first: bool) -> float:
         r"""Return :math:`\eta(1-\delta)`, without dampening in the first step or without momentum."""
@@ -136,7 +145,7 @@ class HeavyBall(UpdateRule):
         r"""Add :math:`(y - \theta^+)/\eta` to the buffer."""
         lr, buffer = number(group["lr"]), self.buffer(state)
         if buffer is not None and lr > 0:
-            buffer.add_(correction.to(buffer.dtype), alpha=1.0 / lr)
+            add_scaled_(buffer, correction.to(buffer.dtype), 1.0 / lr)
 
     def takes(self, group: Group, regularizer: Regularizer) -> str | None:
         """Refuse everything for Nesterov's momentum."""
@@ -149,4 +158,4 @@ class HeavyBall(UpdateRule):
 
     def _dampening(self, group: Group) -> float:
         """Return the dampening, which acts only with momentum."""
-        return float(group.get("dampening", 0.0)) if self.momentum(group) else 0.0
+        return number(group.get("dampening", 0.0)) if self.momentum(group) else 0.0

@@ -13,7 +13,7 @@ from torch import Tensor
 from stableopt.constraints import Constraint, Regularizer
 from stableopt.linalg.bound import upper
 from stableopt.optim.orthogonalize import POLAR_NORM, adjustment, newton_schulz, orthogonalize
-from stableopt.optim.rules.base import Group, State, UpdateRule, number, real_view, unviewed, zero_energy
+from stableopt.optim.rules.base import Group, State, UpdateRule, mixed, number, real_view, unviewed, zero_energy
 from stableopt.theory import decayed_norm_bound
 
 __all__ = ["SignDescent", "SpectralDescent"]
@@ -136,9 +136,9 @@ class SignDescent(Normalized):
         lr, omega, (beta1, beta2) = number(group["lr"]), number(group.get("weight_decay", 0.0)), group["betas"]
         x, g = real_view(parameter), real_view(-gradient if group.get("maximize") else gradient)
         m = real_view(state["exp_avg"]) if state else torch.zeros_like(x)
-        direction = m.lerp(g, 1 - beta1).sign()
+        direction = mixed(m, g, 1 - beta1).sign()
         moved = x * (1 - lr * omega) - lr * direction
-        return unviewed(moved, parameter), state | {"exp_avg": unviewed(m.lerp(g, 1 - beta2), parameter)}
+        return unviewed(moved, parameter), state | {"exp_avg": unviewed(mixed(m, g, 1 - beta2), parameter)}
 
     def buffer(self, state: State) -> Tensor | None:
         """Return ``exp_avg``."""
@@ -171,17 +171,18 @@ class SpectralDescent(Normalized):
 
     def update(self, parameter: Tensor, gradient: Tensor, state: State, group: Group) -> tuple[Tensor, State]:
         """Return the step of Muon."""
-        lr, omega, mu = number(group["lr"]), number(group.get("weight_decay", 0.0)), group["momentum"]
+        lr, omega, mu = number(group["lr"]), number(group.get("weight_decay", 0.0)), number(group["momentum"])
         old = state["momentum_buffer"] if state else torch.zeros_like(gradient)
-        buffer = old.lerp(gradient, 1 - mu)
-        ahead = gradient.lerp(buffer, mu) if group.get("nesterov", True) else buffer
+        buffer = mixed(old, gradient, 1 - mu)
+        ahead = mixed(gradient, buffer, mu) if group.get("nesterov", True) else buffer
         steps, eps = group.get("ns_steps", 5), group.get("eps", 1e-7)
         if self.polar:
             direction = orthogonalize(ahead, steps=steps, eps=eps)
         else:
             direction = newton_schulz(ahead, group["ns_coefficients"], steps=steps, eps=eps)
         rate = lr * self._adjustment(group, parameter.shape)
-        moved = torch.add(parameter * (1 - lr * omega), direction, alpha=-rate)
+        kept = parameter * (1 - lr * omega)
+        moved = kept - rate * direction if isinstance(rate, Tensor) else torch.add(kept, direction, alpha=-rate)
         return moved.to(parameter.dtype), state | {"momentum_buffer": buffer}
 
     def buffer(self, state: State) -> Tensor | None:

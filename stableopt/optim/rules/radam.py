@@ -50,8 +50,9 @@ class Rectified(Moments):
         length = longest - 2 * t * beta2**t / corrected
         if not isinstance(t, Tensor):
             if length <= 5.0:
-                return torch.full((), 1 - beta1**t, dtype=v.dtype, device=v.device).expand(v.shape)
-            rectified = math.sqrt(_rectification(length, longest) * corrected)
+                return torch.as_tensor(1 - beta1**t, dtype=v.dtype, device=v.device).expand(v.shape)
+            square = _rectification(length, longest) * corrected
+            rectified = square.sqrt() if isinstance(square, Tensor) else math.sqrt(square)
             return (1 - beta1**t) / rectified * (v.sqrt() + group["eps"])
         square = _rectification(length, longest) * corrected
         learned = (v.sqrt() + group["eps"]) / square.clamp(min=0.0).sqrt().to(v.dtype)

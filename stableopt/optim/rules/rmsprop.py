@@ -15,6 +15,7 @@ from stableopt.optim.rules.base import (
     Group,
     State,
     UpdateRule,
+    add_scaled_,
     number,
     real_view,
     unviewed,
@@ -88,7 +89,7 @@ class RootMeanSquare(UpdateRule):
 
     def momentum(self, group: Group) -> float:
         r"""Return :math:`\beta`."""
-        return float(group.get("momentum", 0.0))
+        return number(group.get("momentum", 0.0))
 
     def effective_lr(self, group: Group, *, first: bool) -> float:
         r"""Return :math:`\eta`."""
@@ -129,7 +130,7 @@ class RootMeanSquare(UpdateRule):
         r"""Add :math:`(y - \theta^+)/\eta` to the buffer."""
         lr, buffer = number(group["lr"]), self.buffer(state)
         if buffer is not None and lr > 0:
-            buffer.add_(correction.to(buffer.dtype), alpha=1.0 / lr)
+            add_scaled_(buffer, correction.to(buffer.dtype), 1.0 / lr)
 
     def takes(self, group: Group, regularizer: Regularizer) -> str | None:
         """Refuse penalties without an exact prox in a diagonal metric."""
