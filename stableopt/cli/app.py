@@ -1,4 +1,4 @@
-"""The commands: train, certify, verify, report, doctor."""
+"""The commands: train, certify, verify, report, doctor, profile."""
 
 from __future__ import annotations
 
@@ -129,6 +129,25 @@ def doctor(
 
     found = diagnose(*load_subject(subject))
     print(json.dumps(found.as_dict(), indent=1) if as_json else found)  # noqa: T201
+
+
+@app.command()
+def profile(
+    run_folder: Annotated[
+        Path, typer.Argument(help="A run folder with a profile, or one that `stableopt train` left.")
+    ],
+    steps: Annotated[int, typer.Option(help="Steps to train again, where there is no profile.")] = 300,
+    directions: Annotated[int, typer.Option(help="Perturbations to follow then.")] = 4,
+    again: Annotated[bool, typer.Option("--again", help="Measure anew, although there is a profile.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
+) -> None:
+    """Say how perturbations of a training grow: verdict, exponents, largest windows, energy; measure it first if need be."""
+    from stableopt.cli.profile import has_profile, measure_profile, profile_json, profile_text, read_profile
+
+    if again or not has_profile(run_folder):
+        measure_profile(run_folder, steps=steps, directions=directions)
+    found = read_profile(run_folder)
+    print(json.dumps(profile_json(found), indent=1) if as_json else profile_text(found))  # noqa: T201
 
 
 def _print_metrics(metrics: dict[str, Any], out: Path) -> None:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stableopt import optim
 from stableopt._version import __version__
@@ -22,7 +24,7 @@ from stableopt.cli.storage import load_checkpoint, save_checkpoint, write_json
 from stableopt.lyapunov import Every, Monitor, StepRecord, read_records
 from stableopt.nn import MarginCrossEntropy, lipschitz
 
-__all__ = ["EPSILONS", "Progress", "Settings", "certify_run", "train"]
+__all__ = ["EPSILONS", "Progress", "Settings", "certify_run", "train", "train_again"]
 
 EPSILONS = (0.1, 0.25, 0.5)
 """The radii at which certified accuracy is reported: Euclidean, inputs scaled to [0, 1]."""
@@ -259,12 +261,51 @@ def certify_run(out: Path) -> dict[str, Any]:
         return _certify(out, state, settings)
 
 
-def _certify(out: Path, state: dict[str, Any], settings: Settings) -> dict[str, Any]:
+def train_again(
+    out: Path, steps: int, watch: Callable[[nn.Module, Optimizer, Dataset], AbstractContextManager[Any]]
+) -> int:
+    """Take the first steps of a run again, from its settings and its seed, and leave its files as they are.
+
+    Args:
+        out: the run folder.
+        steps: how many steps to take at most; a run that had fewer ends earlier.
+        watch: is given the fresh model, its optimizer and the data, and returns a context in which the steps are taken.
+
+    Returns:
+        How many steps were taken.
+
+    Raises:
+        FileNotFoundError: if the folder holds no checkpoint, or there are no data.
+        ValueError: if the checkpoint is damaged, the data are not those of the run, or ``steps`` is below 1.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be an integer >= 1, got {steps!r}.")
+    state = load_checkpoint(out / "checkpoint.pt")
+    settings = Settings(**state["settings"])
+    data = _same_data(out, state, settings)
+    taken = 0
+    with _threads(settings.threads):
+        run = _Run(settings, data, out)
+        with watch(run.model, run.optimizer, data):
+            for epoch in range(settings.epochs or 0):
+                run.set_learning_rate(epoch)
+                for batch in itertools.islice(run.batches(epoch), steps - taken):
+                    run.step(*batch)
+                    taken += 1
+    return taken
+
+
+def _same_data(out: Path, state: dict[str, Any], settings: Settings) -> Dataset:
     data = prepare(settings.model, load_data(settings.data))
     if data.digest != state["digest"]:
         raise ValueError(
             f"the data '{settings.data}' are not those of the run in '{out}'; restore the file the run was made with."
         )
+    return data
+
+
+def _certify(out: Path, state: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    data = _same_data(out, state, settings)
     model = build_model(settings.model, data.shape, data.classes, settings.lipschitz)
     model.load_state_dict(state["model"])
     certificate = certify(model.eval(), data.shape, lipschitz=settings.lipschitz)

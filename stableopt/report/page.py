@@ -15,18 +15,22 @@ from stableopt._version import __version__
 from stableopt.files import write_atomically
 from stableopt.report import figures, tables
 from stableopt.report.figures import Picture
+from stableopt.report.profile_tables import Table, profile_tables
+from stableopt.report.profile_words import remarks, verdict_sentence
 from stableopt.report.runs import Run, read_run, round_up_text
 
 __all__ = ["write_report"]
 
 
 class Section(NamedTuple):
-    """A part of the page: figures, and tables of (caption, rows)."""
+    """A part of the page: sentences by run, figures, tables of (caption, rows) with a column for each run, and tables by run."""
 
     key: str
     title: str
     pictures: Sequence[Picture]
     grids: Sequence[tuple[str, list[tables.Row]]] = ()
+    sentences: Sequence[tuple[str, Sequence[str]]] = ()
+    tables: Sequence[tuple[str, Sequence[Table]]] = ()
 
 
 def write_report(
@@ -36,8 +40,8 @@ def write_report(
 
     The page holds, for what was recorded, figures of energy and loss with the alarms, the trust ratio in its bands, sharpness
     against the limit, updates, gradients and norms of the layers against their limits, and the actions of the guard, the runs
-    overlaid; and tables of the final numbers, the events, the claims of the certificates and the settings. A file that is absent
-    or damaged is named. The same folders give the same bytes.
+    overlaid, and the learning stability profile; and tables of the final numbers, the events, the claims of the certificates
+    and the settings. A file that is absent or damaged is named. The same folders give the same bytes.
 
     Args:
         run_dirs: one run folder, or several to compare.
@@ -95,7 +99,7 @@ def _render(runs: Sequence[Run], names: Sequence[str]) -> str:
         missing=tables.missing(runs),
         damaged=[(run.name, sorted(run.problems.items())) for run in runs if run.problems],
         absent=tables.absent(runs),
-        sections=[section for section in _sections(runs) if section.pictures],
+        sections=[section for section in _sections(runs) if section.pictures or section.sentences],
         events=tables.events(runs),
         event_count=sum(run.history.events.count for run in runs),
         cost=tables.cost(runs),
@@ -113,6 +117,7 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
         Section("energy", "Energy and loss", figures.energy_figures(runs), [verdicts]),
         Section("trust", "Trust in the steps", figures.trust_figures(runs), [shares]),
         Section("curvature", "Sharpness against its limit", figures.curvature_figures(runs)),
+        _profile_section(runs),
         Section("updates", "Updates by layer", figures.update_figures(runs)),
         Section("gradients", "Gradients", figures.gradient_figures(runs)),
         Section(
@@ -120,6 +125,20 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
         ),
         Section("steps", "Steps and what was done to them", figures.step_figures(runs), [actions]),
     ]
+
+
+def _profile_section(runs: Sequence[Run]) -> Section:
+    """Return the section about the profiles; empty if no run has one, else a sentence also for those that have none."""
+    profiled = any(run.profile for run in runs)
+    return Section(
+        "profile",
+        "Learning Stability Profile",
+        figures.profile_figures(runs),
+        sentences=[(run.name, [verdict_sentence(run.profile), *remarks(run.profile)]) for run in runs]
+        if profiled
+        else [],
+        tables=[(run.name, profile_tables(run.profile)) for run in runs if run.profile],
+    )
 
 
 def _names(runs: Sequence[Run]) -> list[str]:

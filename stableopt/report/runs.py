@@ -14,6 +14,7 @@ from typing import Any
 
 from stableopt.lyapunov.sinks import iter_records
 from stableopt.report.history import History
+from stableopt.report.profiles import ARRAYS, NUMBERS, ProfileSummary, read_arrays, read_numbers
 
 __all__ = ["CertificateSummary", "Run", "as_number", "read_run", "round_up_text"]
 
@@ -53,6 +54,7 @@ class Run:
         metrics: ``metrics.json``.
         history: ``energy.jsonl``, condensed.
         certificate: ``model.cert.json``.
+        profile: ``profile.json`` and ``profile.safetensors``; empty without them.
         problems: file name -> why it could not be used, or not to its end.
         absent: the files that are not there.
 
@@ -66,6 +68,7 @@ class Run:
     metrics: dict[str, Any] = field(default_factory=dict)
     history: History = field(default_factory=History)
     certificate: CertificateSummary | None = None
+    profile: ProfileSummary = field(default_factory=ProfileSummary)
     problems: dict[str, str] = field(default_factory=dict)
     absent: tuple[str, ...] = ()
 
@@ -74,7 +77,8 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
     """Read a run folder; what is absent or damaged is noted, and the rest is read.
 
     Args:
-        folder: holds any of ``run.json``, ``metrics.json``, ``energy.jsonl``, ``model.cert.json``.
+        folder: holds any of ``run.json``, ``metrics.json``, ``energy.jsonl``, ``model.cert.json``, and the two files of a
+            profile, of which one alone is noted as the lack of the other.
 
     Raises:
         ValueError: if there is no such folder.
@@ -104,12 +108,16 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
             problems[name] = f"cannot be read: {error}"
             return default
 
+    profiled = (folder / NUMBERS).exists() or (folder / ARRAYS).exists()
     return Run(
         name=folder.resolve().name,
         settings=attempt("run.json", _read_object, {}),
         metrics=attempt("metrics.json", _read_object, {}),
         history=attempt("energy.jsonl", partial(_read_history, problems), History()),
         certificate=attempt("model.cert.json", _read_certificate, None),
+        profile=ProfileSummary(attempt(NUMBERS, read_numbers, {}), attempt(ARRAYS, read_arrays, {}))
+        if profiled
+        else ProfileSummary(),
         problems=problems,
         absent=tuple(absent),
     )

@@ -10,6 +10,7 @@ import pytest
 from stableopt.report import write_report
 from tests.report.chromium import Chromium, find_chromium
 from tests.report.folders import run_folder, watched_records
+from tests.report.profiled import numbers, system, write_profile
 
 pytestmark = [
     pytest.mark.slow,
@@ -71,6 +72,10 @@ def pages(tmp_path_factory):
     for name, folders in runs.items():
         written = [run_folder(root / name / run, records=records) for run, records in folders]
         write_report(written, root / f"{name}.html")
+    profiled = [run_folder(root / "profile" / name, records=[]) for name in ("stable", "unstable")]
+    write_profile(profiled[0])
+    write_profile(profiled[1], numbers(growth=0.02), system(120, 0.02, seed=1))
+    write_report(profiled, root / "profile.html")
     (root / "empty" / "nothing").mkdir(parents=True)
     write_report(root / "empty" / "nothing", root / "empty.html")
     return root
@@ -100,7 +105,7 @@ def rgb(color: str) -> list[float]:
 
 
 @pytest.mark.parametrize(("width", "dark"), VIEWS)
-@pytest.mark.parametrize("name", ["alarms", "pair", "deep", "long", "empty"])
+@pytest.mark.parametrize("name", ["alarms", "pair", "deep", "long", "profile", "empty"])
 def test_the_page_fits_asks_for_nothing_and_complains_of_nothing(pages, browser, name, width, dark):
     browser.open(pages / f"{name}.html", width=width, dark=dark)
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]
@@ -114,7 +119,7 @@ def test_the_page_fits_asks_for_nothing_and_complains_of_nothing(pages, browser,
 
 
 @pytest.mark.parametrize("dark", [False, True])
-@pytest.mark.parametrize(("name", "width"), [("alarms", 1280), ("pair", 390)])
+@pytest.mark.parametrize(("name", "width"), [("alarms", 1280), ("pair", 390), ("profile", 1280), ("profile", 390)])
 def test_every_text_can_be_read(pages, browser, name, width, dark):
     """Contrast from the pixels: the background is the most frequent color of a box, the text the one furthest from it."""
     browser.open(pages / f"{name}.html", width=width, dark=dark)

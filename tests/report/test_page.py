@@ -14,6 +14,7 @@ import pytest
 from stableopt.lyapunov import Event, StepRecord
 from stableopt.report import write_report
 from tests.report.folders import LIPSCHITZ, run_folder, some_records, watched_records
+from tests.report.profiled import exponent_entry, numbers, system, write_profile
 
 PLAIN = [StepRecord(step=1, loss=1.0, energy_before=1.0, energy_after=0.5, verdict="decreased")]
 EVIL = "<script>alert('x')<&\"$\\frac{_"
@@ -325,6 +326,57 @@ def test_odd_values_in_the_json_files_do_no_harm(tmp_path):
     page = page_of(folders, tmp_path)
     assert_harmless(page)
     assert len(pictures(page)) == 1
+
+
+def test_a_profile_is_shown_with_its_verdict_figures_and_tables(tmp_path):
+    folders = [run_folder(tmp_path / name, records=PLAIN) for name in ("stable", "plain", "unstable")]
+    write_profile(folders[0])
+    write_profile(folders[2], numbers(growth=0.02), system(growth=0.02))
+    page = page_of(folders, tmp_path)
+    assert_harmless(page)
+    assert "profile" in sections(page)
+    assert "stable : exponentially stable on 200 steps, 0 to 200: every perturbation" in page.words
+    assert "plain : no profile." in page.words
+    assert "unstable : exponentially unstable on 200 steps" in page.words
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    section = html[html.index('id="profile"') : html.index('id="accuracy"')]
+    assert section.count('<svg class="plot"') == 3 + 2 * 9
+    assert section.count("<caption>Exponents: mean") == 2
+    assert cells(html, "largest eigenvalue M of all P") == ["60"]
+    assert "profile" not in sections(page_of(folders[1], tmp_path))
+
+
+@pytest.mark.parametrize("name", ["profile.json", "profile.safetensors"])
+def test_half_a_profile_is_named_and_the_rest_is_shown(tmp_path, name):
+    folder = write_profile(run_folder(tmp_path / "a", records=PLAIN))
+    (folder / name).write_bytes(b"<script>\n")
+    page = page_of(folder, tmp_path)
+    assert_harmless(page)
+    assert f"{name} cannot be read" in page.words
+    (folder / name).unlink()
+    page = page_of(folder, tmp_path)
+    assert f"{name} is not there." in page.words
+    assert ("exponentially stable on 200 steps" in page.words) == (name != "profile.json")
+
+
+def test_a_profile_with_words_of_any_kind_is_text(tmp_path):
+    evil = dict.fromkeys(numbers(), EVIL) | {
+        "schema": 1,
+        "layers": [EVIL] * 5,
+        "metric": {EVIL: EVIL},
+        "kinks": {EVIL: [EVIL]},
+    }
+    evil |= {
+        "verdict": {"kind": EVIL, "reason": EVIL, "horizon": 1},
+        "exponents": [exponent_entry(0.1, kind=EVIL, reason=EVIL)] * 2,
+    }
+    evil |= {
+        "forward": [{"table_key": "forward/0", "step": EVIL, "how": EVIL}],
+        "hyper": [{"name": "lr"}, {"name": EVIL}],
+    }
+    page = page_of(write_profile(run_folder(tmp_path / "a", records=PLAIN), evil), tmp_path)
+    assert_harmless(page)
+    assert page.words.count(EVIL) > 20
 
 
 def test_one_name_twice_is_numbered(tmp_path):

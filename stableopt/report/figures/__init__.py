@@ -8,6 +8,7 @@ from stableopt.report.figures.curvature import curvature_figures
 from stableopt.report.figures.energy import energy_figures
 from stableopt.report.figures.layers import exponent_figures, gradient_figures, limit_figures, update_figures
 from stableopt.report.figures.plot import Picture
+from stableopt.report.figures.profile import profile_figures
 from stableopt.report.figures.steps import step_figures
 from stableopt.report.figures.trust import trust_figures
 
@@ -20,6 +21,7 @@ __all__ = [
     "gradient_figures",
     "limit_figures",
     "natural",
+    "profile_figures",
     "step_figures",
     "trust_figures",
     "update_figures",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from stableopt.report.history import Curve
 
-__all__ = ["Band", "Guide", "Line", "Number", "Picture", "Plot", "Strip", "Zone", "numbers"]
+__all__ = ["Band", "Guide", "Line", "Number", "Picture", "Plot", "Point", "Strip", "Zone", "numbers"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,27 @@ class Zone:
 
 
 @dataclass(frozen=True)
+class Point:
+    """A place that stands out, with its words.
+
+    Args:
+        x: where.
+        y: its value.
+        label: what it is; empty for none.
+        style: as of a :class:`Line`.
+
+    Examples:
+        >>> Point(3.0, 1.5, "peak", 0).label
+        'peak'
+    """
+
+    x: float
+    y: float
+    label: str
+    style: int
+
+
+@dataclass(frozen=True)
 class Plot:
     """A figure of lines.
 
@@ -109,6 +130,7 @@ class Plot:
         window: the widest range of values to show; None for all.
         span: the range of the horizontal axis; None takes that of the lines.
         axis: the name of the horizontal axis.
+        points: places that stand out.
 
     Examples:
         >>> Plot("loss", "falls", (Line("a", Curve(), 0),)).axis
@@ -126,6 +148,7 @@ class Plot:
     window: tuple[float, float] | None = None
     span: tuple[float, float] | None = None
     axis: str = "step"
+    points: tuple[Point, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,11 @@ import html
 import math
 from collections.abc import Callable, Iterator, Sequence
 
-from stableopt.report.figures.plot import Band, Guide, Line, Plot, Strip, Zone
+from stableopt.report.figures.plot import Band, Guide, Line, Plot, Point, Strip, Zone
 from stableopt.report.figures.scale import Scale, choose_scale
 from stableopt.report.history import Stretch
 
-__all__ = ["STYLES", "band_swatch", "draw_plot", "draw_strip", "swatch"]
+__all__ = ["STYLES", "band_swatch", "coordinate", "draw_plot", "draw_strip", "escape", "swatch", "text_at", "whole"]
 
 STYLES = 8
 """The number of combinations of color and marker; beyond it, the dashes differ."""
@@ -21,14 +21,14 @@ _LETTER = 6.6  # the width of a letter, roughly, in units of the drawing
 _MARKED = 9  # markers on a line
 
 _SHAPES: tuple[Callable[[float, float], str], ...] = (
-    lambda x, y: f"M{_n(x - 3)} {_n(y)}a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
-    lambda x, y: f"M{_n(x - 3)} {_n(y - 3)}h6v6h-6z",
-    lambda x, y: f"M{_n(x)} {_n(y - 4)}l3.6 6.6h-7.2z",
-    lambda x, y: f"M{_n(x)} {_n(y - 4)}l4 4l-4 4l-4 -4z",
-    lambda x, y: f"M{_n(x)} {_n(y + 4)}l3.6 -6.6h-7.2z",
-    lambda x, y: f"M{_n(x - 4)} {_n(y)}h8M{_n(x)} {_n(y - 4)}v8",
-    lambda x, y: f"M{_n(x - 3)} {_n(y - 3)}l6 6m0 -6l-6 6",
-    lambda x, y: f"M{_n(x - 3)} {_n(y - 3)}h6v6h-6zm-1.5 -1.5v9h9v-9z",
+    lambda x, y: f"M{coordinate(x - 3)} {coordinate(y)}a3 3 0 1 0 6 0a3 3 0 1 0 -6 0z",
+    lambda x, y: f"M{coordinate(x - 3)} {coordinate(y - 3)}h6v6h-6z",
+    lambda x, y: f"M{coordinate(x)} {coordinate(y - 4)}l3.6 6.6h-7.2z",
+    lambda x, y: f"M{coordinate(x)} {coordinate(y - 4)}l4 4l-4 4l-4 -4z",
+    lambda x, y: f"M{coordinate(x)} {coordinate(y + 4)}l3.6 -6.6h-7.2z",
+    lambda x, y: f"M{coordinate(x - 4)} {coordinate(y)}h8M{coordinate(x)} {coordinate(y - 4)}v8",
+    lambda x, y: f"M{coordinate(x - 3)} {coordinate(y - 3)}l6 6m0 -6l-6 6",
+    lambda x, y: f"M{coordinate(x - 3)} {coordinate(y - 3)}h6v6h-6zm-1.5 -1.5v9h9v-9z",
 )
 
 
@@ -54,10 +54,11 @@ def draw_plot(plot: Plot, words: str) -> str:
     parts += [_alarm(frame, style, steps) for style, steps in plot.alarms.items()]
     parts += [part for guide in plot.guides for part in _guide(frame, guide)]
     parts += [_line(frame, line) for line in plot.lines]
+    parts += [_point(frame, point) for point in plot.points]
     parts += _zone_names(frame, plot.zones)
     if not any(line.curve.count for line in plot.lines):
-        parts.append(_text((left + _WIDTH) / 2, _HEIGHT / 2 - 10, "nothing finite was observed", "middle"))
-    return _svg(parts, _HEIGHT, words)
+        parts.append(text_at((left + _WIDTH) / 2, _HEIGHT / 2 - 10, "nothing finite was observed", "middle"))
+    return whole(parts, _HEIGHT, words)
 
 
 def draw_strip(strip: Strip, words: str) -> str:
@@ -77,14 +78,14 @@ def draw_strip(strip: Strip, words: str) -> str:
     styles = sorted(strip.labels)
     for index, row in enumerate(strip.rows):
         top = _TOP + row_height * index
-        parts.append(f'<path class="grid" d="M{_n(left)} {_n(top + row_height)}H{_WIDTH - _RIGHT}"/>')
-        parts.append(_text(left - 6, top + row_height / 2 + 4, row, "end"))
+        parts.append(f'<path class="grid" d="M{coordinate(left)} {coordinate(top + row_height)}H{_WIDTH - _RIGHT}"/>')
+        parts.append(text_at(left - 6, top + row_height / 2 + 4, row, "end"))
         for place, style in enumerate(styles):
             middle = top + 12 + 8 * place if len(styles) > 1 else top + row_height / 2
             shapes = "".join(_shape(style, frame.x(step), middle) for step in strip.marks.get((row, style), ()))
             if shapes:
                 parts.append(f'<path class="mark c{style % STYLES}" d="{shapes}"/>')
-    return _svg(parts, height, words)
+    return whole(parts, height, words)
 
 
 def swatch(style: int) -> str:
@@ -133,6 +134,9 @@ def _scales(plot: Plot) -> tuple[Scale, Scale]:
     edges = [s for band in plot.bands for curve in (band.low, band.high) for s in curve.stretches]
     values += [v for s in edges if not math.isnan(s.mean) for v in ((s.low, s.high))]
     values += [guide.value for guide in plot.guides]
+    values += [point.y for point in plot.points]
+    if plot.points and plot.scale == "linear":  # room for their words above
+        values.append(max(values) + 0.12 * (max(values) - min(values)))
     span = plot.span
     if span is None:
         places = [s.x for s in stretches]
@@ -150,35 +154,35 @@ def _span(span: tuple[float, float]) -> Scale:
 def _grid(frame: _Frame, ticks: Sequence[tuple[float, str]], axis: str) -> Iterator[str]:
     for value, name in ticks:
         height = frame.y(value)
-        yield f'<path class="grid" d="M{_n(frame.left)} {_n(height)}H{_n(frame.right)}"/>'
-        yield _text(frame.left - 5, height + 4, name, "end")
+        yield f'<path class="grid" d="M{coordinate(frame.left)} {coordinate(height)}H{coordinate(frame.right)}"/>'
+        yield text_at(frame.left - 5, height + 4, name, "end")
     yield from _horizontal(frame, axis)
 
 
 def _horizontal(frame: _Frame, axis: str) -> Iterator[str]:
-    yield f'<path class="axis" d="M{_n(frame.left)} {_n(frame.bottom)}H{_n(frame.right)}"/>'
+    yield f'<path class="axis" d="M{coordinate(frame.left)} {coordinate(frame.bottom)}H{coordinate(frame.right)}"/>'
     last = -math.inf
     for value, name in frame.x_scale.ticks(5):
         place, half = frame.x(value), _LETTER * len(name) / 2
         if place - half < max(last + 6, 2) or place + half > _WIDTH - 2:
             continue
         last = place + half
-        yield f'<path class="axis" d="M{_n(place)} {_n(frame.bottom)}v4"/>'
-        yield _text(place, frame.bottom + 17, name, "middle")
-    yield _text((frame.left + frame.right) / 2, frame.bottom + 33, axis, "middle")
+        yield f'<path class="axis" d="M{coordinate(place)} {coordinate(frame.bottom)}v4"/>'
+        yield text_at(place, frame.bottom + 17, name, "middle")
+    yield text_at((frame.left + frame.right) / 2, frame.bottom + 33, axis, "middle")
 
 
 def _zones(frame: _Frame, zones: Sequence[Zone]) -> Iterator[str]:
     for zone, top, bottom in _visible(frame, zones):
         yield (
-            f'<path class="zone z{zone.level}" d="M{_n(frame.left)} {_n(top)}H{_n(frame.right)}'
-            f'V{_n(bottom)}H{_n(frame.left)}z"/>'
+            f'<path class="zone z{zone.level}" d="M{coordinate(frame.left)} {coordinate(top)}H{coordinate(frame.right)}'
+            f'V{coordinate(bottom)}H{coordinate(frame.left)}z"/>'
         )
 
 
 def _zone_names(frame: _Frame, zones: Sequence[Zone]) -> list[str]:
     return [
-        _text(frame.right - 4, top + 13, zone.label, "end", "halo")
+        text_at(frame.right - 4, top + 13, zone.label, "end", "halo")
         for zone, top, bottom in _visible(frame, zones)
         if bottom - top >= 15 and zone.label
     ]
@@ -195,15 +199,17 @@ def _guide(frame: _Frame, guide: Guide) -> Iterator[str]:
         return
     height = frame.y(guide.value)
     color = "ink" if guide.style is None else f"c{guide.style % STYLES}"
-    yield f'<path class="guide {color}" d="M{_n(frame.left)} {_n(height)}H{_n(frame.right)}"/>'
+    yield f'<path class="guide {color}" d="M{coordinate(frame.left)} {coordinate(height)}H{coordinate(frame.right)}"/>'
     if guide.label:
         above = height - 5 if height - frame.top > 16 else height + 14
-        yield _text(frame.left + 4, above, guide.label, "start", "halo")
+        yield text_at(frame.left + 4, above, guide.label, "start", "halo")
 
 
 def _alarm(frame: _Frame, style: int, steps: Sequence[int]) -> str:
-    lines = "".join(f"M{_n(frame.x(step))} {_n(frame.top)}V{_n(frame.bottom)}" for step in steps)
-    heads = "".join(f"M{_n(frame.x(step))} {_n(frame.top)}l-4.5 -8h9z" for step in steps)
+    lines = "".join(
+        f"M{coordinate(frame.x(step))} {coordinate(frame.top)}V{coordinate(frame.bottom)}" for step in steps
+    )
+    heads = "".join(f"M{coordinate(frame.x(step))} {coordinate(frame.top)}l-4.5 -8h9z" for step in steps)
     return f'<path class="alarm" d="{lines}"/><path class="alarm-head c{style % STYLES}" d="{heads}"/>'
 
 
@@ -214,12 +220,24 @@ def _line(frame: _Frame, line: Line) -> str:
     every = max(1, sum(map(len, pieces)) // _MARKED)
     places = [s for piece in pieces for s in (piece[every // 2 :: every] or piece[:1])]
     marks = "".join(_shape(line.style, frame.x(s.x), frame.y(s.mean)) for s in places)
-    title, gaps = f"<title>{_escape(line.label)}</title>", sum(s.gaps for s in line.curve.stretches)
-    more = f"<title>{_escape(line.label)}: {gaps} not finite</title>" if gaps else ""
+    title, gaps = f"<title>{escape(line.label)}</title>", sum(s.gaps for s in line.curve.stretches)
+    more = f"<title>{escape(line.label)}: {gaps} not finite</title>" if gaps else ""
     return (
         f'<g class="{color}">{title}<path class="line {dashes}" d="{path}">{more}</path>'
         f'<path class="mark" d="{marks}">{more}</path></g>'
     )
+
+
+def _point(frame: _Frame, point: Point) -> str:
+    """Return a ring around a place, with its words where they fit."""
+    x, y = frame.x(point.x), frame.y(point.y)
+    ring = f'<path class="ring c{point.style % STYLES}" d="M{coordinate(x - 6)} {coordinate(y)}a6 6 0 1 0 12 0a6 6 0 1 0 -12 0z"/>'
+    if not point.label:
+        return ring
+    half = _LETTER * len(point.label) / 2
+    place = min(max(x, frame.left + half), frame.right - half)
+    height = y - 10 if y - frame.top > 20 else y + 20
+    return ring + text_at(place, height, point.label, "middle", "halo")
 
 
 def _hull(frame: _Frame, line: Line) -> str:
@@ -255,7 +273,7 @@ def _pieces(stretches: Sequence[Stretch]) -> Iterator[list[Stretch]]:
 
 
 def _path(points: Sequence[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{_n(x)} {_n(y)}" for x, y in points)
+    return "M" + "L".join(f"{coordinate(x)} {coordinate(y)}" for x, y in points)
 
 
 def _area(edges: Sequence[tuple[float, float, float]]) -> str:
@@ -276,23 +294,43 @@ def _dashes(style: int) -> str:
     return f"d{(style + style // STYLES) % 4}"
 
 
-def _text(x: float, y: float, words: str, anchor: str, kind: str = "tick") -> str:
-    return f'<text class="{kind}" x="{_n(x)}" y="{_n(y)}" text-anchor="{anchor}">{_escape(words)}</text>'
+def text_at(x: float, y: float, words: str, anchor: str, kind: str = "tick") -> str:
+    """Return words at a place, without markup.
+
+    Examples:
+        >>> text_at(1.0, 2.0, "<", "middle")
+        '<text class="tick" x="1" y="2" text-anchor="middle">&lt;</text>'
+    """
+    return f'<text class="{kind}" x="{coordinate(x)}" y="{coordinate(y)}" text-anchor="{anchor}">{escape(words)}</text>'
 
 
-def _svg(parts: Sequence[str], height: float, words: str) -> str:
+def whole(parts: Sequence[str], height: float, words: str) -> str:
+    """Return the drawing that parts make up, with the words for those who do not see it.
+
+    Examples:
+        >>> whole([], 50.0, "empty")
+        '<svg class="plot" viewBox="0 0 420 50" role="img" aria-label="empty"></svg>'
+    """
     body = "".join(parts)
-    return (
-        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_n(height)}" role="img" aria-label="{_escape(words)}">{body}</svg>'
-    )
+    return f'<svg class="plot" viewBox="0 0 {_WIDTH} {coordinate(height)}" role="img" aria-label="{escape(words)}">{body}</svg>'
 
 
-def _escape(words: str) -> str:
-    """Return text for a page: no markup, and nothing that cannot be printed."""
+def escape(words: str) -> str:
+    r"""Return text for a page: no markup, and nothing that cannot be printed.
+
+    Examples:
+        >>> escape("a < b\0")
+        'a &lt; b\ufffd'
+    """
     return html.escape("".join(c if c.isprintable() else "\ufffd" for c in words))
 
 
-def _n(value: float) -> str:
-    """Return a coordinate to a tenth of a unit."""
+def coordinate(value: float) -> str:
+    """Return a coordinate to a tenth of a unit.
+
+    Examples:
+        >>> coordinate(1.04), coordinate(-0.01)
+        ('1', '0')
+    """
     text = f"{value:.1f}"
     return "0" if text in {"0.0", "-0.0"} else text.removesuffix(".0")

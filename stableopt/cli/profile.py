@@ -1,0 +1,117 @@
+"""The Learning Stability Profile of a run in the terminal: what a folder holds, or what training the run again measures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from stableopt.cli.data import Dataset
+from stableopt.cli.train import train_again
+from stableopt.lyapunov.profile.training import Profile
+from stableopt.report.profile_tables import Table, as_json, profile_tables
+from stableopt.report.profile_words import remarks, verdict_sentence
+from stableopt.report.profiles import ARRAYS, NUMBERS, ProfileSummary
+from stableopt.report.runs import read_run
+
+__all__ = ["has_profile", "measure_profile", "profile_json", "profile_text", "read_profile"]
+
+_PROBE = 32  # inputs of the probe
+
+
+def has_profile(folder: Path) -> bool:
+    """Whether a folder holds a profile, or one of its files.
+
+    Examples:
+        >>> has_profile(Path("nowhere"))
+        False
+    """
+    return any((folder / name).exists() for name in (NUMBERS, ARRAYS))
+
+
+def measure_profile(folder: Path, *, steps: int = 300, directions: int = 4) -> None:
+    """Take the first steps of a run again with a profile attached, and write the profile into the folder of the run.
+
+    Args:
+        folder: left by ``stableopt train``.
+        steps: how many steps, at most.
+        directions: how many perturbations are followed.
+
+    Raises:
+        FileNotFoundError: if there is nothing to train again.
+        ValueError: if the run cannot be trained again, or cannot be followed.
+    """
+    if not (folder / "checkpoint.pt").is_file():
+        raise FileNotFoundError(
+            f"'{folder}' holds neither a profile nor a run of `stableopt train` that could be trained again for one."
+        )
+
+    def watch(model: nn.Module, optimizer: Optimizer, data: Dataset) -> Profile:
+        options = {"directions": directions, "probe": data.x_train[:_PROBE], "look_every": max(steps // 6, 1)}
+        return Profile(model, optimizer, folder, errors=max(steps // 6, 1), hyper=("lr",), **options)
+
+    train_again(folder, steps, watch)
+
+
+def read_profile(folder: Path) -> ProfileSummary:
+    """Read the two files of a profile.
+
+    Args:
+        folder: a run folder.
+
+    Returns:
+        What they say.
+
+    Raises:
+        FileNotFoundError: if one of the two is not there.
+        ValueError: if one of them is damaged, or there is no such folder.
+
+    Examples:
+        >>> read_profile(Path("."))
+        Traceback (most recent call last):
+        FileNotFoundError: '.' holds no profile: profile.json and profile.safetensors are written by Profile(..., run_dir=...).
+    """
+    run = read_run(folder)
+    for name in (NUMBERS, ARRAYS):
+        if name in run.problems:
+            raise ValueError(f"'{folder / name}' {run.problems[name]}")
+    lacking = [name for name in (NUMBERS, ARRAYS) if not (folder / name).is_file()]
+    if len(lacking) == 2:
+        raise FileNotFoundError(
+            f"'{folder}' holds no profile: {NUMBERS} and {ARRAYS} are written by Profile(..., run_dir=...)."
+        )
+    if lacking:
+        raise FileNotFoundError(f"'{folder}' holds one half of a profile: {lacking[0]} is not there.")
+    return run.profile
+
+
+def profile_text(profile: ProfileSummary) -> str:
+    """Return a profile as text: the verdict, what has to be known beside it, and all tables.
+
+    Examples:
+        >>> print(profile_text(ProfileSummary({"schema": 1, "verdict": {"kind": "inconclusive", "horizon": 9}})))
+        inconclusive on 9 steps: the run does not decide it.
+    """
+    head = "\n".join([verdict_sentence(profile), *remarks(profile)])
+    return "\n\n".join([head, *map(_table_text, profile_tables(profile))])
+
+
+def profile_json(profile: ProfileSummary) -> dict[str, Any]:
+    """Return ``profile.json`` with the window of the largest growth.
+
+    Examples:
+        >>> profile_json(ProfileSummary({"schema": 1}))
+        {'schema': 1, 'largest_window': None}
+    """
+    return as_json(profile)
+
+
+def _table_text(table: Table) -> str:
+    widths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in (table.columns, *table.rows)
+    ]
+    return "\n".join([table.caption, *(f"  {line}" for line in lines)])

@@ -1,0 +1,234 @@
+"""The Learning Stability Profile in sentences and tables, for a page and for a terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+from stableopt.report.profile_words import (
+    as_text,
+    forward_blocks,
+    interval_text,
+    number_of,
+    percent_text,
+    power_text,
+    sup_window,
+    time_text,
+)
+from stableopt.report.profiles import ProfileSummary
+
+__all__ = ["Table", "as_json", "profile_tables"]
+
+_WIDE = 12  # layers of a table with a column for each
+
+
+class Table(NamedTuple):
+    """A table of text: a caption, the names of the columns, and the rows.
+
+    Examples:
+        >>> Table("Lengths.", ("what", "m"), (("a", "1"),)).columns
+        ('what', 'm')
+    """
+
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+def profile_tables(profile: ProfileSummary) -> list[Table]:
+    """Return all that a profile says as tables; what it does not have is left out.
+
+    Examples:
+        >>> tables = profile_tables(
+        ...     ProfileSummary({"exponents": [{"value": -0.1, "lower": -0.2, "upper": 0.0, "level": 0.95}]})
+        ... )
+        >>> tables[0].rows[0][:4]
+        ('1', '-0.1', '-0.2 … 0', '95 %')
+    """
+    made = [
+        _exponents(profile),
+        _transients(profile),
+        _energy(profile),
+        _gains(profile),
+        _finite_size(profile),
+        _determinant(profile),
+        _pairs(
+            "Distance to kinks, and the other derivatives that could have been taken there.", profile.table("kinks")
+        ),
+        *_forward(profile),
+        _about(profile),
+    ]
+    return [table for table in made if table.rows]
+
+
+def as_json(profile: ProfileSummary) -> dict[str, Any]:
+    """Return ``profile.json`` with the window of the largest growth, if it does not name it itself.
+
+    Examples:
+        >>> as_json(ProfileSummary({"schema": 1}))
+        {'schema': 1, 'largest_window': None}
+    """
+    found = sup_window(profile)
+    window = None if found is None else {"log_norm": found[0], "start": found[1], "end": found[2]}
+    return profile.content if "largest_window" in profile.content else profile.content | {"largest_window": window}
+
+
+def _exponents(profile: ProfileSummary) -> Table:
+    rows = tuple(
+        (
+            str(number),
+            as_text(row.get("value")),
+            interval_text(row),
+            percent_text(row.get("level")),
+            as_text(row.get("effective"), 4),
+            as_text(row.get("count")),
+            as_text(row.get("burn_in")),
+            as_text(row.get("kind")),
+            time_text(number_of(row, "value")),
+        )
+        for number, row in enumerate(profile.rows("exponents"), 1)
+    )
+    columns = ("number", "per step", "interval", "level", "effective samples", "samples", "left out", "kind", "reads")
+    return Table("Exponents: mean logarithm of the growth per step, with confidence intervals.", columns, rows)
+
+
+def _transients(profile: ProfileSummary) -> Table:
+    rows = []
+    path = [(y, x) for x, y in profile.series("factors/steps", "path") if not math.isnan(y)]
+    if path:
+        peak, step = max(path)
+        rows.append(("largest growth from the first step", power_text(peak), f"at step {step:g}"))
+        rows.append(("growth from the first to the last step", power_text(path[-1][0]), f"at step {path[-1][1]:g}"))
+    if window := sup_window(profile):
+        rows.append(("largest growth of all windows", power_text(window[0]), f"from step {window[1]} to {window[2]}"))
+    return Table(
+        "Transient growth ‖Φ(t, s)‖: how much a perturbation was amplified, and where.",
+        ("what", "times", "where"),
+        tuple(rows),
+    )
+
+
+def _energy(profile: ProfileSummary) -> Table:
+    energy = profile.table("energy")
+    words = {
+        "weight": "weight w of the future",
+        "smallest": "smallest eigenvalue m of all P",
+        "largest": "largest eigenvalue M of all P",
+        "rate": "decay ρ of the energy per step",
+        "worst_ratio": "measured growth over its bound, largest",
+        "median_ratio": "measured growth over its bound, median",
+        "holds": "the bound holds on every window",
+    }
+    return _pairs(
+        "Lyapunov energy V = δᵀPδ synthesized from the profile, and the bound √(M/m) ∏√ρ that it gives.", energy, words
+    )
+
+
+def _gains(profile: ProfileSummary) -> Table:
+    words = {
+        "a": "representations to representations, a",
+        "b": "parameters to representations, b",
+        "c": "representations to parameters, c",
+        "d": "parameters to parameters, d",
+        "radius": "spectral radius of the 2 × 2 matrix",
+        "weights": "weights of the joint norm",
+        "verdict": "small-gain condition",
+    }
+    return _pairs("Small gain of the coupled system of representations and parameters.", profile.table("gains"), words)
+
+
+def _finite_size(profile: ProfileSummary) -> Table:
+    found = profile.table("finite_size")
+    if not found:
+        return Table("", (), ())
+    epsilon, beside = found.get("epsilon"), (profile.rows("exponents") or [{}])[0]
+    nested = found.get("exponent")
+    exponent = nested if isinstance(nested, dict) else found
+    rows = [("perturbation of finite size", as_text(epsilon), as_text(exponent.get("value")), interval_text(exponent))]
+    if beside:
+        rows.append(("infinitesimal perturbation", "0", as_text(beside.get("value")), interval_text(beside)))
+    return Table(
+        "The exponent of a finite perturbation beside the infinitesimal one.",
+        ("what", "size", "per step", "interval"),
+        tuple(rows),
+    )
+
+
+def _determinant(profile: ProfileSummary) -> Table:
+    found = profile.table("determinant")
+    measured, expected = number_of(found, "measured"), number_of(found, "expected")
+    if math.isnan(measured) and math.isnan(expected):
+        return Table("", (), ())
+    every = profile.content.get("full") is True
+    rows = [
+        (
+            "sum of all exponents, measured" if every else "sum of the exponents that were followed",
+            as_text(measured, 12),
+        )
+    ]
+    if not math.isnan(expected):
+        rows.append(("sum of all exponents, from the settings of the optimizer", as_text(expected, 12)))
+    if not math.isnan(measured + expected):
+        rows.append(("difference", f"{abs(measured - expected):.2g}"))
+    return Table(
+        "Growth of volumes: the logarithm of the determinant of the update map, per step.",
+        ("what", "value"),
+        tuple(rows),
+    )
+
+
+def _forward(profile: ProfileSummary) -> list[Table]:
+    """Return the forward block of the first and the last step: whole if it is small, else layer by layer."""
+    made = []
+    for step, how, names, logs in forward_blocks(profile):
+        caption = (
+            f"Forward block at step {step}: norm of the derivative of a layer with respect to an earlier one, {how}"
+        )
+        cells = [[power_text(value, 3) for value in row] for row in logs.tolist()]
+        if len(names) <= _WIDE:
+            rows = tuple((name, *row) for name, row in zip(names, cells, strict=True))
+            made.append(Table(f"{caption}; of the row to the column.", ("of", *names), rows))
+        else:
+            columns = ("layer", "to the input", "to the layer before", "of the output to it")
+            short = tuple((names[k], cells[k][0], cells[k][max(k - 1, 0)], cells[-1][k]) for k in range(len(names)))
+            made.append(Table(f"{caption}.", columns, short))
+    return made
+
+
+def _about(profile: ProfileSummary) -> Table:
+    content = profile.content
+    rows = [
+        (words, as_text(content[key]))
+        for key, words in (
+            ("backend", "tangents"),
+            ("epsilon", "size of the perturbations"),
+            ("directions", "directions"),
+            ("dimension", "dimension of the state"),
+            ("full", "all directions"),
+            ("steps", "steps"),
+            ("cadence", "steps between orthogonalizations"),
+            ("burn_in", "steps left out at first"),
+            ("seed", "seed of the directions"),
+            ("optimizer", "optimizer"),
+        )
+        if content.get(key) is not None
+    ]
+    if metric := profile.table("metric"):
+        rows.append(
+            ("metric of the state", ", ".join(f"{as_text(weight)} · {name}" for name, weight in metric.items()))
+        )
+    cost = profile.number("cost", "forward_backward_per_direction")
+    if not math.isnan(cost):
+        rows.append(("cost of a direction and step", f"{cost:.3g} times forward and backward"))
+    if not math.isnan(products := profile.number("cost", "products")):
+        rows.append(("products with the derivative of the gradient", f"{products:.0f}"))
+    return Table("How it was measured.", ("what", "value"), tuple(rows))
+
+
+def _pairs(caption: str, found: dict[str, Any], words: dict[str, str] | None = None) -> Table:
+    """Return a table of names and values; known names are put into words, unknown ones stand as they are."""
+    words = words or {}
+    keys = [key for key in words if found.get(key) is not None] + [key for key in found if key not in words]
+    return Table(
+        caption, ("what", "value"), tuple((words.get(key, key.replace("_", " ")), as_text(found[key])) for key in keys)
+    )

@@ -1,0 +1,183 @@
+"""The Learning Stability Profile of a run folder, read without trusting it."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["ARRAYS", "NUMBERS", "ProfileSummary", "read_arrays", "read_numbers"]
+
+NUMBERS, ARRAYS = "profile.json", "profile.safetensors"
+"""The two files of a profile: what it says, and the curves and tables that it rests on."""
+
+SCHEMA = 1
+_KINDS = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4"}
+_LARGEST_HEADER = 100_000_000
+
+
+@dataclass(frozen=True)
+class ProfileSummary:
+    """What the two files of a profile say; nothing here is measured again.
+
+    Args:
+        content: ``profile.json``.
+        arrays: ``profile.safetensors``, by name.
+
+    Examples:
+        >>> profile = ProfileSummary({"verdict": {"peak": 1.5, "horizon": None}}, {"path": np.array([0.0, 1.5])})
+        >>> profile.number("verdict", "peak"), profile.number("verdict", "horizon"), profile.number("energy", "rate")
+        (1.5, nan, nan)
+        >>> profile.array("path", 1), profile.array("path", 2).size, profile.array("windows/steps", 1).size
+        (array([0. , 1.5]), 0, 0)
+    """
+
+    content: dict[str, Any] = field(default_factory=dict)
+    arrays: dict[str, NDArray[np.generic]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether there is a profile."""
+        return bool(self.content)
+
+    def table(self, *keys: str) -> dict[str, Any]:
+        """Return an object of ``profile.json``; empty if it is absent or something else."""
+        found: Any = self.content
+        for key in keys:
+            found = found.get(key) if isinstance(found, dict) else None
+        return found if isinstance(found, dict) else {}
+
+    def number(self, *keys: str) -> float:
+        """Return a number of ``profile.json``; NaN if it is absent, null or something else."""
+        return _number(self.table(*keys[:-1]).get(keys[-1]))
+
+    def text(self, *keys: str) -> str:
+        """Return a text of ``profile.json``; empty if it is absent or something else."""
+        found = self.table(*keys[:-1]).get(keys[-1])
+        return found if isinstance(found, str) else ""
+
+    def rows(self, key: str) -> list[dict[str, Any]]:
+        """Return a list of objects of ``profile.json``, without the entries that are something else."""
+        found = self.content.get(key)
+        return [row for row in found if isinstance(row, dict)] if isinstance(found, list) else []
+
+    def names(self, key: str) -> list[str]:
+        """Return a list of texts of ``profile.json``."""
+        found = self.content.get(key)
+        return [str(name) for name in found] if isinstance(found, list) else []
+
+    def array(self, name: str, dimensions: int) -> NDArray[np.float64]:
+        """Return an array in float64; empty if it is absent or has another number of dimensions."""
+        found = self.arrays.get(name)
+        if found is None or found.ndim != dimensions:
+            return np.empty((0,) * dimensions)
+        return found.astype(np.float64)
+
+    def series(self, places: str, values: str) -> list[tuple[float, float]]:
+        """Return the pairs of two arrays; without an array of places they are counted, and what is too long is cut.
+
+        Examples:
+            >>> ProfileSummary(arrays={"path": np.array([0.0, 1.5])}).series("factors/steps", "path")
+            [(0.0, 0.0), (1.0, 1.5)]
+        """
+        y = self.array(values, 1)
+        x = self.array(places, 1)
+        if not x.size:
+            x = np.arange(len(y), dtype=np.float64)
+        if len(x) == len(y) + 1:  # boundaries of intervals: a value belongs to the end of its own
+            x = x[1:]
+        return list(zip(x.tolist(), y.tolist(), strict=False))
+
+
+def read_numbers(path: Path) -> dict[str, Any]:
+    """Read ``profile.json``.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it is no JSON object, or has a layout that this version does not know.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, NUMBERS).write_text('{"schema": 9}')
+        ...     read_numbers(Path(folder, NUMBERS))
+        Traceback (most recent call last):
+        ValueError: schema 1 was expected, got 9: it was written by another version of stableopt.
+    """
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"a JSON object was expected, got a {type(content).__name__}.")  # noqa: TRY004 - content of a file
+    if content.get("schema") != SCHEMA:
+        raise ValueError(
+            f"schema {SCHEMA} was expected, got {content.get('schema')!r}: it was written by another version of stableopt."
+        )
+    return content
+
+
+def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
+    """Read ``profile.safetensors``: a length, a header in JSON, and the numbers.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if the file is cut, or its header does not describe it.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, ARRAYS).write_bytes(b"short")
+        ...     read_arrays(Path(folder, ARRAYS))
+        Traceback (most recent call last):
+        ValueError: it ends within its header, after 5 bytes.
+    """
+    data = path.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else _LARGEST_HEADER
+    if size >= _LARGEST_HEADER or 8 + size > len(data):
+        raise ValueError(f"it ends within its header, after {len(data)} bytes.")
+    header = json.loads(data[8 : 8 + size])
+    if not isinstance(header, dict):
+        raise ValueError("its header is no JSON object.")  # noqa: TRY004 - content of a file
+    body = memoryview(data)[8 + size :]
+    return {name: _array(name, entry, body) for name, entry in header.items() if name != "__metadata__"}
+
+
+def _array(name: str, entry: Any, body: memoryview) -> NDArray[np.generic]:
+    try:
+        kind = np.dtype(_KINDS[entry["dtype"]])
+        shape = tuple(int(length) for length in entry["shape"])
+        start, end = (int(offset) for offset in entry["data_offsets"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"its header does not describe '{name}' ({error!r}).") from error
+    if (
+        min(shape, default=0) < 0
+        or not 0 <= start <= end <= len(body)
+        or end - start != kind.itemsize * math.prod(shape)
+    ):
+        raise ValueError(f"the numbers of '{name}' are not all there.")
+    return np.frombuffer(body[start:end], kind).reshape(shape)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan
+
+
+def shorten(values: Sequence[int], most: int) -> list[int]:
+    """Return an even selection of at most ``most`` values, with the first and the last.
+
+    Examples:
+        >>> shorten(range(11), 3), shorten(range(3), 9)
+        ([0, 5, 10], [0, 1, 2])
+    """
+    if len(values) <= most:
+        return list(values)
+    return [values[round(k * (len(values) - 1) / (most - 1))] for k in range(most)]

@@ -1,0 +1,105 @@
+"""The tables of a profile hold its numbers, and nothing that it does not have."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from stableopt.report.profile_tables import as_json, profile_tables
+from stableopt.report.profiles import ProfileSummary
+from tests.report.profiled import exponent_entry, numbers, system
+
+ARRAYS = system()
+WHOLE = ProfileSummary(numbers(), ARRAYS)
+
+
+def table(profile, caption):
+    return next(found for found in profile_tables(profile) if found.caption.startswith(caption))
+
+
+def test_a_whole_profile_has_all_tables():
+    captions = [found.caption.split(":")[0].split(" ")[0] for found in profile_tables(WHOLE)]
+    assert captions == [
+        "Exponents",
+        "Transient",
+        "Lyapunov",
+        "Small",
+        "The",
+        "Growth",
+        "Distance",
+        "Forward",
+        "Forward",
+        "How",
+    ]
+    for found in profile_tables(WHOLE):
+        assert all(len(row) == len(found.columns) for row in found.rows), found.caption
+
+
+def test_exponents_stand_with_interval_and_effective_samples():
+    rows = table(WHOLE, "Exponents").rows
+    assert [row[1] for row in rows] == ["-0.02", "-0.03", "-0.04", "-0.05"]
+    assert rows[0] == (
+        "1",
+        "-0.02",
+        "-0.024 … -0.016",
+        "95 %",
+        "87.25",
+        "180",
+        "20",
+        "almost sure",
+        "halves in 34.7 steps",
+    )
+    refused = ProfileSummary(numbers(exponents=[exponent_entry(0.1, lower=None, upper=None, reason="few")]))
+    assert table(refused, "Exponents").rows[0][2] == "refused"
+
+
+def test_the_peak_and_the_largest_window_are_those_of_the_arrays():
+    rows = {row[0]: row[1:] for row in table(WHOLE, "Transient").rows}
+    path = ARRAYS["path"]
+    assert rows["largest growth from the first step"] == (f"{math.exp(path.max()):.4g}", f"at step {path.argmax()}")
+    assert rows["growth from the first to the last step"] == (f"{math.exp(path[-1]):.4g}", "at step 200")
+    assert "largest growth of all windows" in rows
+
+
+def test_energy_gains_and_determinant_are_in_words():
+    energy = dict(table(WHOLE, "Lyapunov").rows)
+    assert energy["largest eigenvalue M of all P"] == "60"
+    assert energy["the bound holds on every window"] == "yes"
+    gains = dict(table(WHOLE, "Small").rows)
+    assert gains["weights of the joint norm"] == "1, 0.3"
+    assert dict(table(WHOLE, "Growth").rows)["difference"] in {"1e-13", "9.9e-14"}
+    part = ProfileSummary(numbers(full=False, determinant={"measured": -1.0}))
+    assert table(part, "Growth").rows == (("sum of the exponents that were followed", "-1"),)
+
+
+def test_the_forward_block_is_whole_if_small_and_else_layer_by_layer():
+    small = table(WHOLE, "Forward")
+    assert small.columns == ("of", "input", "0", "1", "2", "3", "4")
+    assert tuple(row[1] for row in small.rows) == tuple(f"{v:.3g}" for v in ARRAYS["forward/0"][0])
+    assert small.rows[2][3:] == ("1", "—", "—", "—")
+    logs = np.tril(0.1 * (np.arange(21)[:, None] - np.arange(21)[None, :]))
+    logs[20, 3] = 2000.0
+    deep = ProfileSummary(numbers(layers=[]), {"forward/0": logs, "forward/1": logs})
+    rows = table(deep, "Forward").rows
+    assert len(rows) == 21
+    assert rows[20] == ("h20", "7.39", "1.11", "1")
+    assert rows[3] == ("h3", "1.35", "1.11", "3.88e868")
+
+
+@pytest.mark.parametrize("value", [None, 3, "x", [], {}, [None], [[]], {"a": [1]}])
+def test_any_content_makes_tables(value):
+    content = dict.fromkeys(numbers(), value) | {"schema": 1}
+    for profile in (ProfileSummary(content, ARRAYS), ProfileSummary({"schema": 1}), ProfileSummary(content)):
+        for found in profile_tables(profile):
+            assert all(isinstance(cell, str) for row in found.rows for cell in row)
+    for key in numbers():
+        profile_tables(ProfileSummary(numbers() | {key: value}, ARRAYS))
+
+
+def test_the_json_names_the_largest_window():
+    found = as_json(WHOLE)["largest_window"]
+    assert set(found) == {"log_norm", "start", "end"}
+    named = ProfileSummary(numbers(largest_window={"log_norm": 1.0, "start": 0, "end": 1}))
+    assert as_json(named) == named.content

@@ -1,0 +1,79 @@
+"""A profile in words says its verdict with the horizon, and what limits it."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from stableopt.report.profile_words import MEANINGS, power_text, remarks, sup_window, verdict_sentence
+from stableopt.report.profiles import ProfileSummary
+from tests.report.profiled import exponent_entry, numbers, system
+
+
+def test_every_verdict_has_its_meaning_horizon_and_interval():
+    for kind, meaning in MEANINGS.items():
+        content = numbers()
+        content["verdict"] = content["verdict"] | {"kind": kind, "terminal_decay": False}
+        words = verdict_sentence(ProfileSummary(content))
+        assert words.startswith(f"{kind} on 200 steps, 0 to 200: {meaning}")
+        assert words.endswith("exponent -0.02 per step (95 % interval -0.024 … -0.016).")
+
+
+def test_the_constant_is_said_with_the_verdict_that_has_one():
+    stable = verdict_sentence(ProfileSummary(numbers()))
+    assert "‖Φ(t, s)‖ ≤ 3.5 · 0.985^(t − s)" in stable
+    assert "died out at the end, which bounds nothing in between" in stable
+    assert "≤" not in verdict_sentence(ProfileSummary(numbers(growth=0.02)))
+    bounded = {"kind": "profile-bounded", "horizon": 10, "constant": 2.0, "rate": None}
+    assert "at most 2 times" in verdict_sentence(ProfileSummary(numbers(verdict=bounded)))
+
+
+def test_a_refused_interval_is_not_invented():
+    refused = exponent_entry(-0.01, lower=None, upper=None, reason="only 12 effective samples")
+    content = numbers(exponents=[refused])
+    content["verdict"] = content["verdict"] | {"exponent": refused, "kind": "inconclusive"}
+    assert "exponent -0.01 per step, without an interval" in verdict_sentence(ProfileSummary(content))
+    assert "Exponent 1: only 12 effective samples." in remarks(ProfileSummary(content))
+
+
+@pytest.mark.parametrize(
+    "content", [{}, {"schema": 1}, {"schema": 1, "verdict": None}, {"verdict": {"kind": 3}}, {"verdict": []}]
+)
+def test_a_profile_that_says_nothing_is_said_to(content):
+    assert verdict_sentence(ProfileSummary(content)) in {"no profile.", "a profile without a verdict."}
+
+
+def test_limits_of_the_measurement_are_remarks():
+    content = numbers(
+        backend="twin", epsilon=1e-4, directions=2, dimension=100, full=False, windowed=True, reason="step 7: NaN"
+    )
+    found = remarks(ProfileSummary(content))
+    assert "perturbations of size 0.0001: it is a finite-size estimate" in found[0]
+    assert found[1].startswith("2 of 100 directions were followed")
+    assert found[2].startswith("Only windows of the run were followed")
+    assert "The profile ended early: step 7: NaN." in found
+    assert len(remarks(ProfileSummary(numbers()))) == 2  # how, and why the verdict
+    assert remarks(ProfileSummary()) == []
+
+
+def test_the_largest_window_is_the_named_one_and_else_that_of_the_grid():
+    arrays = system()
+    grid = ProfileSummary(numbers(), arrays)
+    found = sup_window(grid)
+    assert found is not None
+    value, start, end = found
+    steps = arrays["windows/steps"].tolist()
+    table = arrays["windows/log_norms"]
+    assert value == table[steps.index(end), steps.index(start)] == np.nanmax(table[np.tril_indices(len(steps), -1)])
+    named = {"log_norm": 9.0, "start": 3, "end": 17, "at_most": 9.5}
+    assert sup_window(ProfileSummary(numbers(largest_window=named), arrays)) == (9.0, 3, 17)
+    assert sup_window(ProfileSummary(numbers())) is None
+    assert sup_window(ProfileSummary(numbers(), arrays | {"windows/steps": np.arange(3)})) is None
+
+
+@pytest.mark.parametrize("log", [-1e6, -800.0, -690.0, -1.0, 0.0, 3.0, 689.0, 691.0, 5000.0])
+def test_a_power_of_e_is_printed_at_any_size(log):
+    mantissa, _, exponent = power_text(log).partition("e")
+    assert math.log(float(mantissa)) + int(exponent or 0) * math.log(10) == pytest.approx(log, abs=6e-3)
