@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FunctionType
 from typing import Any
@@ -17,7 +18,9 @@ from torch.overrides import TorchFunctionMode
 
 from stableopt.optim.modules import buffers_put_back
 
-__all__ = ["Again", "RandomState", "as_loss", "autocast_eps", "evaluate_again", "graph_eps", "loss_with_graph"]
+__all__ = [
+    "Again", "RandomState", "as_loss", "autocast_eps", "evaluate_again", "graph_eps", "loss_with_graph", "untraced",
+]  # fmt: skip
 
 _GRAD: Any = Tensor.grad  # a descriptor on the class, whatever its annotation says
 _GRAD_GET, _GRAD_SET, _GRAD_DELETE = _GRAD.__get__, _GRAD.__set__, _GRAD.__delete__
@@ -230,18 +233,22 @@ def evaluate_again(
         end.restore()
 
 
-def loss_with_graph(closure: Callable[[], Any], start: RandomState | None = None) -> Tensor:
+def loss_with_graph(
+    closure: Callable[[], Any], start: RandomState | None = None, *, accumulated: bool = False
+) -> Tensor:
     """Return what a torch closure returns, with its graph: its ``backward`` does nothing, and it leaves no trace.
 
     Args:
         closure: as for :func:`evaluate_again`.
         start: the random state to begin with; None for the current one.
+        accumulated: return the sum of all losses on which the closure calls ``backward`` instead, whose gradient is what it
+            leaves in ``.grad``, whatever it returns.
 
     Returns:
         The loss, to be differentiated with ``torch.autograd.grad``.
 
     Raises:
-        ValueError: if the closure does not return a tensor with a graph.
+        ValueError: if the closure does not return a tensor with a graph, or, where the sum is asked for, calls no ``backward``.
 
     Examples:
         >>> w = torch.nn.Parameter(torch.tensor(3.0))
@@ -256,8 +263,10 @@ def loss_with_graph(closure: Callable[[], Any], start: RandomState | None = None
     try:
         (end if start is None else start).restore()
         torch.clear_autocast_cache()
-        with buffers_put_back(closure), torch.enable_grad(), _NoBackward():
+        with buffers_put_back(closure), torch.enable_grad(), _NoBackward() as mode:
             value = closure()
+        if accumulated:
+            value = torch.stack([loss.reshape(()) for loss in mode.losses]).sum() if mode.losses else None
     finally:
         end.restore()
         torch.clear_autocast_cache()
@@ -266,6 +275,34 @@ def loss_with_graph(closure: Callable[[], Any], start: RandomState | None = None
             "the closure must return the loss as a tensor with its graph, not detached and not as a number."
         )
     return value
+
+
+@contextmanager
+def untraced(start: RandomState | None = None) -> Iterator[None]:
+    """Evaluate without gradients, with a ``backward`` that does nothing, and put back all random states at the end.
+
+    Args:
+        start: the random state to begin with; None for the current one.
+
+    Note:
+        Buffers are not put back: :func:`evaluate_again` does that, for one closure.
+
+    Examples:
+        >>> w = torch.nn.Parameter(torch.tensor(3.0))
+        >>> with untraced():
+        ...     (w * w).backward()
+        >>> w.grad is None
+        True
+    """
+    end = RandomState.capture()
+    try:
+        (end if start is None else start).restore()
+        torch.clear_autocast_cache()
+        with torch.no_grad(), _NoBackward():
+            yield
+    finally:
+        end.restore()
+        torch.clear_autocast_cache()
 
 
 def _value(
@@ -303,6 +340,7 @@ class _NoBackward(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._called, self.computed, self.eps = False, False, 0.0
+        self.losses: list[Tensor] = []
         self._grads: dict[int, tuple[Tensor, Tensor | None]] = {}  # with its tensor, which keeps the id in use
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -310,6 +348,7 @@ class _NoBackward(TorchFunctionMode):
             self.eps = max(self.eps, autocast_eps())
         if func is Tensor.backward or func is torch.autograd.backward:
             self._called = self.computed = True
+            self.losses += [args[0]] if isinstance(args[0], Tensor) else args[0]
             return None
         if func == _GRAD_GET:
             return self._grad(args[0])

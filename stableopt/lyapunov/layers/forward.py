@@ -27,7 +27,7 @@ from stableopt.lyapunov.layers.trunk import Trunk
 from stableopt.lyapunov.layers.walk import Observer, ProbeError, Walk, floating
 from stableopt.optim import RandomState
 
-__all__ = ["END", "Growth", "dual_numbers", "relative_step"]
+__all__ = ["END", "Growth", "dual_numbers", "lacks_forward_mode", "relative_step"]
 
 END = "end"
 _APART = 0x51AB1E
@@ -112,8 +112,7 @@ class Growth:
         except ProbeError:
             raise
         except Exception as error:  # what an operation raises that has none differs from one to the next
-            lasting = isinstance(error, NotImplementedError) or bool(_FORWARD_MODE.search(str(error)))
-            self._failures = _TRIES if lasting else self._failures + 1
+            self._failures = _TRIES if lacks_forward_mode(error) else self._failures + 1
             return False
         return True
 
@@ -163,6 +162,22 @@ def _load() -> None:
     with warnings.catch_warnings(), fwd.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         fwd.make_dual(torch.zeros(1), torch.ones(1))
+
+
+def lacks_forward_mode(error: Exception) -> bool:
+    """Return whether an error says that an operation has no derivative in forward mode.
+
+    Args:
+        error: what was raised within :func:`dual_numbers`.
+
+    Examples:
+        >>> (
+        ...     lacks_forward_mode(NotImplementedError("Trying to use forward AD with ...")),
+        ...     lacks_forward_mode(ValueError("shape")),
+        ... )
+        (True, False)
+    """
+    return isinstance(error, NotImplementedError) or bool(_FORWARD_MODE.search(str(error)))
 
 
 def relative_step(dtypes: list[torch.dtype]) -> float:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from stableopt.optim import RandomState, evaluate_again
+from stableopt.optim.trial import untraced
 
-__all__ = ["Observer", "ProbeError", "Walk", "eager", "floating"]
+__all__ = ["Observer", "ProbeError", "Walk", "eager", "floating", "replaced"]
 
 
 class ProbeError(Exception):
@@ -39,8 +40,10 @@ class Observer(Protocol):
         """Take the source, and return what takes its place."""
         ...
 
-    def enter(self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """See the arguments of a call."""
+    def enter(
+        self, name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """See the arguments of a call, and return those that take their place; None leaves them."""
         ...
 
     def leave(self, name: str, module: nn.Module, output: Any) -> None:
@@ -107,6 +110,49 @@ class Walk:
         if not self._done:
             raise ProbeError("the probe did not call the model")
 
+    def run_in(self, transform: Callable[[Callable[[], Any]], Any], start: RandomState | None = None) -> Any:
+        """Evaluate the loss where a transform does: inside of one of ``torch.func``, with a graph, or several times.
+
+        Gradients are off (a transform may turn them on), ``backward`` does nothing, and random states are put back at the end;
+        buffers are not.
+
+        Args:
+            transform: gets the function that evaluates the loss.
+            start: the random state to begin with.
+
+        Returns:
+            What the transform returns.
+
+        Raises:
+            ProbeError: if the probe never calls the model.
+
+        Examples:
+            >>> class Doubled:
+            ...     def start(self):
+            ...         pass
+            ...
+            ...     def source(self, x):
+            ...         return 2.0 * x
+            ...
+            ...     def enter(self, name, module, args, kwargs):
+            ...         pass
+            ...
+            ...     def leave(self, name, module, output):
+            ...         print(output)
+            ...
+            ...     def result(self, outputs):
+            ...         return outputs
+            >>> model = nn.Identity()
+            >>> Walk(model, lambda: model(torch.ones(1)), Doubled()).run_in(lambda evaluate: evaluate())
+            tensor([2.])
+            tensor([2.])
+        """
+        with self._hooks(), eager(), untraced(start):
+            result = transform(self)
+        if not self._done:
+            raise ProbeError("the probe did not call the model")
+        return result
+
     def __call__(self) -> Any:
         """Evaluate the loss; a second time, if it turns out to need a graph, from the beginning."""
         self._counts.clear()
@@ -137,8 +183,7 @@ class Walk:
         count = self._counts[path]
         name = path if count == 1 else f"{path}#{count}"
         self._stack.append(name)
-        self._observer.enter(name, module, args, kwargs)
-        return changed
+        return self._observer.enter(name, module, args, kwargs) or changed
 
     def _after(self, _path: str, module: nn.Module, _args: tuple[Any, ...], output: Any) -> Any:
         if self._done or not self._stack:
@@ -150,16 +195,26 @@ class Walk:
         if not self._stack:
             self._done = True
             outputs = floating(output)
-            changed = _replaced(output, dict(zip(map(id, outputs), self._observer.result(outputs), strict=True)))
+            changed = replaced(output, dict(zip(map(id, outputs), self._observer.result(outputs), strict=True)))
         return changed
 
     def _begin(self, tree: Any, source: Tensor) -> Any:
         self._begun = True
-        return _replaced(tree, {id(source): self._observer.source(source)})
+        return replaced(tree, {id(source): self._observer.source(source)})
 
 
-def _replaced(tree: Any, others: dict[int, Tensor]) -> Any:
-    """Return arguments or outputs with other tensors in some places."""
+def replaced(tree: Any, others: dict[int, Tensor]) -> Any:
+    """Return arguments or outputs with other tensors in some places.
+
+    Args:
+        tree: arguments or outputs.
+        others: ``id`` of a tensor in them -> what takes its place.
+
+    Examples:
+        >>> x = torch.zeros(1)
+        >>> replaced((x, {"key": x}), {id(x): torch.ones(1)})
+        (tensor([1.]), {'key': tensor([1.])})
+    """
     return tree_map_only(Tensor, lambda t: others.get(id(t), t), tree)
 
 
