@@ -18,7 +18,17 @@ from stableopt.lyapunov.layers.walk import eager
 from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.optim import evaluate_again
 
-__all__ = ["LARGEST", "RESOLUTION", "WITH_KINKS", "Ground", "default_size", "look", "refuse_half", "refuse_size"]
+__all__ = [
+    "KINKED",
+    "LARGEST",
+    "RESOLUTION",
+    "WITH_KINKS",
+    "Ground",
+    "default_size",
+    "look",
+    "refuse_half",
+    "refuse_size",
+]
 
 RESOLUTION = 512
 """The smallest distance, in units of the rounding error of a parameter: at 840 the growth of a smooth float32 run is off by up to
@@ -34,7 +44,7 @@ _POOLS = {
     for n in (1, 2, 3)
     if hasattr(home, f"{kind}max_pool{n}d")
 }
-_KINKED = (frozenset(_FUNCTIONS) - _CLAMPS) | _POOLS | {F.l1_loss, F.hinge_embedding_loss, F.margin_ranking_loss}
+KINKED = (frozenset(_FUNCTIONS) - _CLAMPS) | _POOLS | {F.l1_loss, F.hinge_embedding_loss, F.margin_ranking_loss}
 
 
 @dataclass(frozen=True)
@@ -120,7 +130,7 @@ class _Seen(TorchFunctionMode):
         self.autocast = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _KINKED:
+        if func in KINKED:
             self.names.append(getattr(func, "__name__", str(func)))
         self.autocast = self.autocast or torch._C._is_any_autocast_enabled()  # noqa: SLF001 any device
         return func(*args, **(kwargs or {}))
