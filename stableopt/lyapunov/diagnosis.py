@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from stableopt.lyapunov.profile.identities import IdentityCheck
+
 __all__ = ["BUDGET", "Diagnosis", "Tier", "Way", "advise"]
 
 BUDGET = 0.05
@@ -89,6 +91,7 @@ class Diagnosis:
         chosen: the name of the one that the monitor takes; empty if none works.
         tiers: each instrument of the monitor.
         notes: sentences on what to do or to know.
+        identity: the self-test of tangents on a few entries of the model; None without an optimizer.
 
     Examples:
         >>> found = Diagnosis(3, 1e-3, True, (), (), (), (), (), (Way("exact", True, "", 3.0, 1.6),), "exact", (), ())
@@ -108,6 +111,7 @@ class Diagnosis:
     chosen: str
     tiers: tuple[Tier, ...]
     notes: tuple[str, ...]
+    identity: IdentityCheck | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; what is not known is None.
@@ -179,6 +183,7 @@ def advise(found: Diagnosis, limits: str, values: tuple[float, float]) -> tuple[
             "batch statistics are part of the curvature; running statistics are put back after each look",
         ),
         (True, limits),
+        (found.identity is not None, f"{found.identity}: the sum of all exponents, on a slice of this model"),
     )
     return tuple(note for holds, note in notes if holds)
 

@@ -18,6 +18,7 @@ from stableopt.lyapunov.budget import Every, intervals
 from stableopt.lyapunov.curvature import CurvatureProbe, apart
 from stableopt.lyapunov.diagnosis import BUDGET, Diagnosis, Tier, Way, advise
 from stableopt.lyapunov.layers import LayerProbe
+from stableopt.lyapunov.profile.identities import IdentityCheck, check_identities
 from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.lyapunov.vitals import Names, measure_vitals
 from stableopt.optim import RandomState, evaluate_again
@@ -142,6 +143,7 @@ class _Examination:
             tiers=tiers,
             notes=(),
         )
+        found = replace(found, identity=self._identity())
         return replace(found, notes=advise(found, self._limits(), (value, again)))
 
     def _first_look(self) -> tuple[float, tuple[str, ...], tuple[str, ...]]:
@@ -288,6 +290,15 @@ class _Examination:
             for name, (measures, _) in looks.items()
         )
         return tiers, tuple(seen["layers"].kinks) if "layers" in seen else ()
+
+    def _identity(self) -> IdentityCheck | None:
+        """Check the sum of all exponents on a few entries."""
+        if self.given is None:
+            return None
+        try:
+            return self._again(lambda: check_identities(self.model, self.loss, self.optimizer))
+        except (RuntimeError, ValueError) as error:  # no products with the Hessian, or no derivative of the update
+            return IdentityCheck(type(self.given).__name__, reason=_first_sentence(error))
 
     def _limits(self) -> str:
         """Say what is known about the limits of the optimizer."""

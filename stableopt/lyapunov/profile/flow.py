@@ -25,7 +25,9 @@ Array: TypeAlias = NDArray[np.float64]
 _FIRST, _LAST = 16, 1024
 """Steps of the first and of the finest integration."""
 _ENOUGH = (1e-9, 1e-9, 1e-6)
-"""Relative change of state, derivative and logarithmic norm, from one integration to the next, at which no finer one is made; it is part of the error that is reported."""
+"""Relative change of state, derivative and logarithmic norm, from one integration to the next, at which no finer one is made.
+
+It is part of the error."""
 
 
 @dataclass(frozen=True)
