@@ -2,7 +2,7 @@ r"""One parameter's update map :math:`(\theta, u) \mapsto (\theta^+, u^+)` and i
 
 The map is that of :mod:`stableopt.optim` as a pure function: the rule's ``update`` to a point y, then the prox of g in the metric P
 of the step, or the projection, then the momentum set to the realised displacement. Update and realignment are differentiated in
-forward mode, for all directions in one pass.
+forward mode, for all directions in one pass, or by the formulas that this gives (:mod:`stableopt.lyapunov.profile.formulas`).
 
 *The prox.* With :math:`D = sP^{-1}`, s the step, let :math:`p = \arg\min_u g(u)+\frac12\|u-y\|_{D^{-1}}^2`, g convex or not. Then
 
@@ -46,6 +46,7 @@ from torch.overrides import TorchFunctionMode
 
 from stableopt.constraints import Constraint, Regularizer
 from stableopt.lyapunov.layers.forward import dual_numbers
+from stableopt.lyapunov.profile.formulas import Stage, realigned, written
 from stableopt.optim.rules.base import Group, State, UpdateRule
 from stableopt.optim.rules.unknown import Unknown
 
@@ -157,7 +158,9 @@ def push(
     hyper, d["hyper"] = _hyper(group, d_hyper, parameter)
     at["state"] = {name: step.state[name] for name in d_state}
     plain, after = step.plain(at)
-    d_plain = _tangents(lambda at: step.plain(at)[0], at | {"hyper": hyper}, d)
+    d_plain = step.written(plain, after, at, d) if not d_hyper else None
+    if d_plain is None:
+        d_plain = _tangents(lambda at: step.plain(at)[0], at | {"hyper": hyper}, d)
     if regularizer is None:
         return Pushed(plain["parameter"], after, d_plain["parameter"], d_plain["state"])
     moved, d_moved = step.regularized(plain, d_plain, after)
@@ -166,7 +169,9 @@ def push(
     at = plain | {"parameter": plain["parameter"] - moved}
     d_at = d_plain | {"parameter": d_plain["parameter"] - d_moved, "hyper": d["hyper"]}
     settled = step.realigned(at, after)
-    d_settled = _tangents(lambda at: step.realigned(at, after), at | {"hyper": hyper}, d_at)
+    d_settled = step.realignment_written(at, d_at) if not d_hyper else None
+    if d_settled is None:
+        d_settled = _tangents(lambda at: step.realigned(at, after), at | {"hyper": hyper}, d_at)
     return Pushed(moved, after | settled, d_moved, d_settled)
 
 
@@ -189,8 +194,33 @@ class _Step:
             size = self.rule.effective_lr(group, first=self.rule.buffer(self.state) is None)
             metric = self._metric(after, group)
             result |= {"size": torch.as_tensor(size, dtype=torch.float64)}
-            result |= {"metric": metric} if isinstance(metric, Tensor) else {}
+            result |= {"metric": _spread(metric)} if isinstance(metric, Tensor) else {}
         return result, after
+
+    def written(
+        self, plain: dict[str, Any], after: State, at: dict[str, Any], d: dict[str, Any]
+    ) -> dict[str, Any] | None:
+        """Return the tangents of :meth:`plain` by formula, None if there is none."""
+        stage = Stage(self.rule, self.group, at["parameter"], at["gradient"], self.state, after, "metric" in plain)
+        known = written(stage, d["parameter"], d["gradient"], d["state"])
+        if known is None:
+            return None
+        parameter, rows = known
+        none = d["state"] | {
+            name: torch.zeros_like(parameter) for name in plain["state"] if name not in {**rows, **d["state"]}
+        }
+        result = {"parameter": parameter, "state": {name: rows.get(name, none.get(name)) for name in plain["state"]}}
+        result |= {"metric": rows["metric"]} if "metric" in plain else {}
+        return result | {"size": parameter.new_zeros(len(parameter), dtype=torch.float64)}
+
+    def realignment_written(self, at: dict[str, Any], d: dict[str, Any]) -> dict[str, Tensor] | None:
+        """Return the tangents of :meth:`realigned` by formula, None if there is none."""
+        rows = (at["parameter"], d["parameter"], at.get("metric"), d.get("metric"))
+        known = realigned(self.rule, self.group, *rows)
+        if known is None:
+            return None
+        name, added = known
+        return d["state"] | {name: d["state"][name] + added}
 
     def _metric(self, after: State, group: Group) -> Tensor | float:
         """Return the metric of the step where it has a part, as :func:`stableopt.optim.regularize.regularize` does."""
@@ -337,10 +367,15 @@ def _hyper(group: Group, d_hyper: Mapping[str, Tensor], parameter: Tensor) -> tu
 
 
 def _plain(value: Any) -> Any:
-    """Return a tensor without graph, and dense."""
+    """Return a tensor without graph, dense, and with memory of its own for every entry."""
     if not isinstance(value, Tensor):
         return value
-    return value.detach().to_dense() if value.is_sparse else value.detach()
+    return _spread(value.detach().to_dense() if value.is_sparse else value.detach())
+
+
+def _spread(x: Tensor) -> Tensor:
+    """Return an expanded tensor as a plain one, as dual numbers want it."""
+    return x.contiguous() if any(stride == 0 and n > 1 for stride, n in zip(x.stride(), x.shape, strict=True)) else x
 
 
 def _padded(rows: Tensor) -> Tensor:
