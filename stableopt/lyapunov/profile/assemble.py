@@ -88,15 +88,13 @@ class Assembled:
         absolute: an upper bound of :math:`\|\,|A_m| \bar D_m \cdots \bar D_1 |A_0|\,\|_2`, :math:`\bar D` the largest moduli of
             slopes.
         product: an upper bound of :math:`\prod \|A_i\|_2 \prod \|\bar D_i\|_2`.
-        roundings: on a path.
-        size: a bound of the norm of all absolute values, to which rounding is relative.
+        roundings: on a path; they are relative to ``absolute``.
     """
 
     form: Fractional
     absolute: float
     product: float
     roundings: int
-    size: float
 
 
 def layers_of(calls: list[Call], reach: float) -> list[Layer]:
@@ -202,6 +200,63 @@ def _apply(by: Array, columns: Array, layer: Layer, sample: int) -> Array:
     return result
 
 
+class _Path:
+    """What has come of a chain so far: columns of the input, and of what is added at each undecided unit."""
+
+    def __init__(self, inputs: int) -> None:
+        self._inputs = inputs
+        self._columns, self._moduli, self._product = np.eye(inputs), np.eye(inputs), Bound.point(1.0)
+        self._blocks: list[Block] = []
+        self._rows: list[Array] = []
+        self._roundings, self._operations, self._amplified = 0, 0.0, 1.0
+
+    def through(self, matrix: Array, magnitude: Array, roundings: int) -> None:
+        """Go through an affine layer."""
+        self._columns, self._moduli = matrix @ self._columns, magnitude @ self._moduli
+        size = float(magnitude.max(initial=0.0)) * magnitude.size**0.5  # at least the norm
+        self._product = self._product * (Bound.point(gram_upper(matrix[None])) + gamma(roundings) * size * 2.0)
+        self._roundings += matrix.shape[1] + roundings + 2
+        self._operations += float(matrix.size)
+        self._amplified *= max(1.0, size * 2.0)
+
+    def across(self, layer: Layer, sample: int) -> None:
+        """Go through an activation."""
+        new, norm, reference, size = _blocks(layer, sample, self._units())
+        outside = [u for _, units in new for u in units]
+        if new:
+            self._rows.append(self._columns[outside])
+            self._blocks += [block for block, _ in new]
+        self._columns = _apply(reference, self._columns, layer, sample)
+        self._moduli = _apply(size, self._moduli, layer, sample)
+        if new:
+            injected = np.zeros((len(self._columns), len(outside)))
+            injected[outside, np.arange(len(outside))] = 1.0
+            self._columns = np.concatenate([self._columns, injected], 1)
+        self._product = self._product * norm
+        self._roundings += 4 + size.shape[-1] * (size.ndim > 1)
+        self._amplified *= max(1.0, norm * 2.0)
+
+    def end(self) -> Assembled:
+        """Return the form, and bounds of all that was rounded."""
+        inputs, units, depth = self._inputs, self._units(), len(self._rows)
+        P = np.concatenate([row[:, :inputs] for row in self._rows]) if self._rows else np.zeros((0, inputs))
+        G, start = np.zeros((units, units)), 0
+        for row in self._rows:
+            G[start : start + len(row), : row.shape[1] - inputs] = row[:, inputs:]
+            start += len(row)
+        K = self._roundings + (depth + 3) * (9 * units + 24)  # the chain, and the series up to three times
+        slack = 1.0 + 4.0 * gamma(K)
+        operations = self._operations + 8.0 * (len(self._columns) + units + inputs) ** 2
+        tiny = 16.0 * _TINY * operations * (inputs + units + 1) * self._amplified  # what may underflow
+        absolute = (Bound.point(gram_upper(self._moduli[None])) * slack + tiny).upper
+        error = (Bound.point(gamma(K)) * absolute * slack + tiny).upper
+        form = Fractional(self._columns[:, :inputs], self._columns[:, inputs:], G, P, tuple(self._blocks), depth, error)
+        return Assembled(form, absolute, (self._product + tiny).upper, K)
+
+    def _units(self) -> int:
+        return sum(len(block.units) for block in self._blocks)
+
+
 def assemble(layers: list[Layer], sample: int, inputs: int) -> Assembled:
     """Return the fractional form of a chain at one sample, and the coarser bounds.
 
@@ -210,47 +265,10 @@ def assemble(layers: list[Layer], sample: int, inputs: int) -> Assembled:
         sample: its place in the batch.
         inputs: numbers in it.
     """
-    columns = np.eye(inputs)  # of what came in, then of what is added at each undecided unit
-    moduli, ahead = np.eye(inputs), Bound.point(1.0)
-    blocks: list[Block] = []
-    rows: list[Array] = []
-    depth, roundings, amplified, operations = 0, 0, 1.0, 0.0
+    path = _Path(inputs)
     for layer in layers:
         if layer.matrix is not None and layer.magnitude is not None:
-            columns, moduli = layer.matrix @ columns, layer.magnitude @ moduli
-            norm = gram_upper(layer.matrix[None])
-            size = float(layer.magnitude.max(initial=0.0)) * layer.magnitude.size**0.5  # at least the norm
-            error = gamma(layer.roundings) * size * 2.0
-            ahead = ahead * (Bound.point(norm) + error)
-            roundings += layer.matrix.shape[1] + layer.roundings + 2
-            operations += float(layer.matrix.size)
-            amplified *= max(1.0, size * 2.0)
-            continue
-        new, seen, reference, size = _blocks(layer, sample, sum(len(b.units) for b in blocks))
-        outside = [u for group in new for u in group[1]]
-        if new:
-            depth += 1
-            rows.append(columns[outside])
-            blocks += [block for block, _ in new]
-        columns, moduli = _apply(reference, columns, layer, sample), _apply(size, moduli, layer, sample)
-        if new:
-            injected = np.zeros((len(columns), len(outside)))
-            injected[outside, np.arange(len(outside))] = 1.0
-            columns = np.concatenate([columns, injected], 1)
-        ahead = ahead * seen
-        roundings += 4 + size.shape[-1] * (size.ndim > 1)
-        amplified *= max(1.0, seen * 2.0)
-    units = sum(len(block.units) for block in blocks)
-    P = np.concatenate([row[:, :inputs] for row in rows]) if rows else np.zeros((0, inputs))
-    G = np.zeros((units, units))
-    start = 0
-    for row in rows:
-        G[start : start + len(row), : row.shape[1] - inputs] = row[:, inputs:]
-        start += len(row)
-    K = roundings + (depth + 3) * (3 * units + 8)
-    slack = 1.0 + 4.0 * gamma(K)
-    tiny = _TINY * (operations + 8.0 * (len(columns) + units + inputs) ** 2) * (inputs + units + 1) * amplified * 16.0
-    absolute = (Bound.point(gram_upper(moduli[None])) * slack + tiny).upper
-    error = (Bound.point(gamma(K)) * absolute * slack + tiny).upper
-    form = Fractional(columns[:, :inputs], columns[:, inputs:], G, P, tuple(blocks), depth, error)
-    return Assembled(form, absolute, (ahead + tiny).upper, K, absolute)
+            path.through(layer.matrix, layer.magnitude, layer.roundings)
+        else:
+            path.across(layer, sample)
+    return path.end()

@@ -9,6 +9,7 @@ with an interval of slopes where a pre-activation is at a kink, or within a *rea
 slope elsewhere. Automatic differentiation returns one element. What may be said of all of them, from exact to coarse:
 
 * the largest norm over the vertices of the box, which is the largest of all: J is linear in each slope, and a norm is convex;
+* the largest norm over all choices of the units that matter most, plus the norm of what the others may add;
 * :math:`\|C\|_2 + \|R\|_2` and :math:`\|\,|C| + R\,\|_2` with C at the middle of all intervals and R the entrywise radius;
 * :math:`\|\,|A_m| \bar D_m |A_{m-1}| \cdots |A_0|\,\|_2` and :math:`\prod \|A_i\|_2 \|\bar D_i\|_2`.
 
@@ -38,6 +39,8 @@ from stableopt.lyapunov.undisturbed import undisturbed
 
 __all__ = ["ClarkeReading", "clarke_bounds", "update_reach"]
 
+_SHARE = 16
+"""Part of the vertices that are computed where there are too many for all."""
 _FACTOR = 1e4
 """Roundings that automatic differentiation through any model is given, where it is compared with itself."""
 
@@ -159,7 +162,7 @@ def clarke_bounds(
     try:
         layers = layers_of(calls_of(model, x), reach)
         parts = [assemble(layers, i, x[0].numel()) for i in range(len(x))]
-        _check(model, x, [(part.form, part.roundings * part.size) for part in parts])
+        _check(model, x, [(part.form, part.roundings * part.absolute) for part in parts])
     except NotAChain as reason:
         return _of_any_model(model, x, settings, str(reason))
     return _of_chain(layers, parts, settings)
@@ -251,6 +254,7 @@ def _largest(form: Fractional, upper: float, settings: _Settings) -> Bound:
         found = form.exact()
         return Bound(found.lower, max(found.lower, min(found.upper, upper)), found.proved)
     found = form.search(settings.samples, settings.seed)
+    upper = min(upper, form.branched(max(1, settings.vertices // _SHARE)))
     return Bound(found.lower, max(found.lower, upper), found.proved)
 
 

@@ -122,7 +122,7 @@ class Fractional:
 
     def size(self) -> float:
         """Estimate the norm of the largest moduli of all entries."""
-        return float(np.linalg.norm(np.abs(self.C) + self.radius()))
+        return _length(np.abs(self.C) + self.radius())
 
     def exact(self) -> Bound:
         """Enclose the largest norm of all vertices, each of which is computed.
@@ -139,8 +139,7 @@ class Fractional:
             upper = max(upper, gram_upper(J, guess=float(sizes.max())))
             if sizes.max() > best:
                 best, witness = float(sizes.max()), J[int(sizes.argmax())]
-        lower = self._norm(witness).lower
-        return self._with_error(lower, upper)
+        return self._with_error(spectral_norm(witness).lower, upper)
 
     def search(self, samples: int, seed: int) -> Bound:
         """Bound the largest norm from below: random vertices, and from the best one better choices of one block after the other.
@@ -192,6 +191,49 @@ class Fractional:
         """
         return self._upper(Bound.point(_norm_upper(np.abs(self.C) + self.radius())))
 
+    def branched(self, vertices: int) -> float:
+        r"""Bound the largest norm from above with all choices of the blocks that matter most, and the radius of the others.
+
+        With some blocks at :math:`\Delta_T`, :math:`T = (I - G\Delta_T)^{-1}`, what the others add is
+        :math:`S'\Delta(I - G'\Delta)^{-1}P'` with :math:`S' = S + S\Delta_T T G`, :math:`G' = TG`, :math:`P' = TP`, so the bound is
+        :math:`\max_T \|C_T\|_2 + \|R_T\|_2`: exact if all blocks are chosen, :meth:`interval` if none is.
+
+        Args:
+            vertices: up to how many choices.
+
+        Examples:
+            >>> relu = Block((0,), np.array([[[0.0]], [[1.0]]]), np.array([[0.0]]))
+            >>> form = Fractional(np.zeros((1, 1)), np.ones((1, 1)), np.zeros((1, 1)), np.ones((1, 1)), (relu,), 1, 0.0)
+            >>> round(form.branched(1), 9), round(form.branched(2), 9)
+            (0.5, 0.5)
+        """
+        first = self._most(vertices)
+        rest = self._delta([block.radius * (i not in first) for i, block in enumerate(self.blocks)])
+        counts = [range(len(block.options)) if i in first else (-1,) for i, block in enumerate(self.blocks)]
+        worst = 0.0
+        for delta in self._batches(itertools.product(*counts)):
+            T = _series(self.G, delta, self.depth)
+            G = T @ self.G
+            S, P = np.abs(self.S + self.S @ (delta @ G)), np.abs(T @ self.P)
+            J, R = self.at(delta), S @ (rest @ (_series(np.abs(G), rest, self.depth) @ P))
+            worst = max(worst, _sums_upper(J, R))
+        return self._upper(Bound.point(worst))
+
+    def _most(self, vertices: int) -> frozenset[int]:
+        """Return the blocks with the largest influence, as many as have that many choices together."""
+        gains = [
+            _length(self.S[:, block.units]) * float(block.radius.max()) * _length(self.P[block.units, :])
+            for block in self.blocks
+        ]
+        first: list[int] = []
+        total = 1
+        for i in sorted(range(len(gains)), key=lambda i: -gains[i]):
+            total *= len(self.blocks[i].options)
+            if total > vertices:
+                break
+            first.append(i)
+        return frozenset(first)
+
     def radius(self) -> Array:
         r"""Return :math:`R = |S| r (I + |G| r + \cdots) |P|` with the radii r of the blocks."""
         radii = self._delta([block.radius for block in self.blocks])
@@ -221,11 +263,11 @@ class Fractional:
         return Bound(max(0.0, (Bound.point(lower) + error).lower), (Bound.point(upper) + error).upper)
 
     def _upper(self, bound: Bound) -> float:
-        """Add what rounding may hide: of C and of R, each at most the error; of the sums of nonnegative numbers within R."""
+        """Add what rounding may hide: of C, and twice of R, the error each, and once more where they were scaled; sums within R."""
         if not self.proved:
             return bound.upper
         terms = 1.0 + 2.0 * gamma((self.depth + 2) * (2 * len(self.S.T) + 4))
-        return (bound * terms + 4.0 * self.error).upper
+        return (bound * terms + 6.0 * self.error).upper
 
     def _delta(self, moves: Sequence[Array]) -> Array:
         delta = np.zeros(self.G.shape)
@@ -234,14 +276,15 @@ class Fractional:
         return delta
 
     def _batches(self, choices: Iterator[tuple[int, ...]] | Sequence[tuple[int, ...]]) -> Iterator[Array]:
-        size = max(1, _ENTRIES // max(1, self.C.size, self.G.size))
+        size = max(1, _ENTRIES // max(1, self.C.size, self.G.size, self.S.size, self.P.size))
         source = iter(choices)
         while batch := list(itertools.islice(source, size)):
             picked = np.array(batch, dtype=np.int64).reshape(len(batch), len(self.blocks))
             delta = np.zeros((len(batch), *self.G.shape))
             for i, block in enumerate(self.blocks):
                 rows, columns = np.ix_(block.units, block.units)
-                delta[:, rows, columns] = block.moves[picked[:, i]]
+                moves = np.concatenate([block.moves, np.zeros_like(block.reference)[None]])  # -1 is the reference
+                delta[:, rows, columns] = moves[picked[:, i]]
             yield delta
 
 
@@ -263,6 +306,30 @@ def _sizes(J: Array) -> Array:
         return np.zeros(len(J))
     J = J / largest  # squares would overflow
     return largest * np.sqrt(np.maximum(np.linalg.eigvalsh(J @ J.transpose(0, 2, 1))[:, -1], 0.0))
+
+
+def _sums_upper(J: Array, R: Array) -> float:
+    r"""Bound :math:`\max_b \|J_b\|_2 + \|R_b\|_2`, but for the rounding of a division of each entry of J.
+
+    One bound for the whole batch is enough: with :math:`\|R_b\| \le r_b` and, for :math:`q_b = t - r_b > 0`,
+    :math:`\|J_b / q_b\| \le c`, the sum is at most :math:`c q_b + r_b \le \max(c, 1)\, t`.
+    """
+    r, j = _sizes(R), _sizes(J)
+    if r.max() > 0.0:  # else R is zero
+        r = np.maximum(r, r.max() * 2.0**-60)
+        r = np.nextafter(gram_upper(R / r[:, None, None]) * (1.0 + 2.0**-50) * r, np.inf)
+    t = float((j + r).max()) * (1.0 + 2.0**-40)
+    q = t - r  # at least the norm of J, and at least t 2^-41
+    if t == 0.0 or not (q > 0.0).all():
+        return (Bound.point(gram_upper(J)) + float(r.max())).upper
+    c = gram_upper(J / q[:, None, None])
+    return (Bound.point(max(c, 1.0)) * t * (1.0 + 2.0**-50)).upper
+
+
+def _length(A: Array) -> float:
+    """Estimate the Frobenius norm; squares would overflow."""
+    largest = float(np.abs(A).max(initial=0.0))
+    return largest * float(np.linalg.norm(A / largest)) if largest > 0.0 else 0.0
 
 
 def _norm_upper(A: Array) -> float:
