@@ -176,10 +176,10 @@ class Path:
         self.path = log_norms[first::stride]
         self.steps = last - first
         n = self.path.size
-        q = max(8, min(48, n // 8))
+        q = max(8, min(48, n // 5))
         self.design = _design(max(first, 1), n, last, q)
         self.times = np.linspace(max(first, 1) / last, 1.0, n)
-        self.rounding = float(np.finfo(float).eps) * (1.0 + float(np.abs(self.path).max())) * math.sqrt(q)
+        self.rounding = float(np.finfo(float).eps) * (1.0 + float(np.abs(self.path).max())) * n
         growth = _without_lines(np.diff(self.path))
         self.level = cosines(np.concatenate([[0.0], np.cumsum(growth)]), q)
         self.growth = np.concatenate([[growth.sum() / math.sqrt(n - 1)], cosines(growth, q)])

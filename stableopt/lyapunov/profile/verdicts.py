@@ -25,6 +25,8 @@ STRICT = 0.99
 """Level of the intervals that show a trend; a decay that is mere chance is to be one in two hundred."""
 MATERIAL = math.log(2.0)
 """A rise that at most doubles a norm is not called growth."""
+LONG = 240
+"""In fewer steps what comes back slowly cannot be told from a random walk without a drift."""
 PARTS = 8
 """Into so many parts a path is cut to see whether it grows or falls in all of them."""
 
@@ -214,13 +216,25 @@ def _look(ell: NDArray[np.float64], first: int, level: float) -> _Finding:
     T = ell.size - 1
     if T - first < SHORTEST:
         return _Finding("inconclusive", f"{T - first} steps after the first {first} are too few, {SHORTEST} are needed")
-    path, part = Path(ell, first), ell[first:]
+    found = _moves(Path(ell, first), ell, first, level)
+    rise = _drawup(ell[first:])
+    if rise <= MATERIAL and found.kind == "inconclusive":
+        return _Finding(
+            "profile-bounded", f"the path rises by at most {math.exp(rise):.3g} times; {found.reason}", found.slope
+        )
+    return found
+
+
+def _moves(path: Path, ell: NDArray[np.float64], first: int, level: float) -> _Finding:
+    """Judge a path that is long enough, by whether its growth is steady."""
+    part = ell[first:]
     slopes = np.array([(p[-1] - p[0]) / (p.size - 1) for p in np.array_split(part, PARTS)])
-    both = bool(slopes.min() < 0.0 < slopes.max())
+    both = not bool(slopes.min() > 0.0 or slopes.max() < 0.0)
     drifts = exponent(np.diff(part), burn_in=0).kind == "finite time"
     if path.stationary() < FORGETS and (drifts or path.steady() < FORGETS):
         # the mean growth is no constant: one law, if all parts agree on its sign, or one thing after another
-        return _changed(ell, first, level) if both else _law(path, slopes, level)
+        found = _Finding("inconclusive", "") if both else _law(path, slopes)
+        return found if found.kind != "inconclusive" else _changed(ell, first, level, falls=slopes.max() < 0.0)
     found = _regime(path, part, level)
     if found.kind == "inconclusive":
         later = _changed(ell, first, level)
@@ -243,7 +257,7 @@ def _regime(path: Path, part: NDArray[np.float64], level: float) -> _Finding:
     return _Finding("inconclusive", why, falls=forgets.falls and wanders.falls)
 
 
-def _changed(ell: NDArray[np.float64], first: int, level: float) -> _Finding:
+def _changed(ell: NDArray[np.float64], first: int, level: float, *, falls: bool = False) -> _Finding:
     """Judge a path along which the growth changes, by its later half."""
     middle = (ell.size - 1 + first) // 2
     half = ell[middle:]
@@ -256,12 +270,14 @@ def _changed(ell: NDArray[np.float64], first: int, level: float) -> _Finding:
         return _Finding(late.kind, why, late.slope)
     if late.kind == "profile-bounded" and _drawup(ell[first:]) <= 1.5 * max(_drawup(half), MATERIAL):
         return _Finding("profile-bounded", why, late.slope, late.falls)
+    if late.kind == "exponentially stable" and falls:
+        return _Finding(late.kind, f"the path falls all along; {why}", late.slope, True)
     if late.kind != "inconclusive":
         why += ", after a rise" if _drawup(ell[:middle]) > MATERIAL else ", after another decay"
     return _Finding("inconclusive", why, late.slope, late.falls)
 
 
-def _law(path: Path, slopes: NDArray[np.float64], level: float) -> _Finding:
+def _law(path: Path, slopes: NDArray[np.float64]) -> _Finding:
     """Judge a path that grows, or falls, in all of its parts, though not at one rate with a noise upon it."""
     least, most = np.sort(np.abs(slopes))[[0, -1]]
     if least >= most / 2.0:
@@ -273,12 +289,6 @@ def _law(path: Path, slopes: NDArray[np.float64], level: float) -> _Finding:
         power = 1.0 + math.log(slopes[-1] / slopes[PARTS // 2]) / math.log(middles[-1] / middles[PARTS // 2])
         exact = Trend((0.0, 0.0), (0.0, 0.0), 1.0, power, power, power)
         return _growth(exact, float(slopes.max())) if slopes[0] > 0.0 else _fall(exact, float(slopes.max()))
-    trend = path.trend(level, walk=True)
-    low, high = trend.bounds(STRICT)
-    if low > 0.0:
-        return _growth(trend, _slope(path, trend, level))
-    if high < 0.0:
-        return _fall(trend, _slope(path, trend, level))
     return _Finding("inconclusive", "the growth itself wanders along the run, so that it has no mean")
 
 
@@ -316,7 +326,7 @@ def _growth(trend: Trend, slope: float) -> _Finding:
     if trend.high <= SATURATED:
         return _Finding("profile-bounded", f"the path rises and comes to an end ({_powers(trend)})", slope)
     if trend.high <= STRETCHED:
-        return _Finding("subexponential", f"the path rises slower than a line ({_powers(trend)})", slope)
+        return _Finding("subexponential", f"the path rises, slower and slower ({_powers(trend)})", slope)
     if trend.low >= EXPONENTIAL:
         return _Finding("exponentially unstable", f"the path rises like a line ({_powers(trend)})", slope)
     return _Finding("inconclusive", f"growth, exponential not excluded ({_powers(trend)})", slope)
@@ -327,7 +337,7 @@ def _fall(trend: Trend, slope: float) -> _Finding:
     if trend.low >= EXPONENTIAL:
         return _Finding("exponentially stable", f"the path falls ({_powers(trend)}), like exp(-c t)", slope, True)
     if trend.high <= STRETCHED:
-        return _Finding("profile-bounded", f"the path falls, slower than exp(-c t) ({_powers(trend)})", slope, True)
+        return _Finding("profile-bounded", f"the path falls, slower and slower ({_powers(trend)})", slope, True)
     return _Finding("profile-bounded", f"the path falls, exponentially or slower ({_powers(trend)})", slope, True)
 
 
@@ -346,6 +356,11 @@ def _wanders(path: Path, part: NDArray[np.float64], level: float) -> _Finding:
             return _Finding("exponentially stable", f"{walk}, like exp(-c t)", lam.upper, True)
         return _Finding("inconclusive", f"{walk}, and falls slower than it wanders in the end", lam.upper, True)
     error = (lam.upper - lam.lower) / 2.0 / student_quantile(0.5 + level / 2.0, 30.0)
-    if abs(lam.value) <= error:
+    if abs(lam.value) <= error and part.size > LONG:
         return _Finding("subexponential", f"{walk}: its largest value grows without a rate", lam.upper)
-    return _Finding("inconclusive", f"{walk}: zero is not excluded, nor near", lam.upper)
+    why = (
+        "neither zero nor a rate is excluded"
+        if part.size > LONG
+        else f"{part.size - 1} steps cannot tell it from a slow return"
+    )
+    return _Finding("inconclusive", f"{walk}: {why}", lam.upper)
