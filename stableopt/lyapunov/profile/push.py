@@ -2,38 +2,20 @@ r"""One parameter's update map :math:`(\theta, u) \mapsto (\theta^+, u^+)` and i
 
 The map is that of :mod:`stableopt.optim` as a pure function: the rule's ``update`` to a point y, then the prox of g in the metric P
 of the step, or the projection, then the momentum set to the realised displacement. Update and realignment are differentiated in
-forward mode, for all directions in one pass, or by the formulas that this gives (:mod:`stableopt.lyapunov.profile.formulas`).
-
-*The prox.* With :math:`D = sP^{-1}`, s the step, let :math:`p = \arg\min_u g(u)+\frac12\|u-y\|_{D^{-1}}^2`, g convex or not. Then
-
-.. math:: D^{-1}p \in \partial\varphi(y), \qquad
-    \varphi(y) = \sup_u\ \langle D^{-1}u, y\rangle - \tfrac12\|u\|_{D^{-1}}^2 - g(u),
-
-a supremum of affine functions, which is convex. So :math:`D^{-1}J`, J the Jacobian of the prox, is a Hessian wherever it exists,
-and symmetric: :math:`J = DJ^\top D^{-1} = P^{-1}J^\top P`. A product with J is one with :math:`J^\top` in reverse mode, which
-all of :mod:`stableopt.constraints` has. For a sum over coordinates J is diagonal, and one product gives all of it.
-
-*Its step.* p is the proximal point of y iff :math:`D^{-1}(y-p) \in \partial g(p)`. For another :math:`D'` the proximal point
-:math:`p'` therefore is that of :math:`p'+DD'^{-1}(y-p')` for D, and to first order
-
-.. math:: \dot p = J\bigl(\dot y - D^{-1}\dot D\,(y-p)\bigr), \qquad D^{-1}\dot D = \dot s/s - P^{-1}\dot P,
-
-which asks for no other derivative than J. In the Euclidean projection :math:`\dot D` has no part.
+forward mode, for all directions in one pass, or by the formulas that this gives (:mod:`stableopt.lyapunov.profile.formulas`), the
+prox by what is known of any prox (:mod:`stableopt.lyapunov.profile.proximal`).
 
 *Where there is no derivative*, the result is the element that autograd takes: 0 for the sign of Lion; half of both where two
-moments of amsgrad tie; that of :mod:`stableopt.constraints` on the kinks of a prox. Three are chosen here.
+moments of amsgrad tie; that of :mod:`stableopt.constraints` on the kinks of a prox. Two are chosen here.
 
 * The square root has the derivative 0 at 0. A second moment is 0 where all gradients so far were (or vanish when squared), and
   there the derivative of Adam's direction :math:`m/(\sqrt v+\epsilon)` is :math:`\dot m/\epsilon`: the root moves in first order,
   but it is multiplied by :math:`m = 0`.
 * Rounding to bfloat16 has no derivative at all: torch's Muon is differentiated as if its polynomials were not rounded.
-* In a set without interior, where autograd takes the identity for a point that lies in it exactly, the derivative is the mean over
-  two neighbors outside.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from stableopt.constraints import Constraint, Regularizer
 from stableopt.lyapunov.layers.forward import dual_numbers
 from stableopt.lyapunov.profile.formulas import Stage, realigned, written
+from stableopt.lyapunov.profile.proximal import pushed_through
 from stableopt.optim.rules.base import Group, State, UpdateRule
 from stableopt.optim.rules.unknown import Unknown
 
@@ -206,12 +189,10 @@ class _Step:
         if known is None:
             return None
         parameter, rows = known
-        none = d["state"] | {
-            name: torch.zeros_like(parameter) for name in plain["state"] if name not in {**rows, **d["state"]}
-        }
-        result = {"parameter": parameter, "state": {name: rows.get(name, none.get(name)) for name in plain["state"]}}
-        result |= {"metric": rows["metric"]} if "metric" in plain else {}
-        return result | {"size": parameter.new_zeros(len(parameter), dtype=torch.float64)}
+        rows = d["state"] | rows  # what a step leaves alone keeps its tangents
+        held = {name: rows[name] if name in rows else torch.zeros_like(parameter) for name in plain["state"]}
+        result = {"parameter": parameter, "state": held, "size": torch.zeros(len(parameter), dtype=torch.float64)}
+        return result | ({"metric": rows["metric"]} if "metric" in plain else {})
 
     def realignment_written(self, at: dict[str, Any], d: dict[str, Any]) -> dict[str, Tensor] | None:
         """Return the tangents of :meth:`realigned` by formula, None if there is none."""
@@ -230,19 +211,10 @@ class _Step:
 
     def regularized(self, plain: dict[str, Any], d_plain: dict[str, Any], after: State) -> tuple[Tensor, Tensor]:
         """Return the proximal point, or the projection, and its tangents."""
-        g: Any = self.regularizer
-        y, d, size = plain["parameter"], d_plain["parameter"], float(plain["size"])
         metric = plain["metric"] if "metric" in plain else self._metric(after, self.group)
-        weighs = isinstance(metric, Tensor)
-        if isinstance(g, Constraint) and not (weighs and g.diagonal):
-            return (p := g.project(y)), _through(g, g.project, y, p, d, None)
-        prox = functools.partial(g.prox, step=size / metric)
-        p = prox(y)
-        if weighs:
-            d = d + d_plain["metric"] / metric * (y - p)
-        if not isinstance(g, Constraint):  # the size of the metric has no part in a projection
-            d = d - _relative(d_plain["size"], size, self.group).view(-1, *[1] * y.ndim) * (y - p)
-        return p, _through(g, prox, y, p, d, metric if weighs else None)
+        size, d_size, d_metric = float(plain["size"]), d_plain["size"], d_plain.get("metric")
+        g: Any = self.regularizer
+        return pushed_through(g, plain["parameter"], d_plain["parameter"], size, d_size, metric, d_metric)
 
     def realigns(self, after: State) -> bool:
         """Return whether the momentum is set to the realised displacement."""
@@ -295,59 +267,6 @@ class _Differentiable(TorchFunctionMode):
 
 _ROOTS = (torch.sqrt, torch.Tensor.sqrt)
 _READS = (torch.Tensor.item, torch.Tensor.__float__)
-
-
-def _through(
-    g: Regularizer, prox: Callable[[Tensor], Tensor], y: Tensor, p: Tensor, rows: Tensor, metric: Tensor | None
-) -> Tensor:
-    """Multiply rows by the Jacobian of a prox at y, which is symmetric in the metric; p is the proximal point."""
-    places = [y]
-    if isinstance(g, Constraint) and torch.equal(
-        p, y
-    ):  # autograd takes the identity, which is wrong in a set without interior
-        places = _around(prox, y)
-    single = g.separable and not y.is_complex()  # then one product has the whole diagonal
-    weighted = torch.ones_like(y)[None] if single else rows if metric is None else metric * rows
-    product = torch.stack([_adjoint(g, prox, x, prox(x), weighted) for x in places]).mean(0)
-    return product * rows if single else product if metric is None else product / metric
-
-
-def _adjoint(g: Regularizer, prox: Callable[[Tensor], Tensor], y: Tensor, p: Tensor, rows: Tensor) -> Tensor:
-    """Multiply rows by the transposed Jacobian of a prox at y."""
-    leaf = y.detach().clone().requires_grad_()
-    with torch.enable_grad():
-        q = prox(leaf)
-    if q.requires_grad:
-        return torch.stack([torch.autograd.grad(q, leaf, row, retain_graph=True)[0] for row in rows])
-    if any(not torch.equal(prox(y + 1e-3 * row), p) for row in rows):
-        raise ValueError(
-            f"push needs a prox that autograd can differentiate, and that of {g!r} comes back detached; "
-            "leave out torch.no_grad and detach from its prox or project."
-        )
-    return torch.zeros_like(rows)
-
-
-def _around(project: Callable[[Tensor], Tensor], y: Tensor) -> list[Tensor]:
-    """Return where to differentiate a projection in place of a point of the set: there if a neighbor lies inside, else around it.
-
-    The mean over two neighbors, one opposite to the other, is off by the square of their distance, which is that of rounding.
-    """
-    size = y.abs().max().clamp(min=torch.finfo(y.dtype).tiny) if y.any() else 1.0
-    noise = torch.randn(y.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(y)
-    apart = torch.finfo(y.dtype).eps ** 0.5 * size * noise
-    around = [y + apart, y - apart]
-    return [y] if any(torch.equal(project(x), x) for x in around) else around
-
-
-def _relative(d_size: Tensor, size: float, group: Group) -> Tensor:
-    """Return the tangents of the logarithm of the step size."""
-    if size != 0.0:
-        return d_size / size
-    if d_size.any():
-        raise ValueError(
-            f"push has no derivative of a prox with respect to a step size of 0, got lr={group.get('lr')!r}."
-        )
-    return d_size
 
 
 def _hyper(group: Group, d_hyper: Mapping[str, Tensor], parameter: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
