@@ -77,7 +77,7 @@ def _exponents(profile: ProfileSummary) -> Table:
     rows = tuple(
         (
             str(number),
-            as_text(row.get("value")),
+            as_text(row.get("value"), 4),
             interval_text(row),
             percent_text(row.get("level")),
             as_text(row.get("effective"), 4),
@@ -101,6 +101,14 @@ def _transients(profile: ProfileSummary) -> Table:
         rows.append(("growth from the first to the last step", power_text(path[-1][0]), f"at step {path[-1][1]:g}"))
     if window := sup_window(profile):
         rows.append(("largest growth of all windows", power_text(window[0]), f"from step {window[1]} to {window[2]}"))
+    if not math.isnan(peak := profile.number("errors", "peak")):
+        count = as_text(profile.table("errors").get("count"))
+        rows.append(("largest response to an error of one update", power_text(peak), f"of {count} errors"))
+    rows += [
+        (f"parameters per unit of {as_text(row.get('name'))}", power_text(last), "at the last step")
+        for row in profile.rows("hyper")
+        if not math.isnan(last := number_of(row, "last"))
+    ]
     return Table(
         "Transient growth ‖Φ(t, s)‖: how much a perturbation was amplified, and where.",
         ("what", "times", "where"),
@@ -114,9 +122,12 @@ def _energy(profile: ProfileSummary) -> Table:
         "weight": "weight w of the future",
         "smallest": "smallest eigenvalue m of all P",
         "largest": "largest eigenvalue M of all P",
-        "rate": "decay ρ of the energy per step",
-        "worst_ratio": "measured growth over its bound, largest",
-        "median_ratio": "measured growth over its bound, median",
+        "constant": "constant √(M/m)",
+        "rate": "mean rate of √V per step",
+        "reference": "growth that the weights discount",
+        "smallest_ratio": "bound over measured growth, smallest",
+        "median_ratio": "bound over measured growth, median",
+        "worst_ratio": "bound over measured growth, largest",
         "holds": "the bound holds on every window",
     }
     return _pairs(
@@ -132,6 +143,8 @@ def _gains(profile: ProfileSummary) -> Table:
         "d": "parameters to parameters, d",
         "radius": "spectral radius of the 2 × 2 matrix",
         "weights": "weights of the joint norm",
+        "rate": "rate of growth that the matrix bounds",
+        "joint_rate": "the same with the best weights",
         "verdict": "small-gain condition",
     }
     return _pairs("Small gain of the coupled system of representations and parameters.", profile.table("gains"), words)
@@ -206,6 +219,7 @@ def _about(profile: ProfileSummary) -> Table:
             ("dimension", "dimension of the state"),
             ("full", "all directions"),
             ("steps", "steps"),
+            ("followed", "steps that were followed"),
             ("cadence", "steps between orthogonalizations"),
             ("burn_in", "steps left out at first"),
             ("seed", "seed of the directions"),
@@ -221,14 +235,21 @@ def _about(profile: ProfileSummary) -> Table:
     if not math.isnan(cost):
         rows.append(("cost of a direction and step", f"{cost:.3g} times forward and backward"))
     if not math.isnan(products := profile.number("cost", "products")):
-        rows.append(("products with the derivative of the gradient", f"{products:.0f}"))
+        each = profile.number("cost", "products_per_step")
+        per_step = "" if math.isnan(each) else f", {each:.3g} per step"
+        rows.append(("products with the derivative of the gradient", f"{products:.0f}{per_step}"))
     return Table("How it was measured.", ("what", "value"), tuple(rows))
 
 
 def _pairs(caption: str, found: dict[str, Any], words: dict[str, str] | None = None) -> Table:
     """Return a table of names and values; known names are put into words, unknown ones stand as they are."""
     words = words or {}
-    keys = [key for key in words if found.get(key) is not None] + [key for key in found if key not in words]
+    keys = [key for key in words if _says(found.get(key))] + [key for key in found if key not in words]
     return Table(
         caption, ("what", "value"), tuple((words.get(key, key.replace("_", " ")), as_text(found[key])) for key in keys)
     )
+
+
+def _says(value: object) -> bool:
+    """Whether JSON data say anything: not so null, nor a list of nothing else."""
+    return any(entry is not None for entry in value) if isinstance(value, list) else value is not None

@@ -103,9 +103,11 @@ def remarks(profile: ProfileSummary) -> list[str]:
         found.append(f"The verdict: {reason}")
     if reason := profile.text("reason"):
         found.append(f"The profile ended early: {reason}")
-    for number, row in enumerate(profile.rows("exponents"), 1):
-        if reason := row.get("reason"):
-            found.append(f"Exponent {number}: {reason}")
+    refused = [(k, row["reason"]) for k, row in enumerate(profile.rows("exponents"), 1) if row.get("reason")]
+    if refused:
+        number, reason = refused[0]
+        others = f" (and {len(refused) - 1} more for reasons of this kind)" if len(refused) > 1 else ""
+        found.append(f"Exponent {number}{others}: {reason}")
     return [text if text.endswith((".", "!")) else f"{text}." for text in found if text]
 
 
@@ -211,7 +213,7 @@ def number_of(row: dict[str, Any], key: str) -> float:
     return ProfileSummary(row).number(key)
 
 
-def interval_text(row: dict[str, Any]) -> str:
+def interval_text(row: dict[str, Any], digits: int = 4) -> str:
     """Return the interval of an exponent; a refused one says so.
 
     Examples:
@@ -221,7 +223,7 @@ def interval_text(row: dict[str, Any]) -> str:
     lower, upper = number_of(row, "lower"), number_of(row, "upper")
     if math.isnan(lower) and math.isnan(upper):
         return "refused" if row.get("reason") else UNKNOWN
-    return f"{as_text(lower)} … {as_text(upper)}"
+    return f"{as_text(lower, digits)} … {as_text(upper, digits)}"
 
 
 def percent_text(value: object) -> str:
@@ -287,7 +289,7 @@ def as_text(value: object, digits: int = 6) -> str:
 
 
 def _interval(row: dict[str, Any]) -> str:
-    value = as_text(number_of(row, "value"))
+    value = as_text(number_of(row, "value"), 3)
     if math.isnan(number_of(row, "lower") + number_of(row, "upper")):
         return f"{value} per step, without an interval"
-    return f"{value} per step ({percent_text(row.get('level'))} interval {interval_text(row)})"
+    return f"{value} per step ({percent_text(row.get('level'))} interval {interval_text(row, 3)})"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import struct
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,19 +79,21 @@ class ProfileSummary:
         return found.astype(np.float64)
 
     def series(self, places: str, values: str) -> list[tuple[float, float]]:
-        """Return the pairs of two arrays; without an array of places they are counted, and what is too long is cut.
+        """Return the pairs of two arrays; values that belong to the intervals between places stand at the ends of these.
+
+        Returns:
+            Nothing if the numbers of places and values do not fit.
 
         Examples:
-            >>> ProfileSummary(arrays={"path": np.array([0.0, 1.5])}).series("factors/steps", "path")
-            [(0.0, 0.0), (1.0, 1.5)]
+            >>> profile = ProfileSummary(
+            ...     arrays={"steps": np.array([0, 5]), "path": np.array([0.0, 1.5]), "growth": np.array([1.5])}
+            ... )
+            >>> profile.series("steps", "path"), profile.series("steps", "growth"), profile.series("growth", "path")
+            ([(0.0, 0.0), (5.0, 1.5)], [(5.0, 1.5)], [])
         """
-        y = self.array(values, 1)
-        x = self.array(places, 1)
-        if not x.size:
-            x = np.arange(len(y), dtype=np.float64)
-        if len(x) == len(y) + 1:  # boundaries of intervals: a value belongs to the end of its own
-            x = x[1:]
-        return list(zip(x.tolist(), y.tolist(), strict=False))
+        x, y = self.array(places, 1), self.array(values, 1)
+        x = x[1:] if len(x) == len(y) + 1 else x
+        return list(zip(x.tolist(), y.tolist(), strict=True)) if len(x) == len(y) else []
 
 
 def read_numbers(path: Path) -> dict[str, Any]:
@@ -169,15 +170,3 @@ def _number(value: object) -> float:
         return float(value)
     except OverflowError:
         return math.nan
-
-
-def shorten(values: Sequence[int], most: int) -> list[int]:
-    """Return an even selection of at most ``most`` values, with the first and the last.
-
-    Examples:
-        >>> shorten(range(11), 3), shorten(range(3), 9)
-        ([0, 5, 10], [0, 1, 2])
-    """
-    if len(values) <= most:
-        return list(values)
-    return [values[round(k * (len(values) - 1) / (most - 1))] for k in range(most)]

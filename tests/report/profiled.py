@@ -82,7 +82,7 @@ def numbers(steps: int = 200, growth: float = -0.02, **changes: Any) -> dict[str
     verdict = {"kind": kind, "horizon": steps, "constant": 3.5 if stable else None, "rate": 0.985 if stable else None}
     verdict |= {"terminal_decay": stable, "peak": 0.75, "reason": "the interval of the exponent excludes zero"}
     gains = {"a": 0.5, "b": 0.25, "c": 0.1, "d": 0.9, "radius": 0.95, "weights": [1.0, 0.3], "verdict": "holds"}
-    energy = {"weight": 1.02, "smallest": 1.0, "largest": 60.0, "rate": 0.97, "worst_ratio": 0.93, "median_ratio": 0.4}
+    energy = {"weight": 1.02, "smallest": 1.0, "largest": 60.0, "rate": 0.97, "worst_ratio": 9.3, "median_ratio": 1.4}
     return {
         "schema": 1,
         "backend": "graph",
@@ -103,6 +103,7 @@ def numbers(steps: int = 200, growth: float = -0.02, **changes: Any) -> dict[str
         "verdict": verdict | {"exponent": exponent_entry(growth)},
         "energy": energy | {"holds": True},
         "gains": gains,
+        "errors": {"count": 3, "peak": 0.2},
         "hyper": [{"name": "lr", "start": 0, "last": math.log(steps)}],
         "layers": [str(k) for k in range(LAYERS)],
         "forward": [

@@ -61,6 +61,8 @@ def test_the_peak_and_the_largest_window_are_those_of_the_arrays():
     assert rows["largest growth from the first step"] == (f"{math.exp(path.max()):.4g}", f"at step {path.argmax()}")
     assert rows["growth from the first to the last step"] == (f"{math.exp(path[-1]):.4g}", "at step 200")
     assert "largest growth of all windows" in rows
+    assert rows["largest response to an error of one update"] == ("1.221", "of 3 errors")
+    assert rows["parameters per unit of lr"] == ("200", "at the last step")
 
 
 def test_energy_gains_and_determinant_are_in_words():
@@ -70,6 +72,9 @@ def test_energy_gains_and_determinant_are_in_words():
     gains = dict(table(WHOLE, "Small").rows)
     assert gains["weights of the joint norm"] == "1, 0.3"
     assert dict(table(WHOLE, "Growth").rows)["difference"] in {"1e-13", "9.9e-14"}
+    assert dict(table(WHOLE, "Lyapunov").rows)["bound over measured growth, largest"] == "9.3"
+    unknown = ProfileSummary(numbers(gains={"a": 2.0, "weights": [None, None], "new_key": 1.5}))
+    assert table(unknown, "Small").rows == (("representations to representations, a", "2"), ("new key", "1.5"))
     part = ProfileSummary(numbers(full=False, determinant={"measured": -1.0}))
     assert table(part, "Growth").rows == (("sum of the exponents that were followed", "-1"),)
 

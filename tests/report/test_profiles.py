@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from stableopt.report import read_run
-from stableopt.report.profiles import ProfileSummary, read_arrays, read_numbers, shorten
+from stableopt.report.profiles import ProfileSummary, read_arrays, read_numbers
 from tests.report.folders import run_folder
 from tests.report.profiled import numbers, system, write_profile
 
@@ -100,8 +100,8 @@ def test_a_series_has_a_place_for_each_value():
     profile = ProfileSummary({}, arrays)
     assert profile.series("steps", "a") == [(0.0, 1.0), (10.0, 2.0), (20.0, 3.0)]
     assert profile.series("steps", "b") == [(10.0, 4.0), (20.0, 5.0)]
-    assert profile.series("nothing", "b") == [(0.0, 4.0), (1.0, 5.0)]
-    assert profile.series("steps", "c") == profile.series("steps", "nothing") == []
+    assert profile.series("nothing", "b") == profile.series("steps", "c") == profile.series("steps", "nothing") == []
+    assert profile.series("b", "a") == profile.series("a", "b")[2:] == []
 
 
 def test_a_folder_with_a_profile_is_read_completely(tmp_path):
@@ -136,7 +136,3 @@ def test_a_damaged_file_is_a_problem_and_the_rest_is_read(tmp_path, name, damage
     assert bool(run.profile.arrays) == (name == "profile.json")
     assert bool(run.profile.content) == (name != "profile.json")
     assert run.history.count
-
-
-def test_a_selection_has_the_ends():
-    assert shorten(range(100), 5) == [0, 25, 50, 74, 99]

@@ -9,6 +9,7 @@ from stableopt.report.figures.energy import energy_figures
 from stableopt.report.figures.layers import exponent_figures, gradient_figures, limit_figures, update_figures
 from stableopt.report.figures.plot import Picture
 from stableopt.report.figures.profile import profile_figures
+from stableopt.report.figures.standalone import standalone_svg
 from stableopt.report.figures.steps import step_figures
 from stableopt.report.figures.trust import trust_figures
 
@@ -22,6 +23,7 @@ __all__ = [
     "limit_figures",
     "natural",
     "profile_figures",
+    "standalone_svg",
     "step_figures",
     "trust_figures",
     "update_figures",

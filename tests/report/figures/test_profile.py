@@ -103,8 +103,11 @@ def test_the_bound_is_drawn_above_what_was_measured():
     drawn = drawing(RUN, "Bound of the energy against measured growth")
     bound, measured = drawn.lines["bound, from step 0"], drawn.lines["measured, from step 0"]
     assert all(b > m for (_, b), (_, m) in zip(bound, measured, strict=True))
-    table = ARRAYS["energy/bound"][:, 0]
-    assert [y for _, y in bound] == pytest.approx(table.tolist(), abs=0.05)
+    table = ARRAYS["energy/bound"]
+    assert [y for _, y in bound] == pytest.approx(table[:, 0].tolist(), abs=0.05)
+    late = drawn.lines["bound, from step 100"]
+    assert [y for _, y in late] == pytest.approx(table[10:, 10].tolist(), abs=0.05)
+    assert late[0][0] == pytest.approx(100, abs=1)
 
 
 def test_layers_updates_and_hyper_parameters_have_their_names():
