@@ -157,7 +157,7 @@ class GradientTap:
             name, made = self._choice.run(self.parameters, task)
         finally:
             self._closure = None
-        along = [torch.stack([row[i] for row in made]) for i in range(len(self.parameters))]
+        along = _stacked(made)
         self.reason = "; ".join(part for part in (self.reason.split("; ")[0], self._choice.reason) if part)
         self.gradient = Gradient(grads, along, name, rows)
 
@@ -177,17 +177,15 @@ class GradientTap:
             return "a gradient has no graph: it is constant, or its backward cannot be differentiated"
         kept = [(i, g) for i, g in enumerate(grads) if g is not None]
         rows = directions[0].shape[0]
-        along = [torch.zeros_like(d) for d in directions]
+        made: list[list[Tensor]] = []
         for r in range(rows):
             vectors = [directions[i][r].to(g.dtype) for i, g in kept]
-            made = torch.autograd.grad(
+            row = torch.autograd.grad(
                 [g for _, g in kept], self.parameters, vectors, retain_graph=True, allow_unused=True
             )
-            for target, h in zip(along, made, strict=True):
-                if h is not None:
-                    target[r] = h.detach()
+            made.append([torch.zeros_like(p) if h is None else h.detach() for p, h in zip(self.parameters, row, strict=True)])
         values = [None if g is None else g.detach().clone() for g in grads]
-        taken = Gradient(values, along, "graph", rows)
+        taken = Gradient(values, _stacked(made), "graph", rows)
         self.gradient = taken if self.gradient is None else _sum(self.gradient, taken)
         return ""
 
@@ -232,6 +230,11 @@ class _KeepGraph(TorchFunctionMode):
                 else:
                     p.grad = old.add_(new.detach()) if not old.requires_grad else (old + new).detach()
         return result
+
+
+def _stacked(rows: list[list[Tensor]]) -> list[Tensor]:
+    """Return, for each parameter, its rows in one tensor."""
+    return [column[0].unsqueeze(0) if len(column) == 1 else torch.stack(column) for column in zip(*rows, strict=True)]
 
 
 def _sum(first: Gradient, second: Gradient) -> Gradient:

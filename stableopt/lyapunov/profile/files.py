@@ -1,0 +1,198 @@
+"""The two files of a profile in a run folder: what it says in JSON, and the factors and curves that it rests on."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stableopt.files import encode_safetensors, write_atomically
+from stableopt.lyapunov.profile.energies import EnergySynthesis
+from stableopt.lyapunov.profile.exponents import exponent
+from stableopt.lyapunov.profile.gains import CoupledGains
+from stableopt.lyapunov.profile.windows import Windows
+
+if TYPE_CHECKING:
+    from stableopt.lyapunov.profile.reading import ProfileReading
+
+__all__ = ["SCHEMA", "arrays_of", "numbers_of", "write_reading"]
+
+SCHEMA = 1
+_KINDS = {"f": ("F64", "<f8"), "i": ("I64", "<i8")}
+_RUNNING = 64
+"""How many points the curve of running exponents has at most."""
+
+
+def write_reading(reading: ProfileReading, folder: str | os.PathLike[str]) -> None:
+    """Write ``profile.json`` and ``profile.safetensors``, the first one last.
+
+    Args:
+        reading: of a profile.
+        folder: made if it is not there.
+
+    Raises:
+        OSError: if the folder cannot be written.
+    """
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    arrays = {}
+    for name, value in arrays_of(reading).items():
+        kind, code = _KINDS[value.dtype.kind]
+        arrays[name] = kind, value.shape, np.ascontiguousarray(value, dtype=code).tobytes()
+    write_atomically(place / "profile.safetensors", encode_safetensors(arrays))
+    text = json.dumps(numbers_of(reading), indent=1, allow_nan=False)
+    write_atomically(place / "profile.json", text.encode())
+
+
+def numbers_of(reading: ProfileReading) -> dict[str, Any]:
+    """Return what ``profile.json`` holds; what is not finite is None there.
+
+    Args:
+        reading: of a profile.
+
+    Examples:
+        >>> from stableopt.lyapunov.profile.factors import Factors
+        >>> from stableopt.lyapunov.profile.reading import ProfileReading
+        >>> factors = Factors(np.full((40, 1, 1), 0.9), np.arange(41), dimension=1)
+        >>> numbers_of(ProfileReading(pieces=(factors,), theta=(np.ones((41, 1, 1)),)))["verdict"]["horizon"]
+        40
+    """
+    factors, steps = reading.factors, [int(reading.pieces[0].steps[0]), int(reading.pieces[-1].steps[-1])]
+    windows, energy = reading.windows, reading.energy
+    followed = sum(int(piece.spacing.sum()) for piece in reading.pieces)
+    return _plain(
+        {
+            "schema": SCHEMA,
+            "backend": reading.backend,
+            "directions": factors.directions,
+            "dimension": factors.dimension,
+            "full": factors.full,
+            "metric": reading.metric,
+            "steps": steps,
+            "followed": followed,
+            "windowed": reading.windowed,
+            "seed": reading.seed,
+            "optimizer": reading.optimizer,
+            "reason": reading.reason,
+            "cost": {"products": reading.products, "products_per_step": reading.products / followed if followed else None},
+            "exponents": [dataclasses.asdict(e) for e in reading.exponents],
+            "determinant": {"measured": reading.determinant, "full": factors.full},
+            "verdict": dataclasses.asdict(reading.verdict),
+            "largest_window": {"log_norm": windows.sup, "start": windows.start, "end": windows.end, "at_most": windows.sup_upper},
+            "energy": None if energy is None else _energy_facts(energy, windows),
+            "gains": None if reading.gains is None else _gain_facts(reading.gains),
+            "errors": None if reading.errors is None else {"count": len(reading.errors.starts), "peak": reading.errors.peak},
+            "hyper": [{"name": h.name, "start": h.start, "last": float(h.log_norms[-1]) if len(h.log_norms) else None} for h in reading.hyper],
+            "layers": list(reading.looks[-1].grams) if reading.looks else [],
+            "forward": [
+                {
+                    "step": look.step, "table_key": f"forward/{i}", "how": look.forward.how, "operator": look.forward.operator,
+                    "names": list(look.forward.names), "exponent": look.forward.exponent, "cost": look.forward.cost,
+                }  # fmt: skip
+                for i, look in enumerate(reading.looks)
+                if look.forward is not None
+            ],
+        }
+    )
+
+
+def arrays_of(reading: ProfileReading) -> dict[str, NDArray[Any]]:
+    """Return what ``profile.safetensors`` holds, float64 and int64.
+
+    Args:
+        reading: of a profile.
+
+    Examples:
+        >>> from stableopt.lyapunov.profile.factors import Factors
+        >>> from stableopt.lyapunov.profile.reading import ProfileReading
+        >>> factors = Factors(np.full((40, 1, 1), 0.9), np.arange(41), dimension=1)
+        >>> sorted(arrays_of(ProfileReading(pieces=(factors,), theta=(np.ones((41, 1, 1)),))))[:3]
+        ['energy/bound', 'energy/log_value', 'factors/R']
+    """
+    factors, windows = reading.factors, reading.windows
+    steps, mixed = reading.mixed
+    places, running = _running(reading)
+    found: dict[str, NDArray[Any]] = {
+        "factors/R": factors.R,
+        "factors/steps": factors.steps,
+        "path": windows.path,
+        "windows/log_norms": windows.log_norms,
+        "windows/steps": windows.steps,
+        "running/steps": places,
+        "running/exponent": running[:, 0],
+        "running/lower": running[:, 1],
+        "running/upper": running[:, 2],
+        "parametric/log_norms": reading.parametric,
+    }
+    if mixed:
+        found |= {"mixed/steps": steps, "mixed/log_norms": np.stack(list(mixed.values()), axis=1)}
+    if reading.errors is not None:
+        found |= {"update/starts": reading.errors.starts, "update/log_norms": reading.errors.log_norms}
+    for response in reading.hyper:
+        found[f"hyper/{response.name}"] = response.log_norms
+    for i, look in enumerate(reading.looks):
+        if look.forward is not None:
+            found[f"forward/{i}"] = look.forward.log_norms
+    energy = reading.energy
+    if energy is not None:
+        m = len(energy.steps)
+        found["energy/steps"] = energy.steps
+        found["energy/log_value"] = energy.along(np.eye(factors.directions)[0])
+        found["energy/bound"] = np.array([[energy.bound(i, j) if i <= j else math.nan for i in range(m)] for j in range(m)])
+    return found
+
+
+def _energy_facts(energy: EnergySynthesis, windows: Windows) -> dict[str, Any]:
+    check = energy.check(windows)
+    ratios = {"worst_ratio": check.largest, "median_ratio": check.median, "smallest_ratio": check.smallest}
+    return {
+        "reference": energy.reference,
+        "weight": math.exp(float(np.median(energy.log_weights))) if len(energy.log_weights) else None,
+        "smallest": energy.smallest,
+        "largest": energy.largest,
+        "constant": energy.constant,
+        "rate": energy.rate,
+        "holds": check.holds,
+        **{name: math.exp(min(value, 700.0)) for name, value in ratios.items()},
+    }
+
+
+def _gain_facts(gains: CoupledGains) -> dict[str, Any]:
+    (a, b), (c, d) = gains.matrix.tolist()
+    return {
+        "a": a, "b": b, "c": c, "d": d, "radius": gains.radius, "weights": list(gains.weights), "rate": gains.rate,
+        "joint_rate": gains.joint_rate, "verdict": gains.verdict,
+    }  # fmt: skip
+
+
+def _running(reading: ProfileReading) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Return the leading exponent with its interval as it was known after each of some steps."""
+    factors = reading.factors
+    ends = np.unique(np.linspace(1, factors.count, min(_RUNNING, factors.count)).astype(np.int64)) if factors.count else []
+    rows = []
+    for end in ends:
+        known = exponent(factors.growth[:end], spacing=factors.spacing[:end])
+        rows.append((known.value, known.lower, known.upper))
+    places = factors.steps[np.asarray(ends, dtype=np.int64)] if len(rows) else np.zeros(0, dtype=np.int64)
+    return places, np.array(rows).reshape(-1, 3)
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON has, with None for what is not finite."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return _plain(value.tolist())
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,219 @@
+r"""What a profile says: exponents with intervals, the norms of all windows, the verdict, the energy, and the blocks over time."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stableopt.lyapunov.profile.energies import EnergySynthesis, synthesize
+from stableopt.lyapunov.profile.exponents import Exponent, spectrum
+from stableopt.lyapunov.profile.factors import Factors
+from stableopt.lyapunov.profile.gains import CoupledGains, coupled_gains
+from stableopt.lyapunov.profile.looks import Look
+from stableopt.lyapunov.profile.responses import ErrorResponses, HyperResponse
+from stableopt.lyapunov.profile.verdicts import Verdict, judge
+from stableopt.lyapunov.profile.windows import Windows, measure_windows
+
+__all__ = ["ProfileReading"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class ProfileReading:
+    r"""The Learning Stability Profile of a run, as measured.
+
+    Nothing in it is proved: exponents are estimates with intervals, norms are those of the measured directions, which is all of them
+    only where ``factors.full``.
+
+    Args:
+        pieces: the factors, one piece for each window; a single piece if the whole run was followed.
+        theta: for each piece ``(n + 1, k, k)`` the inner products of the parameter parts of the orthonormal directions.
+        backend: how products with the Hessian were made; ``difference`` is a finite difference, the others are exact.
+        optimizer: the name of its class.
+        metric: name -> unit of that entry of the state.
+        seed: of the directions.
+        products: number of products with the Hessian.
+        windowed: whether only windows of the run were followed.
+        reason: why it ended early or took another way; empty if it did not.
+        errors: responses to errors in single updates.
+        hyper: responses to hyper-parameters.
+        looks: the representations at some steps.
+
+    Examples:
+        >>> factors = Factors(np.full((200, 1, 1), 0.9), np.arange(201), dimension=1)
+        >>> reading = ProfileReading(pieces=(factors,), theta=(np.ones((201, 1, 1)),))
+        >>> reading.verdict.kind, round(reading.exponents[0].value, 4)
+        ('exponentially stable', -0.1054)
+    """
+
+    pieces: tuple[Factors, ...]
+    theta: tuple[Array, ...]
+    backend: str = "exact"
+    optimizer: str = ""
+    metric: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+    products: int = 0
+    windowed: bool = False
+    reason: str = ""
+    errors: ErrorResponses | None = None
+    hyper: tuple[HyperResponse, ...] = ()
+    looks: tuple[Look, ...] = ()
+
+    @property
+    def factors(self) -> Factors:
+        """The factors of the run, of its last window if there are several."""
+        return self.pieces[-1]
+
+    @cached_property
+    def exponents(self) -> tuple[Exponent, ...]:
+        """The largest k exponents per step, almost surely, each with its interval or the reason why it has none."""
+        log_diagonal = np.concatenate([piece.log_diagonal for piece in self.pieces])
+        spacing = np.concatenate([piece.spacing for piece in self.pieces])
+        if not len(spacing):
+            return ()
+        return spectrum(log_diagonal, spacing=spacing)
+
+    @cached_property
+    def windows(self) -> Windows:
+        r"""The norms of :math:`\Phi(t,s)` over all windows of the (last) piece, started late too."""
+        return measure_windows(self.factors)
+
+    @cached_property
+    def verdict(self) -> Verdict:
+        """One of the four verdicts or inconclusive, on the horizon that was seen."""
+        return _judged(self.windows.path, self.factors.steps, self.windows)
+
+    @cached_property
+    def energy(self) -> EnergySynthesis | None:
+        """The Lyapunov energy that the factors of the (last) piece give; None without a step."""
+        return synthesize(self.factors, self.windows) if self.factors.count else None
+
+    @cached_property
+    def parametric(self) -> Array:
+        r""":math:`\log\|\Pi_\theta\,\Phi(t, t_0)\|` on the directions of the (last) piece, ``(n + 1,)``.
+
+        Where the profile began with a fresh optimizer its directions are those of the parameters, and this is
+        :math:`\log\|D_{\theta_0}\theta_t\|` on them.
+        """
+        return _observed(self.factors, self.theta[-1])
+
+    @property
+    def determinant(self) -> float:
+        r"""The growth of the volume of all k directions, :math:`\sum_j \log\det R_j`, per step; NaN without a step.
+
+        With ``factors.full`` it is the mean of :math:`\log|\det A_t|`, the sum of all exponents.
+        """
+        steps = sum(int(piece.spacing.sum()) for piece in self.pieces)
+        return float(sum(piece.log_volume.sum() for piece in self.pieces)) / steps if steps else math.nan
+
+    @cached_property
+    def mixed(self) -> tuple[NDArray[np.int64], dict[str, Array]]:
+        r"""The mixed block: steps ``(m,)`` and, per layer, :math:`\log\|D_\theta h_l\,\Pi_\theta\Phi(t, t_0)\|` there, ``(m,)``."""
+        looks = [look for look in self.looks if look.piece == len(self.pieces) - 1]
+        steps = np.array([look.step for look in looks], dtype=np.int64)
+        places = np.searchsorted(self.factors.steps, steps)
+        names = list(looks[0].grams) if looks else []
+        grams = {name: np.array([look.grams[name] for look in looks]) for name in names}
+        return steps, {name: _observed(self.factors, grams[name], places) for name in names}
+
+    @cached_property
+    def gains(self) -> CoupledGains | None:
+        r"""The small-gain matrix of the coupled system of representations and parameters (T6); None without looks.
+
+        Per look: a is :math:`\|D_{h_0}h_L\|`, b the norm of :math:`D_\theta h_L` on the directions for the whole probe, c is zero (no
+        batch depends on a representation of the step before), d the largest norm of a step on the directions since the look before.
+        """
+        looks = [look for look in self.looks if look.piece == len(self.pieces) - 1 and look.forward is not None and look.grams]
+        places = np.searchsorted(self.factors.steps, [look.step for look in looks])
+        sizes = np.array([np.linalg.norm(R, 2) for R in self.factors.R]) ** (1.0 / self.factors.spacing)
+        spans = [(i, j) for i, j in zip(places[:-1], places[1:], strict=True) if j > i]
+        if not spans or len(spans) != len(looks) - 1:
+            return None
+        return coupled_gains(
+            a=[math.exp(look.forward.log_norms[-1, 0]) for look in looks[1:] if look.forward is not None],
+            b=[look.gain for look in looks[1:]],
+            c=[0.0] * len(spans),
+            d=[float(sizes[i:j].max()) for i, j in spans],
+        )
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write ``profile.json`` and ``profile.safetensors`` into a run folder, each as a whole.
+
+        Args:
+            folder: made if it is not there.
+
+        Raises:
+            ImportError: if safetensors is not installed.
+
+        Examples:
+            >>> import tempfile
+            >>> factors = Factors(np.full((40, 1, 1), 0.9), np.arange(41), dimension=1)
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     ProfileReading(pieces=(factors,), theta=(np.ones((41, 1, 1)),)).save(folder)
+            ...     sorted(os.listdir(folder))
+            ['profile.json', 'profile.safetensors']
+        """
+        from stableopt.lyapunov.profile.files import write_reading
+
+        write_reading(self, folder)
+
+    def __str__(self) -> str:
+        """Say in some lines what was found."""
+        lines = [str(self.verdict)]
+        lines += [f"exponent {i}: {e}" for i, e in enumerate(self.exponents, start=1)]
+        w = self.windows
+        which = "all directions" if self.factors.full else f"{self.factors.directions} directions of {self.factors.dimension}"
+        lines.append(f"largest window: K({w.end}, {w.start}) = {math.exp(min(w.sup, 700.0)):.4g} on {which}")
+        if self.reason:
+            lines.append(self.reason)
+        return "\n".join(lines)
+
+
+def _judged(path: Array, steps: NDArray[np.int64], windows: Windows) -> Verdict:
+    """Judge a path that is known at some steps, as one of equal steps of the largest distance between them."""
+    start, horizon = int(steps[0]), int(steps[-1] - steps[0])
+    if horizon < 1:
+        return judge(np.zeros(2))
+    stride = int(np.diff(steps).max())
+    if horizon // stride < 2:
+        stride = 1
+    times = start + stride * np.arange(horizon // stride + 1)
+    even = np.interp(times, steps, path) if np.isfinite(path).all() else path
+    table = windows.log_norms if stride == 1 and np.isfinite(windows.log_norms[-1]).all() else None
+    found = judge(even, windows=table)
+    if stride == 1:
+        return found
+    e = found.exponent
+    per_step = replace(e, value=e.value / stride, lower=e.lower / stride, upper=e.upper / stride)
+    return replace(found, horizon=horizon, exponent=per_step, rate=found.rate ** (1.0 / stride))
+
+
+def _observed(factors: Factors, grams: Array, places: NDArray[np.int64] | None = None) -> Array:
+    r"""Return :math:`\log\|G_j^{1/2} R_{j-1}\cdots R_0\|_2` at some boundaries, whatever its size.
+
+    Args:
+        factors: n of them.
+        grams: the positive semidefinite :math:`G_j`, one for each place.
+        places: boundaries j, increasing; None for all.
+    """
+    wanted = np.arange(factors.count + 1) if places is None else places
+    found = np.full(len(wanted), -math.inf)
+    product, log_scale, at = np.eye(factors.directions), 0.0, 0
+    for i, j in enumerate(wanted):
+        for R in factors.R[at:j]:
+            product = R @ product
+            size = float(np.abs(product).max())
+            if size > 0.0:
+                product, log_scale = product / size, log_scale + math.log(size)
+        at = int(j)
+        seen = product.T @ grams[i] @ product
+        largest = float(np.linalg.eigvalsh((seen + seen.T) / 2)[-1])
+        if largest > 0.0:
+            found[i] = 0.5 * math.log(largest) + log_scale
+    return found
