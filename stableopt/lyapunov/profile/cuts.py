@@ -117,6 +117,7 @@ class Chain:
         start: the random state of every evaluation.
         modules: all modules that are called and have buffers.
         plain: whether operations with a derivative in forward mode have to take the place of fused ones.
+        forward: whether all operations have a derivative in forward mode; if not, nothing can be pushed.
         samples: rows of a representation: those of the batch, 1 where samples depend on each other.
         mixing: why samples are not looked at one by one; empty if they are.
         passes: what was evaluated so far.
@@ -132,6 +133,7 @@ class Chain:
     start: RandomState
     modules: nn.ModuleList
     plain: bool = False
+    forward: bool = True
     samples: int = 1
     mixing: str = ""
     passes: Passes = field(default_factory=Passes)

@@ -53,7 +53,7 @@ class ForwardProfile:
             ``"jacobian"``.
         law: per layer the logarithm of a bound of its Lipschitz constant that follows from its weights; NaN where none is known.
         eps: rounding unit of the numbers that the model computes with.
-        epsilon: relative size of the finite differences; 0 for derivatives.
+        mode: ``"forward"`` for tangents; ``"reverse"`` where an operation has none and cotangents took their place.
         cost: work in units of one forward and one backward pass, counted: a backward pass is two forward ones, a tangent or a
             cotangent of the representations one.
         memory: bytes of the derivatives, or of the vectors, that were held at once.
@@ -76,7 +76,7 @@ class ForwardProfile:
     residuals: NDArray[np.float64] = field(default_factory=lambda: np.zeros((0, 0)), repr=False)
     law: NDArray[np.float64] = field(default_factory=lambda: np.zeros(0), repr=False)
     eps: float = 2.0**-52
-    epsilon: float = 0.0
+    mode: str = "forward"
     cost: float = 0.0
     memory: int = 0
     log_diagonal: NDArray[np.float64] | None = field(default=None, repr=False)
@@ -89,7 +89,7 @@ class ForwardProfile:
     @property
     def exact(self) -> bool:
         """Whether the norms are those of the derivatives up to rounding; else they are estimates from below."""
-        return self.how == "jacobian" and self.epsilon == 0.0
+        return self.how == "jacobian"
 
     @cached_property
     def log_norms(self) -> NDArray[np.float64]:
@@ -173,8 +173,6 @@ class ForwardProfile:
     def __str__(self) -> str:
         """Say in one line what was found."""
         kind = "exact" if self.exact else f"estimates from below, residual <= {np.nanmax(self.residuals):.1e}"
-        if self.epsilon:
-            kind += f", finite differences of relative size {self.epsilon:.0e}"
         return (
             f"{self.depth} layers, exponent {self.exponent:+.4f} per layer, largest log norm {self.peak.log_norm:.4f} "
             f"from {self.names[self.peak.source]} to {self.names[self.peak.target]} (per {self.operator}; {kind}; "
@@ -191,6 +189,7 @@ class DepthGrowth:
         log_norms: ``(L + 1,)``: :math:`\log\|D_{h_0}h_l\,v\|/\|v\|` over the whole batch.
         log_samples: ``(L + 1, samples)``: the same for each sample; one column where the first dimension is not the batch.
         cost: work in units of one forward and one backward pass.
+        epsilon: size of a central difference, relative to the input; 0 for a derivative.
 
     Examples:
         >>> DepthGrowth(("input", "0"), np.array([0.0, 2.0]), np.zeros((2, 1))).exponent
@@ -201,6 +200,7 @@ class DepthGrowth:
     log_norms: NDArray[np.float64]
     log_samples: NDArray[np.float64] = field(repr=False)
     cost: float = 0.0
+    epsilon: float = 0.0
 
     @property
     def exponent(self) -> float:

@@ -2,6 +2,7 @@ r"""The forward block of the profile: how much every representation amplifies a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -14,12 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from stableopt.lyapunov.layers.walk import ProbeError, Walk, floating, replaced
-from stableopt.lyapunov.profile.cuts import Chain, Passes
+from stableopt.lyapunov.profile.cuts import Chain
 from stableopt.lyapunov.profile.depth import DepthGrowth, ForwardProfile
-from stableopt.lyapunov.profile.inside import plain_kernels, primal, private_buffers
+from stableopt.lyapunov.profile.inside import LinearByHand, plain_kernels, primal, private_buffers
 from stableopt.lyapunov.profile.jacobians import jacobians, log_diagonals, log_norms_of_products
 from stableopt.lyapunov.profile.lanczos import lanes, largest_singular_values
 from stableopt.lyapunov.profile.law import log_law
+from stableopt.lyapunov.profile.mixed import representation_tangents
 from stableopt.lyapunov.profile.survey import INPUT, as_probe, chain_of, in_forward_mode
 from stableopt.optim import RandomState
 
@@ -66,7 +68,8 @@ def forward_profile(
     Raises:
         ProbeError: if the probe does not call the model, or the output does not depend on the input.
         ValueError: if a layer is not on the trunk, or ``iterations < 1``.
-        NotImplementedError: if an operation has no derivative in forward mode.
+        NotImplementedError: if an operation has no derivative in forward mode, nor the one in reverse mode that takes its place
+            (for an estimate, a second one).
 
     Note:
         At a kink the derivative is the one that automatic differentiation chooses. Numbers of float16 or bfloat16 are as coarse as
@@ -85,7 +88,7 @@ def forward_profile(
     """
     if iterations < 1:
         raise ValueError(f"iterations must be at least 1, got {iterations}.")
-    chain = chain_of(model, probe, layers)
+    chain = chain_of(model, probe, layers, forward=False)
     exact = _is_cheap(chain, iterations) if exact is None else exact
     found = _exact(chain) if exact else _estimated(chain, iterations, seed)
     return ForwardProfile(
@@ -94,6 +97,7 @@ def forward_profile(
         operator="sample" if not chain.mixing else "batch",
         mixing=chain.mixing,
         law=log_law(chain),
+        mode="forward" if chain.forward else "reverse",
         eps=max(torch.finfo(cut.dtype).eps for cut in chain.cuts),
         cost=chain.passes.equivalents,
         **found,
@@ -160,7 +164,9 @@ def growth_along(
 
     Raises:
         ProbeError: if the probe does not call the model, or a layer is not called.
-        NotImplementedError: if an operation has no derivative in forward mode.
+        ValueError: if the direction has another shape than the input.
+        NotImplementedError: if an operation has no derivative in forward mode and a finite difference would lie
+            (:mod:`stableopt.lyapunov.profile.difference`).
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
@@ -171,19 +177,23 @@ def growth_along(
         (('input', '0', '1'), [1.0, 3.0, 9.0])
     """
     evaluate, start = as_probe(model, probe), RandomState.capture()
-    chosen = chain_of(model, probe, one_by_one=False).layers if layers is None else tuple(layers)
+    chosen = chain_of(model, probe, one_by_one=False, forward=False).layers if layers is None else tuple(layers)
     names = (INPUT, *(name or type(model).__name__ for name in chosen))
     along = _Along(chosen, direction, seed)
     for plain in (False, True):
-        with private_buffers(model), plain_kernels() if plain else nullcontext():
+        with private_buffers(model), plain_kernels() if plain else nullcontext(), LinearByHand():
             try:
                 in_forward_mode(Walk(model, evaluate, along).run, start)
             except NotImplementedError:
-                if plain:
-                    raise
-            else:
-                break
-    return along.result_of(names)
+                continue
+        return along.result_of(names)
+    v = along.direction
+    stay = [None] * len(list(model.parameters()))
+    found = representation_tangents(model, probe, stay, d_input=v[None], layers=chosen)
+    along.start()
+    for tangents in found.values():
+        along.see([tangents[0]])
+    return along.result_of(names, epsilon=found.epsilon, cost=found.cost)
 
 
 class _Along:
@@ -195,9 +205,8 @@ class _Along:
         self.start()
 
     def start(self) -> None:
-        self._logs: list[Tensor] = []
         self._rows: list[Tensor] = []
-        self._taken: Tensor | float = 0.0
+        self._sizes: list[Tensor] = []
 
     def source(self, x: Tensor) -> Tensor:
         v = self._direction
@@ -205,9 +214,9 @@ class _Along:
             v = torch.randn(x.shape, generator=torch.Generator().manual_seed(self._seed), dtype=torch.float32)
         elif v.shape != x.shape:
             raise ValueError(f"the direction must have the shape of the input, {tuple(x.shape)}, got {tuple(v.shape)}.")
-        v = v.to(x)
+        self.direction = v = v.to(x)
         self._batch = x.shape[0] if x.ndim else 0
-        self._see([v])
+        self.see([v])
         return fwd.make_dual(x.detach().clone(), v.clone())
 
     def enter(
@@ -215,26 +224,25 @@ class _Along:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if name not in self._next:
             return None
-        if self._next[name] != len(self._logs):
+        if self._next[name] != len(self._sizes):
             raise ProbeError(f"the layer {name!r} was called out of turn")
         duals = [(t, fwd.unpack_dual(t)) for t in floating((args, kwargs))]
         moved = [(t, d.primal, d.tangent) for t, d in duals if d.tangent is not None]
-        size = self._see([tangent for _, _, tangent in moved])
-        size = torch.where(size > 0.0, size, torch.ones_like(size))
-        self._taken = self._taken + size.log()
+        size = self.see([tangent for _, _, tangent in moved])
+        size = size.clamp_min(torch.finfo(size.dtype).tiny)
         others = {id(t): fwd.make_dual(primal, tangent / size.to(tangent.dtype)) for t, primal, tangent in moved}
         return replaced((args, kwargs), others)
 
     def leave(self, name: str, module: nn.Module, output: Any) -> None: ...
 
     def result(self, outputs: list[Tensor]) -> list[Tensor]:
-        if len(self._logs) != len(self._layers):
-            raise ProbeError(f"the layer {self._layers[len(self._logs)]!r} was not called this time")
+        if len(self._sizes) != len(self._layers):
+            raise ProbeError(f"the layer {self._layers[len(self._sizes)]!r} was not called this time")
         tangents = [fwd.unpack_dual(y).tangent for y in outputs]
-        self._see([t for t in tangents if t is not None])
+        self.see([t for t in tangents if t is not None])
         return [primal(y).clone() for y in outputs]
 
-    def _see(self, tangents: list[Tensor]) -> Tensor:
+    def see(self, tangents: list[Tensor]) -> Tensor:
         """Keep the norm of what is there, of all and of each sample, and return the first."""
         if not tangents:
             raise NotImplementedError("no tangent reached a representation")
@@ -243,15 +251,20 @@ class _Along:
         rows = [torch.linalg.vector_norm(t.reshape(samples, -1), dim=1, dtype=_wide(t)) for t in tangents]
         row = rows[0] if len(rows) == 1 else torch.linalg.vector_norm(torch.stack([r.to(rows[0]) for r in rows]), dim=0)
         size = torch.linalg.vector_norm(row)
-        self._rows.append(row.log() + self._taken)
-        self._logs.append(size.log() + self._taken)
+        self._rows.append(row)
+        self._sizes.append(size)
         return size
 
-    def result_of(self, names: tuple[str, ...]) -> DepthGrowth:
-        logs = torch.stack([x.double().cpu() for x in self._logs]).numpy()
+    def result_of(self, names: tuple[str, ...], *, epsilon: float = 0.0, cost: float = 2.0 / 3.0) -> DepthGrowth:
+        logs = torch.stack([size.double() for size in self._sizes]).log().cpu().numpy()
+        # what arrives at a layer had the length 1 at the cut before, but for a difference
+        least = math.log(torch.finfo(self._sizes[0].dtype).tiny)
+        lengths = np.maximum(logs[1:-1], least) * (epsilon == 0.0)
+        taken = np.concatenate([[0.0, 0.0], np.cumsum(lengths)])
         same = len({len(row) for row in self._rows}) == 1
-        rows = torch.stack([row.double().cpu() for row in self._rows]).numpy() if same else logs[:, None]
-        return DepthGrowth(names, logs - logs[0], rows - rows[0], Passes(1, 1).equivalents)
+        rows = torch.stack([row.double() for row in self._rows]).log().cpu().numpy() if same else logs[:, None]
+        rows, logs = rows + taken[:, None], logs + taken
+        return DepthGrowth(names, logs - logs[0], rows - rows[0], cost, epsilon)
 
 
 def _wide(t: Tensor) -> torch.dtype:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["plain_kernels", "primal", "private_buffers", "tangent_of"]
+__all__ = ["LinearByHand", "plain_kernels", "primal", "private_buffers", "tangent_of"]
 
 
 @contextmanager
@@ -55,6 +55,29 @@ class _Plain(TorchFunctionMode):
         if func is nn.functional.normalize and kwargs.get("out") is not None:
             out = kwargs.pop("out")
             return out.copy_(func(*args, **kwargs))
+        return func(*args, **kwargs)
+
+
+class LinearByHand(TorchFunctionMode):
+    r"""Push a tangent through :math:`Wx + b` with one product: where :math:`W` has none, torch multiplies by its zeros.
+
+    Examples:
+        >>> from stableopt.lyapunov.layers.forward import dual_numbers
+        >>> with dual_numbers(), LinearByHand():
+        ...     x = fwd.make_dual(torch.ones(1, 2), torch.tensor([[1.0, 2.0]]))
+        ...     fwd.unpack_dual(nn.functional.linear(x, torch.eye(2), torch.ones(2)))
+        UnpackedDualTensor(primal=tensor([[2., 2.]]), tangent=tensor([[1., 2.]]))
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Take the place of ``linear``."""
+        kwargs = kwargs or {}
+        if func is nn.functional.linear and not kwargs:
+            x, *weights = args
+            number = fwd.unpack_dual(x)
+            plain = [w for w in weights if w is not None]
+            if number.tangent is not None and all(fwd.unpack_dual(w).tangent is None for w in plain):
+                return fwd.make_dual(func(number.primal, *weights), func(number.tangent, weights[0]))
         return func(*args, **kwargs)
 
 

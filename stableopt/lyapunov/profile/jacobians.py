@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stableopt.lyapunov.profile.cuts import Chain
+from stableopt.lyapunov.profile.pull import Pull
 
 __all__ = ["jacobians", "log_diagonals", "log_norms_of_products"]
 
@@ -21,7 +22,8 @@ __all__ = ["jacobians", "log_diagonals", "log_norms_of_products"]
 def jacobians(chain: Chain) -> list[Tensor]:
     """Return the derivative of every layer, for every sample.
 
-    One tangent shows one column of all of them: at every cut the perturbation is replaced by a unit vector.
+    One tangent shows one column of all of them: at every cut the perturbation is replaced by a unit vector. Where there is no
+    forward mode, a cotangent shows one row of one.
 
     Args:
         chain: of which.
@@ -37,6 +39,8 @@ def jacobians(chain: Chain) -> list[Tensor]:
         >>> len(J), bool((J[0] == layer.weight).all())
         (1, True)
     """
+    if not chain.forward:
+        return _by_rows(chain)
     columns, widths = max(chain.widths[:-1]), chain.widths
     device = chain.cuts[0].device
     wide = torch.float32 if device.type == "mps" else torch.float64
@@ -56,6 +60,19 @@ def jacobians(chain: Chain) -> list[Tensor]:
             here = min(last, width) - first
             if here > 0:
                 J[:, :, first : first + here] = part[:here].permute(1, 2, 0).to(wide)
+    return found
+
+
+def _by_rows(chain: Chain) -> list[Tensor]:
+    pull, found = Pull(chain), []
+    for layer, width in enumerate(chain.widths[1:]):
+        parts = []
+        for first in range(0, width, chain.chunk):
+            count = min(chain.chunk, width - first)
+            unit = torch.zeros(count, 1, width, dtype=chain.cuts[layer + 1].dtype, device=chain.cuts[layer + 1].device)
+            unit[:, 0, first : first + count] = torch.eye(count)
+            parts.append(pull.back(layer, unit.expand(-1, chain.samples, -1)))
+        found.append(torch.cat(parts).transpose(0, 1).double())
     return found
 
 

@@ -123,7 +123,10 @@ def largest_singular_values(
             runs[k, l] = _Run(_unit(v.to(chain.cuts[k].device))[0])
     pull = Pull(chain)
     for _ in range(iterations):
-        _forward(chain, tracks, runs)
+        if chain.forward:
+            _forward(chain, tracks, runs)
+        else:
+            _forward_by_graph(chain, pull, runs)
         _backward(chain, pull, tracks, runs)
     logs, residuals = np.full((chain.samples, depth + 1, depth + 1), np.nan), np.full((depth + 1, depth + 1), np.nan)
     for k in range(depth + 1):
@@ -155,6 +158,22 @@ def _forward(chain: Chain, tracks: list[list[Pair]], runs: dict[Pair, _Run]) -> 
             runs[k, l].forward(arrived[l - 1][i], lengths[i, k : l - 1].sum(0))
 
 
+def _forward_by_graph(chain: Chain, pull: Pull, runs: dict[Pair, _Run]) -> None:
+    """Give every pair the image of its vector where there is no forward mode."""
+    carried: dict[Pair, tuple[Tensor, Tensor]] = {}
+    for j in range(len(chain.layers)):
+        pairs = [pair for pair in runs if pair[0] <= j < pair[1]]
+        for pair in pairs:
+            if pair[0] == j:
+                carried[pair] = runs[pair].v, runs[pair].v.new_zeros(chain.samples)
+        images = pull.forward(j, torch.stack([carried[pair][0] for pair in pairs]))
+        for pair, image in zip(pairs, images, strict=True):
+            if pair[1] == j + 1:
+                runs[pair].forward(image, carried.pop(pair)[1])
+            else:
+                carried[pair] = _onwards(image, carried[pair][1])
+
+
 def _backward(chain: Chain, pull: Pull, tracks: list[list[Pair]], runs: dict[Pair, _Run]) -> None:
     """Give every pair what its image is pulled back to; only through the layers between."""
     carried: dict[Pair, tuple[Tensor, Tensor]] = {}
@@ -172,8 +191,13 @@ def _backward(chain: Chain, pull: Pull, tracks: list[list[Pair]], runs: dict[Pai
                 runs[k, l].backward(image, log_length)
                 del carried[k, l]
             else:
-                unit, size = _unit(image.double())
-                carried[k, l] = unit, log_length + torch.where(size > 0.0, size, torch.ones_like(size)).log()
+                carried[k, l] = _onwards(image, log_length)
+
+
+def _onwards(image: Tensor, log_length: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the length of the rows out."""
+    unit, size = _unit(image.double())
+    return unit, log_length + torch.where(size > 0.0, size, torch.ones_like(size)).log()
 
 
 def _unit(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from stableopt.lyapunov.layers.walk import ProbeError, Walk, floating
 from stableopt.lyapunov.profile.cuts import Chain, at
+from stableopt.lyapunov.profile.difference import Operations, central_differences, size_of_difference
 from stableopt.lyapunov.profile.inside import primal, private_buffers, tangent_of
 from stableopt.lyapunov.profile.survey import chain_of, in_forward_mode
 
@@ -34,7 +35,8 @@ class RepresentationTangents(Mapping[str, Tensor]):
 
     Args:
         tangents: name -> ``(k, *shape)``; ``(k, numbers)`` for a representation of several tensors.
-        how: ``"forward"`` for exact derivatives.
+        how: ``"forward"`` for exact derivatives; ``"difference"`` for central differences, where an operation has no other.
+        epsilon: size of the differences, relative to what is perturbed; 0 for derivatives.
         cost: work in units of one forward and one backward pass, counted as in :class:`stableopt.lyapunov.profile.cuts.Passes`, a
             tangent that parameters have as well counting twice.
 
@@ -46,6 +48,7 @@ class RepresentationTangents(Mapping[str, Tensor]):
 
     tangents: dict[str, Tensor] = field(repr=False)
     how: str = "forward"
+    epsilon: float = 0.0
     cost: float = 0.0
 
     def __getitem__(self, name: str) -> Tensor:
@@ -97,7 +100,8 @@ def representation_tangents(
     Raises:
         ValueError: if shapes or numbers do not fit, or a parameter is not one of the model.
         ProbeError: if the probe does not call the model, or the output does not depend on the input.
-        NotImplementedError: if an operation has no derivative in forward mode.
+        NotImplementedError: if an operation has no derivative in forward mode and a finite difference would lie
+            (:mod:`stableopt.lyapunov.profile.difference`).
 
     Examples:
         >>> model = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 1, bias=False))
@@ -109,29 +113,49 @@ def representation_tangents(
         (['input', '0', '1'], [5.0, 7.0], [15.0, 21.0])
     """
     own: list[Tensor] = [*(model.parameters() if parameters is None else parameters)]
-    count = _checked(model, own, d_parameters, d_input)
-    chain = chain_of(model, probe, layers, one_by_one=False, search=False)
+    _checked(model, own, d_parameters, d_input)
+    chain = chain_of(model, probe, layers, one_by_one=False, search=False, forward=False)
     if d_input is not None and tuple(d_input.shape[1:]) != chain.cuts[0].shapes[0]:
         raise ValueError(f"d_input must have the shape (k, *{chain.cuts[0].shapes[0]}), got {tuple(d_input.shape)}.")
     moved = [(p, d.to(p)) for p, d in zip(own, d_parameters, strict=True) if d is not None]
     tangents = [d for _, d in moved] + ([] if d_input is None else [d_input.to(chain.cuts[0].dtype)])
-    chain.passes.tangents += 2 * count
     reader = _Reader(chain, [p for p, _ in moved], with_input=d_input is not None)
-    try:
-        found = _pushed(chain, reader, tangents)
-    except NotImplementedError:  # of weights that are computed: the input alone has not met them
-        if chain.plain:
-            raise
-        chain.plain = True
-        found = _pushed(chain, reader, tangents)
+    found, epsilon = _derivatives(chain, reader, tangents)
     return RepresentationTangents(
         {cut.name: _shaped(d, cut.shapes) for cut, d in zip(chain.cuts, found, strict=True)},
+        how="difference" if epsilon else "forward",
+        epsilon=epsilon,
         cost=chain.passes.equivalents,
     )
 
 
-def _checked(model: nn.Module, own: Sequence[Tensor], given: Sequence[Tensor | None], d_input: Tensor | None) -> int:
-    """Return the number of perturbations, after looking at all shapes."""
+def _derivatives(chain: Chain, reader: _Reader, tangents: list[Tensor]) -> tuple[list[Tensor], float]:
+    """Return the tangents of all representations, and the size of the differences if they are some."""
+    count = tangents[0].shape[0]
+    for plain in dict.fromkeys((chain.plain, True)) if chain.forward else ():
+        chain.plain = plain
+        try:
+            found = _pushed(chain, reader, tangents)
+        except NotImplementedError:  # of weights that are computed: the input alone has not met them
+            continue
+        chain.passes.tangents += 2 * count
+        return found, 0.0
+    chain.plain = False
+
+    def evaluate(values: Sequence[Tensor]) -> list[Tensor]:
+        chain.passes.forward += 1
+        with chain.quiet(), private_buffers(chain.modules), reader.given(values):
+            Walk(chain.model, chain.probe, reader).run(chain.start)
+        return [x.clone() for x in reader.seen]
+
+    with Operations() as seen:
+        evaluate(reader.zeros())
+    epsilon = size_of_difference(seen)
+    return central_differences(evaluate, reader.zeros(), tangents, epsilon), epsilon
+
+
+def _checked(model: nn.Module, own: Sequence[Tensor], given: Sequence[Tensor | None], d_input: Tensor | None) -> None:
+    """Refuse shapes and numbers that do not fit."""
     if len(own) != len(given):
         raise ValueError(f"{len(own)} parameters need as many perturbations, got {len(given)}.")
     inside = {id(p) for p in model.parameters()}
@@ -145,7 +169,6 @@ def _checked(model: nn.Module, own: Sequence[Tensor], given: Sequence[Tensor | N
     counts = {d.shape[0] for d in (*given, d_input) if d is not None}
     if len(counts) != 1 or 0 in counts:
         raise ValueError(f"all perturbations must be of the same number, at least one, got {sorted(counts)}.")
-    return counts.pop()
 
 
 def _pushed(chain: Chain, reader: _Reader, tangents: list[Tensor]) -> list[Tensor]:

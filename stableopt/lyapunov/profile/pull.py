@@ -77,6 +77,35 @@ class Pull:
             each = [self._gradients(arrived, leaves, c, batched=False) for c in cotangents]
         return torch.stack([chain.cuts[layer].rows(one, chain.samples) for one in each])
 
+    def forward(self, layer: int, tangents: Tensor) -> Tensor:
+        r"""Push tangents through one layer: :math:`Jv = \nabla_u \langle J^\top u, v\rangle`, where there is no forward mode.
+
+        Args:
+            layer: its number, from 0.
+            tangents: ``(count, samples, width before)``.
+
+        Returns:
+            ``(count, samples, width after)``.
+
+        Raises:
+            NotImplementedError: if an operation has no second derivative.
+        """
+        chain, leaves, arrived = self._chain, self._leaves[layer], self._arrived[layer]
+        chain.passes.adjoints += 2 * tangents.shape[0] / len(chain.layers)
+        if not arrived.requires_grad:
+            return tangents.new_zeros(*tangents.shape[:2], chain.widths[layer + 1])
+        u = torch.zeros_like(arrived, requires_grad=True)
+        pulled = torch.autograd.grad(arrived, leaves, u, retain_graph=True, create_graph=True, allow_unused=True)
+        joined = [leaf if g is None else g for g, leaf in zip(pulled, leaves, strict=True)]
+        reached = torch.cat([torch.full((chain.samples, leaf.numel() // chain.samples), g is not None) for g, leaf in
+                             zip(pulled, leaves, strict=True)], 1).to(arrived.device)  # fmt: skip
+        rows = chain.cuts[layer].rows(joined, chain.samples)
+        try:  # without a second derivative the graph ends, or raises
+            found = [torch.autograd.grad(rows, u, (v * reached).to(rows), retain_graph=True)[0] for v in tangents]
+        except RuntimeError as error:
+            raise NotImplementedError("an operation has neither forward mode nor a second derivative") from error
+        return torch.stack(found)
+
     @staticmethod
     def _gradients(arrived: Tensor, leaves: list[Tensor], cotangents: Tensor, *, batched: bool) -> list[Tensor]:
         found = torch.autograd.grad(
