@@ -24,7 +24,7 @@ Array: TypeAlias = NDArray[np.float64]
 
 _FIRST, _LAST = 16, 1024
 """Steps of the first and of the finest integration."""
-_ENOUGH = (1e-9, 1e-9, 1e-6)
+_ENOUGH = (1e-8, 1e-8, 1e-6)
 """Relative change of state, derivative and logarithmic norm, from one integration to the next, at which no finer one is made.
 
 It is part of the error."""

@@ -9,7 +9,7 @@ gradient descent tend to :math:`\dot\theta = -\nabla f(\theta)`, whose logarithm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -170,7 +170,7 @@ def depth_study(
 
 def lr_study(
     make_model: Callable[[], nn.Module],
-    make_optimizer: Callable[[Iterable[nn.Parameter], float], Optimizer],
+    make_optimizer: Callable[[nn.Module, float], Optimizer],
     loss: Callable[[nn.Module], Tensor],
     *,
     time: float,
@@ -186,12 +186,11 @@ def lr_study(
 
     Args:
         make_model: returns the model, each time with the same parameters.
-        make_optimizer: ``(parameters, step)`` -> optimizer, one with a rule (:func:`stableopt.optim.rule_for`).
+        make_optimizer: ``(model, step)`` -> optimizer, one with a rule (:func:`stableopt.optim.rule_for`).
         loss: model -> loss, of all the data: noise of batches has another limit.
         time: T, the step times the number of steps.
         counts: numbers of steps n, at least five.
-        direction: :math:`\delta\theta_0`, one tensor per parameter of the model that is trained, to follow it alone; needed above
-            512 numbers.
+        direction: :math:`\delta\theta_0`, one tensor per parameter of the optimizer, to follow it alone; needed above 512 numbers.
 
     Returns:
         The study of :math:`\theta_n` and of :math:`\frac1T\log\|D_{\theta_0}\theta_n\|_2`, the optimizer starting without
@@ -209,7 +208,7 @@ def lr_study(
         ...     return net
         >>> study = lr_study(
         ...     model,
-        ...     lambda p, lr: torch.optim.SGD(p, lr),
+        ...     lambda m, step: torch.optim.SGD(m.parameters(), lr=step),
         ...     lambda m: m.weight.square().sum(),
         ...     time=1.0,
         ...     counts=(8, 16, 32, 48, 64),
@@ -243,7 +242,7 @@ class _Run:
     def __init__(
         self,
         make_model: Callable[[], nn.Module],
-        make_optimizer: Callable[[Iterable[nn.Parameter], float], Optimizer],
+        make_optimizer: Callable[[nn.Module, float], Optimizer],
         loss: Callable[[nn.Module], Tensor],
         step: float,
         direction: Sequence[Tensor] | None,
@@ -251,8 +250,7 @@ class _Run:
         random = RandomState.capture()
         self.model, self.loss = make_model(), loss
         random.restore()
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(trained, step)
+        self.optimizer = make_optimizer(self.model, step)
         self.system = System(self.optimizer)
         self.parameters = self.system.parameters
         self.size = sum(p.numel() for p in self.parameters)

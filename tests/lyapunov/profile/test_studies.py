@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -143,7 +142,9 @@ MU = float(torch.linalg.eigvalsh(H)[0])
 
 def test_gradient_descent_tends_to_the_gradient_flow_at_order_one() -> None:
     model, loss = quadratic(H)
-    study = lr_study(model, lambda p, step: torch.optim.SGD(p, lr=step), loss, time=1.0, counts=(16, 24, 32, 48, 64))
+    study = lr_study(
+        model, lambda m, step: torch.optim.SGD(m.parameters(), lr=step), loss, time=1.0, counts=(16, 24, 32, 48, 64)
+    )
     exact = expm(-H.numpy())
     np.testing.assert_allclose(study.state.limit, exact @ [1.0, -2.0], atol=study.state.limit_error)
     assert study.rate.limit == pytest.approx(-MU, abs=study.rate.limit_error)
@@ -161,7 +162,7 @@ def test_a_fixed_momentum_tends_to_the_same_flow_faster() -> None:
     model, loss = quadratic(H)
     study = lr_study(
         model,
-        lambda p, step: torch.optim.SGD(p, lr=0.5 * step, momentum=0.5),
+        lambda m, step: torch.optim.SGD(m.parameters(), lr=0.5 * step, momentum=0.5),
         loss,
         time=1.0,
         counts=(32, 64, 96, 128, 192),
@@ -179,7 +180,7 @@ def test_a_momentum_that_tends_to_one_tends_to_the_damped_oscillator() -> None:
     gamma, time = 1.0, 2.0
     study = lr_study(
         model,
-        lambda p, h: torch.optim.SGD(p, lr=h * h, momentum=1 - gamma * h),
+        lambda m, h: torch.optim.SGD(m.parameters(), lr=h * h, momentum=1 - gamma * h),
         loss,
         time=time,
         counts=(48, 64, 96, 128, 192),
@@ -199,7 +200,7 @@ def test_adam_tends_to_its_own_flow() -> None:
     eps = 1.0  # of the size of the gradient: else the flow is that of signs, with kinks
     study = lr_study(
         model,
-        lambda p, step: torch.optim.Adam(p, lr=step, betas=(0.5, 0.6), eps=eps),
+        lambda m, step: torch.optim.Adam(m.parameters(), lr=step, betas=(0.5, 0.6), eps=eps),
         loss,
         time=1.0,
         counts=(64, 96, 128, 192, 256),
@@ -223,7 +224,9 @@ def test_a_net_obeys_the_logarithmic_norm_of_its_loss() -> None:
     def loss(net: nn.Module) -> Tensor:
         return F.cross_entropy(net(x), y)
 
-    study = lr_study(model, lambda p, step: torch.optim.SGD(p, lr=step), loss, time=2.0, counts=(16, 24, 32, 48, 64))
+    study = lr_study(
+        model, lambda m, step: torch.optim.SGD(m.parameters(), lr=step), loss, time=2.0, counts=(16, 24, 32, 48, 64)
+    )
     assert study.holds
     assert study.log_norm > 0  # not convex
     assert study.state.interval[0] <= 1.0 <= study.state.interval[1]
@@ -232,8 +235,8 @@ def test_a_net_obeys_the_logarithmic_norm_of_its_loss() -> None:
 def test_what_cannot_be_studied_is_refused_with_a_sentence() -> None:
     model, loss = quadratic(H)
 
-    def sgd(p: Any, step: float) -> torch.optim.Optimizer:
-        return torch.optim.SGD(p, lr=step)
+    def sgd(m: nn.Module, step: float) -> torch.optim.Optimizer:
+        return torch.optim.SGD(m.parameters(), lr=step)
 
     with pytest.raises(ValueError, match="time must be a finite number"):
         lr_study(model, sgd, loss, time=0.0)
@@ -242,7 +245,7 @@ def test_what_cannot_be_studied_is_refused_with_a_sentence() -> None:
     with pytest.raises(ValueError, match="the same parameters each time"):
         lr_study(lambda: Different(), sgd, lambda m: m.w.square().sum(), time=1.0)  # type: ignore[operator]
     with pytest.raises(ValueError, match="nothing is known about the update of Rprop"):
-        lr_study(model, lambda p, step: torch.optim.Rprop(p, lr=step), loss, time=1.0)
+        lr_study(model, lambda m, step: torch.optim.Rprop(m.parameters(), lr=step), loss, time=1.0)
     with pytest.raises(ValueError, match="keeps the shape"):
         depth_study(lambda step, blocks: lambda h: h[:1], torch.ones(2))
     with pytest.raises(ValueError, match="513 numbers is not written down"):
