@@ -79,6 +79,7 @@ class Shadow:
         """Begin anew at the state of the run."""
         optimizer = self._optimizer
         self._parameters = _unique([p for group in optimizer.param_groups for p in group["params"]])
+        self._leaves = _unique([*self._parameters, *self._model.parameters()])  # a closure gives gradients to them all
         self._values = [p.detach().clone() for p in self._parameters]
         self._states = {key: copied(state) for key, state in optimizer.state.items()}
         self._groups = [copied(_numbers(group, _of_the_run(group))) for group in optimizer.param_groups]
@@ -183,7 +184,7 @@ class Shadow:
     def begin(self) -> None:
         """Remember with what the step of the run begins: random state, training modes, gradients and learning rates."""
         self._start = Snapshot(self._model)
-        self._gradients = [None if p.grad is None else p.grad.detach().clone() for p in self._parameters]
+        self._gradients = [None if p.grad is None else p.grad.detach().clone() for p in self._leaves]
         self._rates = [
             {k: copied(v) for k, v in group.items() if k in _of_the_run(group) - _NOT_COPIED}
             for group in self._optimizer.param_groups
@@ -213,7 +214,7 @@ class Shadow:
     def _in_place(self) -> Iterator[None]:
         optimizer = self._optimizer
         values = [p.detach().clone() for p in self._parameters]
-        gradients, states = [p.grad for p in self._parameters], dict(optimizer.state)
+        gradients, states = [p.grad for p in self._leaves], dict(optimizer.state)
         groups, attributes = [dict(group) for group in optimizer.param_groups], dict(vars(optimizer))
         hooks = {name: getattr(torch_optimizer, name) for name in _GLOBAL_HOOKS}
         try:
@@ -224,8 +225,9 @@ class Shadow:
         finally:
             for name, table in hooks.items():
                 setattr(torch_optimizer, name, table)
-            for p, value, gradient in zip(self._parameters, values, gradients, strict=True):
+            for p, value in zip(self._parameters, values, strict=True):
                 p.data.copy_(value)
+            for p, gradient in zip(self._leaves, gradients, strict=True):
                 p.grad = gradient
             _replace(optimizer.state, states)
             for group, kept in zip(optimizer.param_groups, groups, strict=True):
@@ -240,9 +242,10 @@ class Shadow:
             setattr(torch_optimizer, name, OrderedDict())
         for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             setattr(optimizer, name, OrderedDict())
-        for p, value, gradient in zip(self._parameters, self._values, self._gradients, strict=True):
+        for p, value in zip(self._parameters, self._values, strict=True):
             p.data.copy_(value)
-            p.grad = None if gradient is None else gradient
+        for p, gradient in zip(self._leaves, self._gradients, strict=True):
+            p.grad = gradient
         _replace(optimizer.state, self._states)
         for group, mine, rates in zip(optimizer.param_groups, self._groups, self._rates, strict=True):
             theirs = _numbers(group, _of_the_run(group))

@@ -64,11 +64,12 @@ class Twin:
             float32, or in float64 with a size above 1e-6; autocast; a step without closure.
 
     Note:
-        One step costs one more evaluation with gradient, one more step of the optimizer and a few copies of the state: 1 to 1.6
-        forward and backward passes. The closure is called twice and must give the same batch; what is done between ``backward`` and
-        ``step`` belongs into it. Hooks of the optimizer see the steps of the run only, and what they change is not part of the map.
-        The perturbation is in the parameters; the state of the optimizer departs by itself. A run whose parameters grow until they
-        do not resolve the distance any more stops the twin.
+        One step costs one more evaluation with gradient, one more step of the optimizer and a few copies of the parameters:
+        measured 1.2 forward and backward passes for a small convolutional network, 1.2 (SGD) to 1.5 (AdamW) for a perceptron with
+        512 samples in a batch, up to 2.3 with 128, where the step of the optimizer itself counts. The closure is called twice and
+        must give the same batch; what is done between ``backward`` and ``step`` belongs into it. Hooks of the optimizer see the
+        steps of the run only, and what they change is not part of the map. The perturbation is in the parameters; the state of the
+        optimizer departs by itself. A run whose parameters grow until they do not resolve the distance any more stops the twin.
 
     Examples:
         >>> w = nn.Parameter(torch.tensor([3.0, 1.0], dtype=torch.float64))

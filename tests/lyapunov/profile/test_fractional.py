@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from stableopt.lyapunov.profile import fractional
 from stableopt.lyapunov.profile.fractional import Block, Fractional
 
 
@@ -62,6 +63,49 @@ def test_choosing_more_units_goes_from_the_interval_to_the_exact_norm(layers: tu
         assert bounds[0] == pytest.approx(f.interval(), rel=1e-9)
         assert bounds[-1] == pytest.approx(max(norms(f)), rel=1e-9)
         assert bounds[-1] < 0.9 * bounds[0]
+
+
+def test_what_is_not_chosen_has_its_exact_radius_at_each_choice_of_the_rest() -> None:
+    """One unit in each of two layers: with the first at a choice, the second alone attains its radius."""
+    for first, order in (((10.0, 1.0), (0, 1)), ((1.0, 10.0), (1, 0))):
+        f = form((1, 1))
+        f = Fractional(f.C, f.S * np.array(first), f.G, f.P, f.blocks, 2, f.error)
+        assert f._most(2) == {order[0]}
+        expected = 0.0
+        for c in (0, 1):
+            ends = []
+            for other in (0, 1):
+                choice = (c, other) if order[0] == 0 else (other, c)
+                ends.append(by_hand(f, choice))
+            middle, radius = (ends[0] + ends[1]) / 2, np.abs(ends[1] - ends[0]) / 2
+            expected = max(expected, float(np.linalg.norm(middle, 2) + np.linalg.norm(radius, 2)))
+        assert f.branched(2) == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_largest_sum_of_a_batch_of_norms_is_bounded() -> None:
+    draw = np.random.default_rng(0)
+    for scales in ((1.0, 1.0, 1.0), (0.0, 1.0, 1e-170), (1e-3, 0.0, 1e3), (0.0, 0.0, 0.0)):
+        J, R = draw.normal(size=(3, 2, 4)), np.abs(draw.normal(size=(3, 2, 4)))
+        for a, b in ((np.ones(3), np.array(scales)), (np.array(scales), np.ones(3)), (np.zeros(3), np.array(scales))):
+            A, B = a[:, None, None] * J, b[:, None, None] * R
+            largest = max(np.linalg.norm(x, 2) + np.linalg.norm(y, 2) for x, y in zip(A, B, strict=True))
+            bound = fractional._sums_upper(A, B)
+            assert largest * (1 - 1e-14) <= bound <= largest * (1 + 1e-9)
+
+
+def test_vertices_may_come_in_many_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    f = form((2, 2))
+    exact, some, found = f.exact(), f.branched(4), f.search(8, 0)
+    monkeypatch.setattr(fractional, "_ENTRIES", 1)
+    for choice in itertools.product((0, 1), repeat=4):  # the worst one may be in any batch
+        moved = tuple(
+            Block(b.units, b.options[::-1] if c else b.options, b.chosen) for b, c in zip(f.blocks, choice, strict=True)
+        )
+        g = Fractional(f.C, f.S, f.G, f.P, moved, f.depth, f.error)
+        assert g.exact().upper == pytest.approx(exact.upper, rel=1e-12)
+        assert g.exact().lower == pytest.approx(exact.lower, rel=1e-12)
+        assert g.branched(4) == pytest.approx(some, rel=1e-10)
+    assert f.search(8, 0).lower == pytest.approx(found.lower, rel=1e-12)
 
 
 def test_the_middle_and_the_radius_enclose_every_entry() -> None:

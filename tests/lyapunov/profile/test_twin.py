@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stableopt import optim
-from stableopt.constraints import L1
+from stableopt.constraints import L1, SpectralBall
 from stableopt.lyapunov import Monitor
 from stableopt.lyapunov.profile.twin import Twin
 from stableopt.optim.trial import loss_with_graph
@@ -114,6 +114,36 @@ def test_the_twin_of_a_smooth_net_grows_as_the_exact_tangent_step_by_step() -> N
     closure = loss_closure(model, optimizer)
     twin = grown(optimizer, closure, model, 30, size=1e-7, seed=seed, renormalize=(1, 1))
     np.testing.assert_allclose(twin.growth, expected, atol=1e-6)
+
+
+def test_the_twin_of_adamw_grows_as_the_tangent_of_its_formulas() -> None:
+    """dm' = b1 dm + (1 - b1) Hd, dv' = b2 dv + 2 (1 - b2) g Hd, and the derivative of the quotient."""
+    lr, b1, b2, eps, decay, seed = 0.02, 0.9, 0.99, 1e-3, 0.1, 4
+    model = smooth_net()
+    parameters = [*model.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay)
+    closure = loss_closure(model, optimizer)
+    draw = torch.Generator().manual_seed(seed)
+    d = torch.cat([torch.randn(p.shape, generator=draw, dtype=torch.float64).reshape(-1) for p in parameters])
+    d, dm, dv = d / d.norm(), torch.zeros_like(d), torch.zeros_like(d)
+    m, v, lengths = torch.zeros_like(d), torch.zeros_like(d), [1.0]
+    for t in range(1, 26):
+        g = torch.cat(
+            [x.reshape(-1) for x in torch.autograd.grad(loss_with_graph(closure), parameters, create_graph=True)]
+        )
+        hd = torch.cat([x.reshape(-1) for x in torch.autograd.grad(g @ d, parameters)])
+        g = g.detach()
+        m, dm = b1 * m + (1 - b1) * g, b1 * dm + (1 - b1) * hd
+        v, dv = b2 * v + (1 - b2) * g * g, b2 * dv + 2 * (1 - b2) * g * hd
+        c1, root = 1 - b1**t, (v / (1 - b2**t)).sqrt()
+        droot = dv / (1 - b2**t) / (2 * root)
+        d = (1 - lr * decay) * d - lr * (dm / c1 / (root + eps) - m / c1 * droot / (root + eps) ** 2)
+        lengths.append(float(d.norm()))
+        optimizer.step(closure)
+    model = smooth_net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(b1, b2), eps=eps, weight_decay=decay)
+    twin = grown(optimizer, loss_closure(model, optimizer), model, 25, size=1e-8, seed=seed)
+    np.testing.assert_allclose(twin.growth, np.diff(np.log(lengths)), atol=2e-6)
 
 
 def test_the_error_of_the_twin_is_first_order_in_its_size() -> None:
@@ -234,12 +264,19 @@ class Bare(Optimizer):
         return "done"
 
 
+def matrices(parameters: Any) -> list[nn.Parameter]:
+    return [p for p in parameters if p.ndim == 2]
+
+
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
     "AdamW": lambda p: torch.optim.AdamW(p, lr=0.01),
     "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+    "Muon": lambda p: torch.optim.Muon(matrices(p), lr=0.02),
     "guarded AdamW": lambda p: optim.AdamW(p, lr=0.3, guard="backtrack"),
     "guarded SGD with prox": lambda p: optim.SGD(p, lr=0.5, momentum=0.9, prox=L1(0.01), guard="strict"),
+    "guarded SGD in a set": lambda p: optim.SGD(matrices(p), lr=0.5, constraint=SpectralBall(1.0), guard="backtrack"),
+    "guarded third party": lambda p: optim.guard(torch.optim.Adagrad)(p, lr=0.1, guard="strict"),
     "third party": Bare,
 }
 
