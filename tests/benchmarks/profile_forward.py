@@ -1,8 +1,8 @@
 """What the forward and the mixed block of the profile cost, in units of one forward and backward pass of the same model.
 
 Run ``OMP_NUM_THREADS=1 python -m tests.benchmarks.profile_forward``. The unit is the loss and its backward pass into all weights,
-in float32; all contenders run interleaved, and the numbers are medians. *Counted* is what the passes add up to where a backward pass
-does the work of two forward ones.
+in float32; all contenders run interleaved, and the numbers are medians. *Counted* is what the passes add up to where a backward
+pass does the work of two forward ones.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from stableopt.lyapunov.profile.forward import forward_profile, growth_along
 from stableopt.lyapunov.profile.mixed import representation_tangents
+from stableopt.lyapunov.profile.survey import chain_of
 from tests.benchmarks.timing import device_name, medians
 
 
@@ -35,6 +36,7 @@ def models() -> Iterator[tuple[str, nn.Module, Tensor, Tensor]]:
 def measure(name: str, model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> None:
     """Print the table of one model."""
     layers = growth_along(model, x).names[1:]
+    chain = chain_of(model, x, one_by_one=False)
     d = {k: [torch.randn(k, *p.shape) for p in model.parameters()] for k in (1, 8)}
 
     def step() -> None:
@@ -45,18 +47,15 @@ def measure(name: str, model: nn.Module, x: Tensor, y: Tensor, rounds: int) -> N
         "forward and backward": step,
         "growth_along, layers known": lambda: growth_along(model, x, layers=layers),
         "growth_along": lambda: growth_along(model, x),
-        "representation_tangents, 1, layers known": lambda: representation_tangents(model, x, d[1], layers=layers),
-        "representation_tangents, 8, layers known": lambda: representation_tangents(model, x, d[8], layers=layers),
+        "representation_tangents, 1": lambda: representation_tangents(model, x, d[1]),
+        "representation_tangents, 1, chain known": lambda: representation_tangents(model, x, d[1], chain=chain),
+        "representation_tangents, 8, chain known": lambda: representation_tangents(model, x, d[8], chain=chain),
     }
     seconds = medians(contenders, rounds)
     unit = seconds["forward and backward"]
     print(f"\n{name}: one forward and backward pass takes {1e3 * unit:.2f} ms, {device_name()}")
     print(f"  {'':<44s} {'measured':>9s} {'counted':>9s}  result")
-    counted = {
-        "growth_along, layers known": growth_along(model, x, layers=layers).cost,
-        "representation_tangents, 1, layers known": representation_tangents(model, x, d[1], layers=layers).cost,
-        "representation_tangents, 8, layers known": representation_tangents(model, x, d[8], layers=layers).cost,
-    }
+    counted = {name: run().cost for name, run in contenders.items() if "," in name}
     for key, value in seconds.items():
         print(f"  {key:<44s} {value / unit:9.2f} {counted.get(key, float('nan')):9.2f}")
     for title, exact in (("forward_profile, derivatives", True), ("forward_profile, estimate, 8 steps", False)):

@@ -122,7 +122,9 @@ class Chain:
         mixing: why samples are not looked at one by one; empty if they are.
         passes: what was evaluated so far.
         together: whether several tangents are pushed at once.
-        base: the representations themselves, each with all entries in one row.
+        base: the representations themselves, each with all entries in one row; empty if they need no comparison.
+        draws: whether an evaluation draws random numbers.
+        modes: of all modules, as they were then.
         path: names of all calls from the input to the output, if modules are all there is between the cuts.
     """
 
@@ -139,6 +141,8 @@ class Chain:
     passes: Passes = field(default_factory=Passes)
     together: bool = True
     base: tuple[Tensor, ...] = ()
+    draws: bool = True
+    modes: tuple[bool, ...] = ()
     _agreed: bool = False
     path: tuple[str, ...] = ()
 
@@ -251,7 +255,7 @@ class Chain:
             rows: of the cuts 1, 2, ...: each within :math:`\sqrt\varepsilon` of its largest entry, where another random mask would
                 change entries by their size.
         """
-        for cut, found, known in zip(self.cuts[1:], rows, self.base[1:], strict=True):
+        for cut, found, known in zip(self.cuts[1:], rows, self.base[1:], strict=True) if self.base else ():
             apart = (found.reshape(-1) - known.reshape(-1)).abs().max()
             if bool(apart > math.sqrt(torch.finfo(cut.dtype).eps) * known.abs().max()):
                 return False
@@ -307,6 +311,7 @@ class Pusher:
 
     def source(self, x: Tensor) -> Tensor:
         """Perturb the input."""
+        at(self._chain.cuts[0], [x])
         if self._zero is not None:  # the tangent of the zero is that of the input
             return x.detach() + self._zero
         return fwd.make_dual(x.detach().clone(), self._chain.cuts[0].tensors(self.seed(self._seeds, 0))[0])
@@ -369,5 +374,5 @@ def at(cut: Cut, tensors: list[Tensor]) -> list[Tensor]:
     """
     found = [tensors[place] for place in cut.places if place < len(tensors)]
     if tuple(tuple(t.shape) for t in found) != cut.shapes:
-        raise ProbeError(f"the representation after {cut.name!r} has another shape this time")
+        raise ProbeError(f"the representation {cut.name!r} has another shape this time")
     return found

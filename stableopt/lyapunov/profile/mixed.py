@@ -21,10 +21,12 @@ import torch.nn.utils.parametrize as P
 from torch import Tensor, nn
 
 from stableopt.lyapunov.layers.walk import ProbeError, Walk, floating
-from stableopt.lyapunov.profile.cuts import Chain, at
+from stableopt.lyapunov.profile.cuts import Chain, Passes, at
 from stableopt.lyapunov.profile.difference import Operations, central_differences, size_of_difference
 from stableopt.lyapunov.profile.inside import primal, private_buffers, tangent_of
-from stableopt.lyapunov.profile.survey import chain_of, in_forward_mode
+from stableopt.lyapunov.profile.shapes import base_of
+from stableopt.lyapunov.profile.survey import as_probe, chain_of, in_forward_mode
+from stableopt.optim import RandomState
 
 __all__ = ["RepresentationTangents", "representation_tangents", "swapped"]
 
@@ -78,6 +80,7 @@ def representation_tangents(
     parameters: Sequence[Tensor] | None = None,
     d_input: Tensor | None = None,
     layers: Sequence[str] | None = None,
+    chain: Chain | None = None,
 ) -> RepresentationTangents:
     r"""Push perturbations of parameters (and of the input) to all representations, exactly, without changing the model.
 
@@ -93,6 +96,9 @@ def representation_tangents(
             indices.
         layers: names of calls at which to look, as :attr:`stableopt.lyapunov.profile.depth.ForwardProfile.names` has them after the
             input; None to find those on the trunk first.
+        chain: what :func:`stableopt.lyapunov.profile.survey.chain_of` has found for the same model and shapes before; all that
+            is left is one evaluation, and a plain one more if the model draws random numbers. Parameters, batch and mode may
+            be others by now.
 
     Returns:
         The tangents of all representations, and their Gram matrices.
@@ -114,7 +120,12 @@ def representation_tangents(
     """
     own: list[Tensor] = [*(model.parameters() if parameters is None else parameters)]
     _checked(model, own, d_parameters, d_input)
-    chain = chain_of(model, probe, layers, one_by_one=False, search=False, forward=False)
+    if chain is None:
+        chain = chain_of(model, probe, layers, one_by_one=False, search=False, forward=False)
+    elif chain.model is model:
+        _again(chain, as_probe(model, probe))
+    else:
+        raise ValueError("the chain is that of another model.")
     if d_input is not None and tuple(d_input.shape[1:]) != chain.cuts[0].shapes[0]:
         raise ValueError(f"d_input must have the shape (k, *{chain.cuts[0].shapes[0]}), got {tuple(d_input.shape)}.")
     moved = [(p, d.to(p)) for p, d in zip(own, d_parameters, strict=True) if d is not None]
@@ -127,6 +138,14 @@ def representation_tangents(
         epsilon=epsilon,
         cost=chain.passes.equivalents,
     )
+
+
+def _again(chain: Chain, probe: Callable[[], Any]) -> None:
+    """Let a chain be that of the present state."""
+    chain.probe, chain.start, chain.passes, chain.base, chain.samples = probe, RandomState.capture(), Passes(), (), 1
+    if chain.draws or chain.modes != tuple(module.training for module in chain.modules.modules()):
+        chain.base = base_of(chain)
+        chain.passes.forward = 1
 
 
 def _derivatives(chain: Chain, reader: _Reader, tangents: list[Tensor]) -> tuple[list[Tensor], float]:
@@ -247,6 +266,7 @@ class _Reader:
         self.seen = []
 
     def source(self, x: Tensor) -> Tensor:
+        at(self._chain.cuts[0], [x])
         x = x.clone() if self._shift is None else x + self._shift
         self.seen.append(x.reshape(1, -1))
         return x.clone()  # the model may write into it

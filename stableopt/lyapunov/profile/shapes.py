@@ -13,6 +13,7 @@ from stableopt.lyapunov.layers.walk import ProbeError, Walk, floating
 from stableopt.lyapunov.profile.cuts import Chain, Cut, at
 from stableopt.lyapunov.profile.inside import primal, private_buffers
 from stableopt.lyapunov.profile.pull import Pull
+from stableopt.optim import RandomState
 
 __all__ = ["Survey", "base_of", "look_apart"]
 
@@ -122,6 +123,11 @@ class _Base:
 
     def result(self, outputs: list[Tensor]) -> list[Tensor]:
         self._see(len(self._chain.layers), outputs)
+        now, start = RandomState.capture(), self._chain.start
+        numpy = now.numpy["state"], start.numpy["state"]
+        same = [torch.equal(a, b) for a, b in zip((now.cpu, *now.cuda), (start.cpu, *start.cuda), strict=True)]
+        same += [numpy[0]["pos"] == numpy[1]["pos"] and bool((numpy[0]["key"] == numpy[1]["key"]).all())]
+        self._chain.draws = not (all(same) and now.python == start.python)
         return outputs
 
     def _see(self, index: int, tensors: list[Tensor]) -> None:
@@ -133,14 +139,14 @@ def base_of(chain: Chain) -> tuple[Tensor, ...]:
     """Return the representations of a chain, each with all entries in one row.
 
     Args:
-        chain: of which.
+        chain: of which; is told whether random numbers were drawn.
 
     Examples:
         >>> from stableopt.lyapunov.profile.survey import chain_of
         >>> [row.tolist() for row in base_of(chain_of(nn.ReLU(), torch.tensor([[1.0, -1.0]])))]
         [[[1.0, -1.0]], [[1.0, 0.0]]]
     """
-    observer = _Base(chain)
+    observer, chain.modes = _Base(chain), tuple(module.training for module in chain.modules.modules())
     with chain.quiet(), private_buffers(chain.modules):
         Walk(chain.model, chain.probe, observer).run(chain.start)
     return tuple(observer.seen)

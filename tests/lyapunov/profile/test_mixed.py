@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 from stableopt.lyapunov.layers.walk import ProbeError
 from stableopt.lyapunov.profile.mixed import representation_tangents, swapped
+from stableopt.lyapunov.profile.survey import chain_of
 
 
 def directions(model, k=3):
@@ -132,6 +133,30 @@ def test_tangents_are_central_differences(name, training):
             assert found[layer].shape == (3, *expected[layer].shape[1:])
             assert torch.allclose(found[layer], expected[layer], rtol=1e-6, atol=1e-8), (layer, shift is None)
         assert torch.equal(found["input"], torch.zeros_like(dx) if shift is None else dx)
+
+
+def test_a_chain_that_is_known_gives_the_same_for_fewer_passes():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Dropout(0.5), nn.Linear(5, 2))
+    x, d = torch.randn(6, 4), directions(model)
+    chain = chain_of(model.eval(), x, one_by_one=False)
+    for training, forward in (
+        (False, 1),
+        (True, 2),
+        (True, 2),
+        (False, 2),
+        (False, 1),
+    ):  # 2: the modes have changed, or it draws
+        model.train(training)
+        with torch.no_grad():
+            model[0].weight.add_(0.1)
+        torch.manual_seed(5)
+        expected = representation_tangents(model, 2.0 * x, d)
+        torch.manual_seed(5)
+        found = representation_tangents(model, 2.0 * x, d, chain=chain)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert found.cost == (forward + 6) / 3
+    with pytest.raises(ValueError, match="another model"):
+        representation_tangents(nn.Linear(4, 2), x, [None, None], d_input=x[None], chain=chain)
 
 
 def test_a_linear_model_has_the_closed_form():
