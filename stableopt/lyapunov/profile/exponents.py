@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -18,7 +18,9 @@ MIN_EFFECTIVE = 30.0
 COSINES = 16
 """How many low frequencies the variance of a mean is taken from; of fewer values than 256, one in 16, but at least 6."""
 MIN_MEMBERS = 10.0
-"""A mean square is followed for as long as this many members of the ensemble carry it."""
+"""A mean square is followed for as long as this many members of the ensemble, and a third of them, carry it."""
+FOLLOWED = 4
+"""A mean square that cannot be followed for so many steps is not given: where it breaks off is chance."""
 DRIFT_LEVEL = 0.998
 """A drift of the growth along the run is one that a stationary growth would show in two runs of a thousand."""
 
@@ -123,10 +125,10 @@ def long_run_variance(values: ArrayLike) -> tuple[float, float]:
     .. math:: \omega^2 = \frac{\frac1q\sum_{j=1}^q e_j^2}{(1 - \varphi)^2}, \qquad
               \nu = 2\Big/\Big(\frac2q + \frac{4(1+\varphi)}{n(1-\varphi)}\Big),
 
-    with e_j the coefficient of the residuals :math:`x_t - \varphi x_{t-1}` at the cosine of frequency j,
-    :math:`\varphi` the correlation of neighbors plus its bias :math:`(1 + 3\varphi)/n`, and :math:`\nu` the degrees of freedom
-    that a chi-square of the same relative variance has. Where the correlation decays like that of an autoregression of order one
-    nothing is lost by the fit, otherwise the low frequencies still see the variance of the mean.
+    with e_j the coefficient at the cosine of frequency j of the residuals :math:`\sqrt{1-\varphi^2}\,x_0`,
+    :math:`x_t - \varphi x_{t-1}`, with :math:`\varphi` the correlation of neighbors plus its bias :math:`(1 + 3\varphi)/n`, and
+    :math:`\nu` the degrees of freedom that a chi-square of the same relative variance has. Where the correlation decays like that
+    of an autoregression of order one nothing is lost by the fit, otherwise the low frequencies still see the variance of the mean.
 
     Args:
         values: at least eight numbers.
@@ -153,7 +155,10 @@ def long_run_variance(values: ArrayLike) -> tuple[float, float]:
     phi = float(z[1:] @ z[:-1]) / scatter
     phi = max(-0.97, min(phi + (1.0 + 3.0 * phi) / n, 1.0 - 1.0 / n)) if phi > 0.0 else max(phi, -0.97)
     q = _frequencies(n)
-    e = cosines(z[1:] - phi * z[:-1], q)
+    start = z[:1] * math.sqrt(
+        1.0 - phi * phi
+    )  # the first value counts as much as an innovation, in a stationary sequence
+    e = cosines(np.concatenate([start, z[1:] - phi * z[:-1]]), q)
     freedom = 2.0 / (2.0 / q + 4.0 * (1.0 + phi) / (n * (1.0 - phi)))
     return float(e @ e) / q / (1.0 - phi) ** 2, freedom
 
@@ -190,7 +195,7 @@ def exponent(
     Examples:
         >>> x = -0.1 + 0.5 * np.random.default_rng(1).standard_normal(1000)
         >>> print(exponent(x))
-        -0.1261 per step (almost sure), 95 % interval [-0.1631, -0.08898], 822 effective of 900 values
+        -0.1261 per step (almost sure), 95 % interval [-0.1632, -0.08894], 820 effective of 900 values
         >>> exact = exponent(np.full(100, np.log(0.9)))
         >>> exact.upper - exact.lower < 1e-15
         True
@@ -246,11 +251,11 @@ def _from_numbers(x: NDArray[np.float64], steps: NDArray[np.float64], level: flo
     reason = ""
     if n < MIN_EFFECTIVE:
         reason = f"{n} values are too few for an interval, {MIN_EFFECTIVE:g} are needed"
-    elif effective < MIN_EFFECTIVE:
-        reason = f"{n} values are worth {effective:.0f} independent ones, {MIN_EFFECTIVE:g} are needed"
     elif variance and _drifts(g):
         kind, (a, b) = "finite time", (float(part.mean()) for part in np.array_split(g, 2))
         reason = f"the growth drifts along the run, from {a:.3g} to {b:.3g} per step between its halves: the mean is no limit"
+    elif effective < MIN_EFFECTIVE:
+        reason = f"{n} values are worth {effective:.0f} independent ones, {MIN_EFFECTIVE:g} are needed"
     if reason:
         return Exponent(value, math.nan, math.nan, level, effective, n, first, kind, reason)
     wide = student_quantile(0.5 + level / 2.0, round(freedom, 1)) * math.sqrt(variance / n) if variance else 0.0
@@ -297,73 +302,107 @@ def spectrum(
     return tuple(exponent(column, level=level, burn_in=burn_in, spacing=spacing) for column in x.T)
 
 
-def mean_square_exponent(log_norms: ArrayLike, *, level: float = 0.95, burn_in: int | None = None) -> Exponent:
+def mean_square_exponent(
+    log_norms: ArrayLike, *, level: float = 0.95, burn_in: int | None = None, window: int | None = None
+) -> Exponent:
     r"""Estimate :math:`\lim \frac1{2t}\log E\|\delta_t\|^2` from an ensemble of tangents with independent randomness.
 
     .. math:: \hat\lambda = \frac{1}{2(t - s)}\Big(\log\frac1m\sum_i \|\delta^i_t\|^2 - \log\frac1m\sum_i \|\delta^i_s\|^2\Big),
 
     with the error by the jackknife over members. It is at least the almost sure exponent, and may be positive where that is
-    negative: ever fewer members carry the mean. With :math:`w_i \propto \|\delta^i_t\|^2`, t is the last step up to which
-    :math:`1/\sum w_i^2`, the number of members that carry it, is at least 10.
+    negative: ever fewer members carry the mean. With :math:`w_i \propto \|\delta^i_t\|^2`, the number of members that carry it is
+    :math:`1/\sum w_i^2`, and t is the last step up to which that is at least a third of m, and 10. Beyond, an ensemble of this
+    size does not see the rare members that make the mean, and its growth falls back to the almost sure one.
 
     Args:
         log_norms: :math:`\log\|\delta^i_t\|`, shape (T + 1, m): m members from the same start, each with batches of its own.
         level: nominal coverage of the interval.
-        burn_in: s; None is a tenth of t.
+        burn_in: s; None is a tenth of t, or of T with windows.
+        window: W; all windows of W steps after the burn-in are used, each begun with equal norms,
+            :math:`\frac1{2W}\log E\,\|\delta_{t+W}\|^2/\|\delta_t\|^2`, which uses long runs up and is exact for a scalar, or where
+            growth does not depend on the direction; otherwise its limit for large W is. None is the one window from s to t.
 
     Returns:
-        The exponent; ``count`` is t - s and ``effective`` the number of members that carry the mean at t. The reason says where t
-        is before T. There is no interval with fewer than 30 members or where a few carry the mean from the first step on.
+        The exponent; ``count`` is how many steps it is from and ``effective`` the number of members that carry the mean. The
+        reason says where t is before T. There is no interval with fewer than 30 members or where a few carry the mean.
 
     Raises:
-        ValueError: if log_norms is not an array of at least two steps, or the level is not in (0, 1).
+        ValueError: if log_norms is not an array of at least two steps, the level is not in (0, 1), or the window not in 1 .. T.
 
     Note:
         An ensemble of m cannot see what happens to fewer than one in m: with heavy tails the true mean square is larger than any
         estimate from it, and an interval from members does not know.
 
     Examples:
-        >>> a = 1.0 - 0.5 * np.random.default_rng(0).exponential(size=(20, 4000))  # E a^2 = 1 - 1 + 0.5
-        >>> found = mean_square_exponent(np.vstack([np.zeros(4000), np.cumsum(np.log(np.abs(a)), 0)]))
-        >>> bool(found.lower <= np.log(0.5) / 2 <= found.upper)
-        True
+        >>> a = 1.0 - 0.5 * np.random.default_rng(0).exponential(size=(200, 100))  # E a^2 = 1 - 1 + 0.5
+        >>> path = np.vstack([np.zeros(100), np.cumsum(np.log(np.abs(a)), 0)])
+        >>> print(mean_square_exponent(path, window=1))
+        -0.347 per step (mean square), 95 % interval [-0.3545, -0.3396], 99 effective of 180 values
+        >>> round(math.log(0.5) / 2, 4), round(float(path[-1].mean()) / 200, 2)  # the truth, and what is almost sure
+        (-0.3466, -0.66)
     """
     ell = np.asarray(log_norms, float)
     if ell.ndim != 2 or ell.shape[0] < 2 or not ell.shape[1]:
         raise ValueError(f"log_norms is an array of at least two steps by members, got shape {ell.shape}.")
     if not 0.0 < level < 1.0:
         raise ValueError(f"level is a probability between 0 and 1, got {level}.")
+    if window is not None and not 1 <= window < ell.shape[0]:
+        raise ValueError(f"window is a number of steps between 1 and {ell.shape[0] - 1}, got {window}.")
     T, m = ell.shape[0] - 1, ell.shape[1]
-    shares = _shares(ell)
-    carried = 1.0 / np.maximum((shares**2).sum(1), np.finfo(float).tiny)
-    low = np.flatnonzero(~(carried >= min(MIN_MEMBERS, m)))
-    t = T if not low.size else max(int(low[0]) - 1, 0)
+    t, few = T, ""
+    if window is None:
+        enough = min(max(MIN_MEMBERS, m / 3.0), m)
+        low = np.flatnonzero(~(_carrying(ell) >= enough))
+        if low.size:
+            t = max(int(low[0]) - 1, 0)
+            few = f"from step {t + 1} on fewer than {enough:.0f} of {m} members carry the mean square"
     s = t // 10 if burn_in is None else int(burn_in)
-    few = f"fewer than {MIN_MEMBERS:g} of {m} members carry the mean square from step {t + 1} on" if t < T else ""
-    if s < 0 or s >= t or m < MIN_EFFECTIVE:
-        why = f"{m} members are too few for an interval, {MIN_EFFECTIVE:g} are needed" if m < MIN_EFFECTIVE else few
-        value = (_log_mean_square(ell[t]) - _log_mean_square(ell[s])) / (2.0 * (t - s)) if 0 <= s < t else math.nan
-        why = why or f"burn_in {s} leaves none of {t} steps"
-        return Exponent(
-            value, math.nan, math.nan, level, float(carried[t]), max(t - s, 0), max(s, 0), "mean square", why
-        )
-    value = (_log_mean_square(ell[t]) - _log_mean_square(ell[s])) / (2.0 * (t - s))
-    without = (np.log1p(-shares[t]) - np.log1p(-shares[s])) / (2.0 * (t - s))  # what each member's absence changes
+    over = t - s if window is None else window
+    if s < 0 or s + over > t or over < 1:
+        nan, why = math.nan, few or f"a burn-in of {s} leaves nothing of {t} steps"
+        return Exponent(nan, nan, nan, level, 0.0, 0, max(s, 0), "mean square", why)
+    starts = np.arange(s, t - over + 1, over)
+    before = np.full(m, math.log(starts.size)) if window else 2.0 * ell[s]
+    after = _log_sum(2.0 * (ell[starts + over] - ell[starts])) if window else 2.0 * ell[t]
+    return _of_members(
+        before, after, over, Exponent(0.0, 0.0, 0.0, level, 0.0, over * starts.size, s, "mean square", few)
+    )
+
+
+def _of_members(before: NDArray[np.float64], after: NDArray[np.float64], over: int, known: Exponent) -> Exponent:
+    """The exponent from the logarithms of each member's square before and after so many steps, by the jackknife."""
+    m = before.size
+    carried = float(_carrying(after / 2.0))
+    value = float(_log_sum(after) - _log_sum(before)) / (2.0 * over)
+    why = ""
+    if not math.isfinite(value):
+        why = "a norm is not finite"
+    elif m < MIN_EFFECTIVE:
+        why = f"{m} members are too few for an interval, {MIN_EFFECTIVE:g} are needed"
+    elif carried < max(MIN_MEMBERS, m / 3.0):
+        why = f"{carried:.0f} of {m} members carry the mean square, {max(MIN_MEMBERS, m / 3.0):.0f} are needed"
+    elif known.count < FOLLOWED:
+        why = f"{known.reason}: {known.count} steps are too few, look at windows"
+    if why:
+        return replace(known, value=value, lower=math.nan, upper=math.nan, effective=carried, reason=why)
+    shares = [np.exp(log - _log_sum(log)) for log in (before, after)]
+    without = (np.log1p(-shares[1]) - np.log1p(-shares[0])) / (2.0 * over)  # what each member's absence changes
     error = math.sqrt((m - 1.0) * float(without.var()))
-    rounding = float(np.finfo(float).eps) * (1.0 + float(np.abs(ell[[s, t]]).max()))
-    half = max(student_quantile(0.5 + level / 2.0, round(float(carried[t]) - 1.0, 1)) * error, rounding)
-    return Exponent(value, value - half, value + half, level, float(carried[t]), t - s, s, "mean square", few)
+    rounding = float(np.finfo(float).eps) * (1.0 + float(np.abs([before, after]).max()))
+    half = max(student_quantile(0.5 + known.level / 2.0, round(carried - 1.0, 1)) * error, rounding)
+    return replace(known, value=value, lower=value - half, upper=value + half, effective=carried)
 
 
-def _shares(ell: NDArray[np.float64]) -> NDArray[np.float64]:
-    """The share of each member in the mean square of its step, NaN where a norm is not a number or all are zero."""
-    top = ell.max(1, keepdims=True)
+def _log_sum(log: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log of the sum of exp over the first axis, NaN where one of them is not a number."""
+    top = log.max(0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return top + np.log(np.exp(log - top).sum(0))
+
+
+def _carrying(ell: NDArray[np.float64]) -> NDArray[np.float64]:
+    """How many of the members, along the last axis, carry the mean of exp(2 ell)."""
+    top = ell.max(-1, keepdims=True)
     with np.errstate(invalid="ignore"):
-        w = np.exp(2.0 * (ell - np.where(np.isfinite(top), top, np.nan)))
-        return w / w.sum(1, keepdims=True)
-
-
-def _log_mean_square(ell: NDArray[np.float64]) -> float:
-    """The logarithm of the mean of exp(2 ell)."""
-    top = float(ell.max())
-    return 2.0 * top + math.log(float(np.exp(2.0 * (ell - top)).mean()))
+        w = np.exp(2.0 * (ell - top))
+        return w.sum(-1) ** 2 / (w**2).sum(-1)

@@ -193,7 +193,7 @@ class Path:
         Examples:
             >>> walks = np.random.default_rng(0).standard_normal((200, 301)).cumsum(1)
             >>> sum(Path(walk, 30).stationary() > 7.0 for walk in walks)
-            0
+            1
         """
         return self._ratio(self.level, self.design.level, self.design.weights)
 
@@ -226,12 +226,11 @@ class Path:
         self, y: NDArray[np.float64], laws: NDArray[np.float64], weights: NDArray[np.float64]
     ) -> NDArray[np.float64]:
         """The weighted sum of squares that each law leaves, (turns, laws)."""
-        Y = weights * y
+        Y = (weights * y)[:, :, None]
         G = weights[:, :, None] * laws
-        with np.errstate(invalid="ignore", divide="ignore"):
-            fitted = np.nan_to_num(np.einsum("kj,kjg->kg", Y, G) ** 2 / (G**2).sum(1))
-        floor = self.rounding**2 * (weights**2).mean(1, keepdims=True)
-        return np.maximum((Y**2).sum(1)[:, None] - fitted, 0.0) + floor
+        squares = (G**2).sum(1, keepdims=True)
+        left = Y - (Y * G).sum(1, keepdims=True) / np.where(squares > 0.0, squares, 1.0) * G
+        return (left**2).sum(1) + self.rounding**2 * (weights**2).mean(1, keepdims=True)
 
     def trend(self, level: float, *, walk: bool) -> Trend:
         r"""Fit the laws of growth.
