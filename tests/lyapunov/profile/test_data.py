@@ -50,8 +50,14 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("make", [mlp, noisy])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        *((name, mlp) for name in OPTIMIZERS),
+        ("ours, in a box", noisy),
+        *(pytest.param(name, noisy, marks=pytest.mark.slow) for name in ("SGD", "momentum", "AdamW")),
+    ],
+)
 def test_influence_is_the_derivative_of_the_twin(name: str, make: Callable[[], nn.Module]) -> None:
     weights = (2e-3, 1e-3, 5e-4, 1e-5)
     found = replace_one(
@@ -118,7 +124,7 @@ def test_influence_on_a_quadratic_is_the_closed_form() -> None:
     np.testing.assert_allclose(found.displacements[0.5], exact / 2, atol=1e-15)
     assert found.direction[0].item() == pytest.approx(exact[-1])
     gone = replace_one(
-        Mean, lambda m: O.SGD(m.parameters(), lr=0.25), z, lambda m, b: 0.5 * (m.w - b).square().mean(), 4, steps=200
+        Mean, lambda m: O.SGD(m.parameters(), lr=0.6), z, lambda m, b: 0.5 * (m.w - b).square().mean(), 4, steps=40
     )
     # the mean without the sample, counted as if there still were n: stationary where 4 w = sum of the others
     assert gone.kind == "removed"
@@ -141,7 +147,7 @@ def test_convex_runs_stay_within_their_bounds(batches: int | None) -> None:
     y = torch.where(torch.rand(20, generator=generator) < 0.5, -1.0, 1.0)
     model, loss = logistic((x, y))
     G, L = 2.0, 1.0  # |x|, |x|^2 / 4
-    for j in (0, 7):
+    for j in (0, 7) if batches is None else (7,):
         found = replace_one(
             model, lambda m: O.SGD(m.parameters(), lr=2.0 / L), (x, y), loss, j, (-x[j], y[j]), steps=40, batches=batches,
             lipschitz=G, smoothness=L, smallest_curvature=0.0,
@@ -282,3 +288,32 @@ class Unseeded:
         self.count += 1
         torch.manual_seed(self.count)
         return mlp()
+
+
+def test_a_probe_tells_the_influence_on_a_test_sample() -> None:
+    x, y = points()
+    tested = (torch.tensor([[0.3, -1.0, 0.5, 0.2]]), torch.tensor([1]))
+
+    def probe(m: nn.Module) -> Tensor:
+        return F.cross_entropy(m(tested[0]), tested[1])
+
+    found = replace_one(
+        seeded(mlp),
+        OPTIMIZERS["momentum"],
+        (x, y),
+        None,
+        2,
+        7,
+        steps=8,
+        batches=4,
+        weights=(1.0, 1e-3, 5e-4, 0.0),
+        probe=probe,
+    )
+    coarse, fine = (found.probe[w] - w * found.probe_influence for w in (1e-3, 5e-4))
+    assert abs(fine) < 1e-2 * abs(found.probe[5e-4])
+    assert coarse / fine == pytest.approx(4.0, rel=0.05)
+    assert found.probe[0.0] == 0.0
+    assert "probe, to first order" in str(found)
+    alone = replace_one(seeded(mlp), OPTIMIZERS["momentum"], (x, y), None, 2, 7, steps=8, batches=4)
+    assert alone.displacement == found.displacement
+    assert not alone.probe

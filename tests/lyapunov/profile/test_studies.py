@@ -73,7 +73,7 @@ def test_residual_blocks_tend_to_their_flow_at_order_one() -> None:
 
 def test_a_normal_field_attains_its_logarithmic_norm() -> None:
     S = torch.diag(torch.tensor([-0.5, -2.0]))
-    study = depth_study(euler(lambda t, h: S @ h), torch.ones(2), flow=lambda t, h: S @ h)
+    study = depth_study(euler(lambda t, h: S @ h), torch.ones(2), flow=lambda t, h: S @ h, counts=(8, 16, 24, 32, 48))
     assert study.holds
     assert float(study.rate.limit) == pytest.approx(study.log_norm, abs=study.rate.limit_error + study.log_norm_error)
 
@@ -118,9 +118,9 @@ def test_weights_drawn_anew_have_no_limit() -> None:
 
 
 def test_one_direction_grows_no_faster_than_all() -> None:
-    v = torch.tensor([1.0, -1.0])
-    one = depth_study(euler(linear), torch.tensor([1.0, 2.0]), flow=linear, direction=v)
-    all_ = depth_study(euler(linear), torch.tensor([1.0, 2.0]), flow=linear)
+    v, counts = torch.tensor([1.0, -1.0]), (8, 16, 24, 32, 48)
+    one = depth_study(euler(linear), torch.tensor([1.0, 2.0]), flow=linear, direction=v, counts=counts)
+    all_ = depth_study(euler(linear), torch.tensor([1.0, 2.0]), counts=counts)
     exact = expm(A.numpy()) @ v.numpy()
     assert one.rate.limit == pytest.approx(math.log(np.linalg.norm(exact) / math.sqrt(2)), abs=one.rate.limit_error)
     assert one.rate.agrees
