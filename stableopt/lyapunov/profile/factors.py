@@ -159,6 +159,8 @@ def orthonormalize(columns: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
                [0., 3.]]))
     """
     k, N = columns.shape
+    if k == 1:
+        return _normalized(columns)
     if k > N:
         raise ValueError(f"at most as many vectors as dimensions are orthonormal, got {k} in {N} dimensions.")
     wide = columns.double()
@@ -175,6 +177,26 @@ def orthonormalize(columns: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
     signs = torch.where(torch.diagonal(R) < 0, -1.0, 1.0).to(R.dtype)
     R = R * signs[:, None] * powers[None, :]
     return (Q * signs).mT.to(columns.dtype).contiguous(), R.cpu().numpy()
+
+
+def _normalized(column: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
+    """Do the same for one vector: its norm, or a unit vector if it is zero."""
+    size = float(torch.linalg.vector_norm(column, dtype=torch.float64))
+    if not math.isfinite(size):  # it may have overflowed in the squares alone
+        largest = float(column.abs().max())
+        size = largest * float(torch.linalg.vector_norm(column / largest, dtype=torch.float64))
+    if not math.isfinite(size):
+        raise ValueError("a vector to be made orthonormal is not finite: it has overflowed, or a derivative does not exist.")
+    if size < 2.0**-500:  # its squares may have vanished
+        largest = float(column.abs().max())
+        if largest == 0.0:
+            unit = torch.zeros_like(column)
+            unit[0, 0] = 1.0
+            return unit, np.zeros((1, 1))
+        column = column / largest
+        Q, R = _normalized(column)
+        return Q, R * largest
+    return column / size, np.array([[size]])
 
 
 def log_norm_of_product(factors: NDArray[np.float64]) -> float:

@@ -30,7 +30,7 @@ from stableopt.optim.rules.base import Group, State, UpdateRule, number, real_vi
 from stableopt.optim.rules.nadam import _weights
 from stableopt.optim.rules.radam import _rectification
 
-__all__ = ["Stage", "realigned", "written"]
+__all__ = ["Stage", "has_formula", "realigned", "written"]
 
 Rows: TypeAlias = dict[str, Tensor]
 
@@ -99,6 +99,20 @@ def written(
     rows = make(stage)(real_view(d_parameter), real_view(d_gradient), given)
     rows = {name: d if name == "metric" else unviewed(d, stage.parameter) for name, d in rows.items()}
     return rows.pop("parameter"), rows
+
+
+def has_formula(rule: UpdateRule) -> bool:
+    """Say whether the derivative of a rule is written out here; such a rule acts on every entry of a parameter alone.
+
+    Args:
+        rule: of an optimizer.
+
+    Examples:
+        >>> from stableopt.optim.rules import SpectralDescent
+        >>> has_formula(HeavyBall()), has_formula(SpectralDescent())
+        (True, False)
+    """
+    return type(rule) in _FORMULAS
 
 
 def realigned(

@@ -22,13 +22,13 @@ from stableopt.constraints import Regularizer
 from stableopt.constraints.sharding import is_sharded
 from stableopt.lyapunov.profile.clipping import Clipping
 from stableopt.lyapunov.profile.factors import orthonormalize
+from stableopt.lyapunov.profile.formulas import Stage, has_formula, written
 from stableopt.lyapunov.profile.metric import default_unit
 from stableopt.lyapunov.profile.products import Gradient
-from stableopt.lyapunov.profile.push import Pushed, push, tangent_names
-from stableopt.lyapunov.profile.quick import push_quickly
+from stableopt.lyapunov.profile.push import push, tangent_names
 from stableopt.optim import GuardedOptimizer, UpdateRule, rule_for
 from stableopt.optim.regularize import regularizer_of
-from stableopt.optim.rules.base import State, real_view, unviewed
+from stableopt.optim.rules.base import State, number, real_view, unviewed
 
 __all__ = ["PARAMETER", "Before", "NotTheRuleError", "System"]
 
@@ -36,7 +36,7 @@ PARAMETER = ""
 """The name of the parameter itself among the entries of its state."""
 
 _CHECKED = 1 << 14
-"""About how many numbers of a parameter are compared with what the rule makes of them, in each step."""
+"""About how many numbers of a large parameter are compared with what the rule makes of them, in each step."""
 
 Column = dict[str, Tensor]
 """Perturbations of one parameter and its state: name -> ``(k, *shape)``."""
@@ -148,14 +148,20 @@ class System:
         self._set_units()
         self.orthonormalize(directions)
 
-    def before(self) -> Before:
-        """Copy the point at which a step begins."""
-        with torch.no_grad():
-            return Before(
-                [p.detach().clone() for p in self.parameters],
-                [{n: _copied(v) for n, v in self._state(entry).items()} for entry in self.entries],
-                [{k: _copied(v) for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups],
-            )
+    @torch.no_grad()
+    def before(self, *, hyper: bool = False) -> Before:
+        """Copy the point at which a step begins: all of it where its derivative needs that, else some numbers to compare.
+
+        Args:
+            hyper: whether hyper-parameters have tangents.
+        """
+        parameters, states = [], []
+        for entry in self.entries:
+            keep = _copied if hyper or not self._is_written(entry) else _some
+            parameters.append(keep(entry.parameter))
+            states.append({name: keep(value) for name, value in self._state(entry).items()})
+        groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        return Before(parameters, states, groups)
 
     def directions(self) -> list[Tensor]:
         """Return the perturbations of the parameters, ``(k, *shape)`` each."""
@@ -188,27 +194,51 @@ class System:
                 group = group | {"lr": report.lr[entry.group]}
                 if report.action == "restarted":
                     state, column = _restarted(self.rule, state, column)
-            predicted = before.parameters[i]
-            if g is not None:  # torch leaves alone what has no gradient
-                d_state = {n: d for n, d in column.items() if n != PARAMETER}
-                pushed = self._pushed(entry, group, predicted, g, state, column[PARAMETER], along[i], d_state, d_hyper)
-                columns[i] = {PARAMETER: pushed.d_parameter, **pushed.d_state}
-                predicted = pushed.parameter
-            check.add(before.parameters[i], predicted, entry.parameter.detach())
+            start, end = before.parameters[i], entry.parameter.detach()
+            if g is None:  # torch leaves it alone
+                check.add(start, start, end if start.shape == end.shape else _some(end))
+            elif d_hyper is None and self._is_written(entry):
+                columns[i], predicted = self._by_formula(entry, group, start, g, state, column, along[i])
+                check.add(start, predicted, _some(end))
+            else:
+                columns[i], predicted = self._by_push(entry, group, start, g, state, column, along[i], d_hyper)
+                check.add(start, predicted, end)
         check.agree(type(self.rule).__name__)
         self.columns = columns
         self._set_units()
 
-    def _pushed(
-        self, entry: Entry, group: dict[str, Any], parameter: Tensor, gradient: Tensor, state: State, d_parameter: Tensor,
-        d_gradient: Tensor, d_state: dict[str, Tensor], d_hyper: dict[str, Tensor] | None,
-    ) -> Pushed:  # fmt: skip
-        arguments = group, parameter, gradient, state, d_parameter, d_gradient, d_state
-        if entry.regularizer is None and d_hyper is None and not gradient.is_sparse:
-            pushed = push_quickly(self.rule, *arguments)
-            if pushed is not None:
-                return pushed
-        return push(self.rule, *arguments, regularizer=entry.regularizer, d_hyper=d_hyper)
+    def _is_written(self, entry: Entry) -> bool:
+        """Whether the tangents of a parameter follow from the gradient and the state after the step, entry by entry."""
+        group, p = self.optimizer.param_groups[entry.group], entry.parameter
+        coupled = number(group.get("weight_decay", 0.0)) and not group.get("decoupled_weight_decay", True)
+        return (
+            entry.regularizer is None and not group.get("amsgrad") and not coupled and has_formula(self.rule) and not p.is_complex()
+            and p.is_contiguous()
+        )  # fmt: skip
+
+    def _by_formula(
+        self, entry: Entry, group: dict[str, Any], start: Tensor, gradient: Tensor, state: State, column: Column, along: Tensor
+    ) -> tuple[Column, Tensor]:
+        gradient = gradient.to_dense() if gradient.is_sparse else gradient
+        p = entry.parameter.detach()
+        stage = Stage(self.rule, group, p, gradient, state, self._state(entry))
+        d_state = {n: d for n, d in column.items() if n != PARAMETER}
+        found = written(stage, column[PARAMETER], along, d_state)
+        if found is None:
+            raise NotTheRuleError(f"there are no formulas for this step of {type(self.rule).__name__}")
+        predicted, _ = self.rule.update(start, _some(gradient), state, group)
+        return {PARAMETER: found[0], **d_state, **found[1]}, predicted
+
+    def _by_push(
+        self, entry: Entry, group: dict[str, Any], start: Tensor, gradient: Tensor, state: State, column: Column, along: Tensor,
+        d_hyper: dict[str, Tensor] | None,
+    ) -> tuple[Column, Tensor]:  # fmt: skip
+        d_state = {n: d for n, d in column.items() if n != PARAMETER}
+        pushed = push(
+            self.rule, group, start, gradient, state, column[PARAMETER], along, d_state,
+            regularizer=entry.regularizer, d_hyper=d_hyper,
+        )  # fmt: skip
+        return {PARAMETER: pushed.d_parameter, **pushed.d_state}, pushed.parameter
 
     @torch.no_grad()
     def orthonormalize(self, rows: int) -> NDArray[np.float64]:
@@ -336,7 +366,6 @@ class _Check:
         self._eps = 0.0
 
     def add(self, start: Tensor, predicted: Tensor, end: Tensor) -> None:
-        start, predicted, end = (_sample(x) for x in (start, predicted, end))
         norms = [torch.linalg.vector_norm(x) for x in (predicted - end, end - start, end)]
         self._sums.append(torch.stack(norms).double() ** 2)
         self._eps = max(self._eps, torch.finfo(end.dtype).eps)
@@ -350,6 +379,9 @@ class _Check:
             )
 
 
-def _sample(x: Tensor) -> Tensor:
-    """Return numbers of a tensor, all of them or evenly spread ones."""
-    return x.reshape(-1)[:: max(1, x.numel() // _CHECKED)]
+def _some(x: Any) -> Any:
+    """Return copies of evenly spread numbers of a contiguous tensor, of all if there are few."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.detach()
+    return x.reshape(-1)[:: x.numel() // _CHECKED].clone() if x.numel() >= 2 * _CHECKED else x.clone()

@@ -135,7 +135,8 @@ class Profile:
                 "'all' for the whole state."
             )
         self._tap = GradientTap(self._system.parameters, method)
-        self._responses = Responses(self._system, errors, tuple(hyper), seed)
+        self._hyper = tuple(hyper)
+        self._responses = Responses(self._system, errors, self._hyper, seed)
         self._recorder = Recorder(self._system, cadence)
         self._looks = Looks(model, probe, self._system) if probe is not None else None
         self._path = None if run_dir is None else Path(run_dir)
@@ -265,7 +266,7 @@ class Profile:
             if self._tap.gradient is None:
                 self._end("the step had no closure, and profile.backward(loss) was not called in place of loss.backward()", self._step)
                 return None
-            self._note(self._system.before())
+            self._note(self._system.before(hyper=bool(self._hyper)))
             return None
         return self._followed(closure)
 
@@ -279,7 +280,7 @@ class Profile:
             if seen or not torch.is_grad_enabled():
                 return closure()
             seen = True
-            before = self._system.before()
+            before = self._system.before(hyper=bool(self._hyper))
             value = self._tap.evaluate(closure, self._system.directions())
             self._note(before)
             return value
