@@ -130,10 +130,32 @@ class _Seen(TorchFunctionMode):
         self.autocast = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in KINKED:
+        if has_kinks(func, args, kwargs or {}):
             self.names.append(getattr(func, "__name__", str(func)))
         self.autocast = self.autocast or torch._C._is_any_autocast_enabled()  # noqa: SLF001 any device
         return func(*args, **(kwargs or {}))
+
+
+def has_kinks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a function of torch has kinks with these arguments.
+
+    Args:
+        func: the function.
+        args: its arguments, the tensor first.
+        kwargs: those by name.
+
+    Examples:
+        >>> x = torch.ones(1)
+        >>> has_kinks(F.elu, (x,), {"alpha": 1.0}), has_kinks(F.elu, (x, 0.5), {}), has_kinks(torch.tanh, (x,), {})
+        (False, True, False)
+    """
+    if func not in KINKED:
+        return False
+    if func not in _FUNCTIONS or not args:
+        return True
+    return bool(
+        _FUNCTIONS[func](*args, **{key: value for key, value in kwargs.items() if key not in {"inplace", "input"}})
+    )
 
 
 def refuse_half(optimizer: Optimizer) -> float:

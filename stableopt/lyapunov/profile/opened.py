@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from stableopt.lyapunov.layers.kinks import kink_distance
 from stableopt.lyapunov.layers.walk import eager, floating
 from stableopt.lyapunov.profile.fractional import Block, Fractional
-from stableopt.lyapunov.profile.ground import KINKED
+from stableopt.lyapunov.profile.ground import has_kinks
 from stableopt.lyapunov.profile.slopes import FUNCTIONS, Pieces, slopes_of
 from stableopt.lyapunov.undisturbed import undisturbed
 
@@ -76,7 +76,7 @@ class _Openings(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         z = args[0] if args else kwargs.get("input")
-        if not isinstance(z, Tensor) or not z.requires_grad or not (func in FUNCTIONS or func in KINKED):
+        if not isinstance(z, Tensor) or not z.requires_grad or not (func in FUNCTIONS or has_kinks(func, args, kwargs)):
             return func(*args, **kwargs)
         rest, options = args[1:], {k: v for k, v in kwargs.items() if k not in {"input", "inplace"}}
         pieces = FUNCTIONS[func](z, *rest, **options) if func in FUNCTIONS else None
