@@ -81,3 +81,21 @@ def test_no_certified_point_is_broken_and_tampering_is_noticed() -> None:
     assert result["broken"] == 0
     assert result["honest"] == 1
     assert result["tampered"] == 0
+
+
+def test_three_learning_rates_leave_their_profiles_and_pictures(tmp_path: Path) -> None:
+    example = load("profile_digits")
+    verdicts = example.main(out=str(tmp_path), steps=13, start=3, pictures=str(tmp_path / "img"))
+    assert list(verdicts) == ["stable", "edge", "unstable"]
+    assert all((tmp_path / name / "profile.json").exists() for name in verdicts)
+    assert {path.stem for path in (tmp_path / "img").iterdir()} == {
+        f"profile_{name}" for name in example.SHOWN.values()
+    }
+
+
+@pytest.mark.slow
+def test_a_run_is_stable_at_a_small_rate_and_unstable_at_a_large_one(tmp_path: Path) -> None:
+    verdicts = load("profile_digits").main(out=str(tmp_path))
+    assert verdicts["stable"] == "exponentially stable"
+    assert verdicts["edge"] in {"inconclusive", "subexponential", "profile-bounded"}
+    assert verdicts["unstable"] == "exponentially unstable"

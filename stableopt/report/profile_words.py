@@ -73,7 +73,7 @@ def verdict_sentence(profile: ProfileSummary) -> str:
     leading = profile.table("verdict", "exponent") or (profile.rows("exponents") or [{}])[0]
     if not math.isnan(number_of(leading, "value")):
         sentence += f"; exponent {_interval(leading)}"
-    if profile.table("verdict").get("terminal_decay") is True:
+    if profile.table("verdict").get("terminal_decay") is True and kind != "exponentially stable":
         sentence += "; what was perturbed at the first step has died out at the end, which bounds nothing in between"
     return f"{sentence}."
 

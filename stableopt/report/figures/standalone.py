@@ -53,7 +53,7 @@ def standalone_svg(picture: Picture) -> str:
         x += width
     total = coordinate(y + 8 if picture.legend else height)
     ground = f'<rect width="{_WIDTH}" height="{total}" fill="var(--paper)"/>'
-    start = f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" viewBox="0 0 {_WIDTH} {total}"'
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" width="{_WIDTH}" height="{total}" viewBox="0 0 {_WIDTH} {total}"'
     rest = picture.svg[match.end() :]
     head, _, body = rest.partition(">")
     return f"{start}{head}><style>{_style()}</style>{ground}{body.removesuffix('</svg>')}{legend}</svg>\n"

@@ -19,6 +19,7 @@ def test_every_figure_stands_alone_with_the_classes_it_uses():
         file = standalone_svg(picture)
         root = ET.fromstring(file)
         assert root.tag == f"{SVG}svg"
+        assert root.get("viewBox") == f"0 0 {root.get('width')} {root.get('height')}"
         assert root.get("aria-label") == ET.fromstring(picture.svg).get("aria-label")
         style = root.findtext(f"{SVG}style") or ""
         used = {name for element in root.iter() for name in (element.get("class") or "").split()} - {"swatch", "d0"}
