@@ -557,3 +557,21 @@ def test_sparse_gradients_are_dense_ones() -> None:
     sparse, dense = (push(HeavyBall(), group, w, x, {}, d, d, {}) for x in (g, g.to_dense()))
     assert torch.equal(sparse.parameter, dense.parameter)
     assert torch.equal(sparse.d_parameter, dense.d_parameter)
+
+
+@pytest.mark.parametrize("g", [None, Box(-0.3, 0.3)], ids=repr)
+@pytest.mark.parametrize("case", [SGD, ADAMW, RMSPROP, (so.optim.Muon, {})], ids=lambda case: case[0].__name__)
+def test_float32_is_float64_up_to_rounding(case: tuple[type, dict[str, Any]], g: Regularizer | None) -> None:
+    w, d = start_of(g, (4, 3)), torch.randn(2, 4, 3)
+    wide, narrow = (Run(case[0], {"lr": 0.05} | case[1], w.to(dtype), g) for dtype in (torch.float64, torch.float32))
+    narrow.H = wide.H.float()
+    for _ in range(3):
+        x, y = wide.pushed(d, {}), narrow.pushed(d.float(), {})
+        assert y.d_parameter.dtype == torch.float32
+        torch.testing.assert_close(y.d_parameter.double(), x.d_parameter, rtol=1e-3, atol=1e-4)
+        for name, rows in x.d_state.items():
+            torch.testing.assert_close(
+                y.d_state[name].double(), rows, rtol=1e-3, atol=1e-4 * float(1 + rows.abs().max())
+            )
+        wide.step()
+        narrow.step()
