@@ -212,7 +212,7 @@ def normalized(size: Size) -> list[Row]:
     found = run(lion(0.5, 0.5), np.zeros(n), (np.ones(n) for _ in range(100)), entry)
     rows.append(
         witnessed(
-            "T4", law, "gradients of one sign", (float(th.decayed_norm_bound(0.0, 1.0, 0.5)), found), roundings=400
+            "T4", law, "gradients of one sign", (float(th.decayed_norm_bound(0.0, 1.0, 0.5)), found), roundings=4 * 100
         )
     )
     law, bits = "Muon, decay ω: ‖W_t‖ ≤ max(‖W₀‖, 1.2024/ω)", 2.0**-8

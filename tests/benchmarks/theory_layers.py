@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 import stableopt.theory as th
-from stableopt import constraints as con
 from stableopt.linalg import conv_norm
 from tests.benchmarks.theory_rows import (
     Array,
@@ -294,22 +293,39 @@ def maximum_norm(size: Size) -> list[Row]:
     return rows
 
 
+def stage_step(t: th.ButcherTableau) -> Callable[[Array, float], float]:
+    """Return the norm of a step whose stage i sees the derivative of a convex 1-smooth function, along an angle."""
+    A, b = np.array(t.A, dtype=float), np.array(t.b, dtype=float)
+
+    def step(angles: Array, tau: float) -> float:
+        v = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        k = np.zeros((t.stages, 2, 2))
+        for i in range(t.stages):
+            k[i] = -np.outer(v[i], v[i]) @ (np.eye(2) + tau * np.tensordot(A[i], k, 1))
+        return norm(np.eye(2) + tau * np.tensordot(b, k, 1))
+
+    return step
+
+
+def never(size: Size, rng: np.random.Generator) -> list[Row]:
+    """T3 h: methods without a radius expand some gradient field at every step."""
+    rows = []
+    for t in (th.MIDPOINT, th.DOPRI5):
+        for tau in (0.1, 0.5):
+            step, starts = stage_step(t), rng.uniform(0, math.pi, (4, t.stages))
+            more = max(climb(lambda x, tau=tau, step=step: step(x, tau), x, 200, rng) for x in starts)
+            rows.append(passed("T3h", "no radius: expands at every step", f"{t.name}, τL = {tau}", (1.0, more)))
+    return rows
+
+
 def runge_kutta(size: Size) -> list[Row]:
     """T3 h: no gradient field is expanded up to τL = 2r, and one is just past it."""
     rng, rows = np.random.default_rng(6), []
     methods = [th.EULER, th.HEUN, th.RK4, th.RK4_38, th.SSPRK33, th.ssprk2(3), th.SSPRK43]
     for t in methods:
-        A, b, s = np.array(t.A, dtype=float), np.array(t.b, dtype=float), t.stages
-        tau = th.runge_kutta_max_step(t, 1.0)
+        s, tau = t.stages, th.runge_kutta_max_step(t, 1.0)
 
-        def step(angles: Array, tau: float, A: Array = A, b: Array = b, s: int = s) -> float:
-            v = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-            slopes = v[:, :, None] * v[:, None, :]  # stage i sees the derivative of a convex 1-smooth function
-            k = np.zeros((s, 2, 2))
-            for i in range(s):
-                k[i] = -slopes[i] @ (np.eye(2) + tau * np.tensordot(A[i], k, 1))
-            return norm(np.eye(2) + tau * np.tensordot(b, k, 1))
-
+        step = stage_step(t)
         law = "explicit Runge–Kutta: at most 1 up to τL = 2r"
         found = [
             climb(lambda x, tau=tau, step=step: step(x, tau), rng.uniform(0, math.pi, s), size.climb, rng)
@@ -327,77 +343,45 @@ def runge_kutta(size: Size) -> list[Row]:
         starts, steps = rng.uniform(0, math.pi, (12, s)), max(size.climb, 400)
         more = max(climb(lambda x, tau=tau, step=step: step(x, 1.05 * tau), x, steps, rng) for x in starts)
         rows.append(passed("T3h", law, f"{t.name}, τ = 1.05 of it", (1.0, more)))
-    return rows
+    return rows + never(size, rng)
 
 
-def nonsmooth(size: Size) -> list[Row]:
-    """T5: proxes and projections are firmly nonexpansive; projections on sets that are not convex are not."""
-    rng, n, rows = np.random.default_rng(7), size.dimension, []
-    maps = {
-        "L1": lambda x: con.L1(0.5).prox(x, 1.0),
-        "ElasticNet": lambda x: con.ElasticNet(0.5, 0.3).prox(x, 1.0),
-        "Box": con.Box(-0.5, 0.5).project,
-        "L2Ball": con.L2Ball(1.0).project,
-        "L1Ball": con.L1Ball(1.0).project,
-        "Simplex": con.Simplex().project,
-        "SpectralBall": lambda x: con.SpectralBall(1.0).project(x.reshape(2, -1)).reshape(-1),
-        "NuclearNorm": lambda x: con.NuclearNorm(0.5).prox(x.reshape(2, -1), 1.0).reshape(-1),
-    }
-    law = "prox and projection: ‖Px−Py‖² ≤ ⟨Px−Py, x−y⟩"
-    for name, P in maps.items():
+def compositions(size: Size) -> list[Row]:
+    """T3: shortcuts that rescale, a nonlinearity after the sum, compensation by a contraction before an expansive block."""
+    rng, n = np.random.default_rng(17), size.dimension
 
-        def pairs(P: Callable[[Tensor], Tensor] = P) -> Iterator[tuple[float, float, float]]:
-            for _ in range(size.draws):
-                x = 2 * torch.as_tensor(rng.standard_normal(2 * n))
-                y = x + 10.0 ** rng.uniform(-3, 1) * torch.as_tensor(rng.standard_normal(2 * n))
-                d, lengths = P(x) - P(y), float(x.norm() + y.norm())
-                if d.any():  # each of the two images is off by roundings of its point, whatever their distance
-                    yield float(d @ (x - y)), float(d @ d), 2 * (2 * n) ** 2 * lengths / float(d.norm())
-
-        rows.append(searched("T5", law, name, pairs()))
-    inside = torch.full((2 * n,), 0.01), torch.full((2 * n,), -0.02)
-    d = maps["Box"](inside[0]) - maps["Box"](inside[1])
-    rows.append(witnessed("T5", law, "two points of the set", (float(d @ (inside[0] - inside[1])), float(d @ d))))
-    x, y = torch.tensor([1e-3, 1.0]), torch.tensor([-1e-3, 1.0])
-    sphere = con.Rank(1).project
-    X, Y = torch.diag(torch.tensor([1.0 + 1e-3, 1.0])), torch.diag(torch.tensor([1.0 - 1e-3, 1.0]))
-    gap = float(torch.linalg.vector_norm(sphere(X) - sphere(Y)) / torch.linalg.vector_norm(X - Y))
-    rows.append(
-        passed(
-            "T5", "projection: ‖Px−Py‖ ≤ ‖x−y‖", "rank 1, not a convex set: the law does not speak of it", (1.0, gap)
-        )
-    )
-    shrink = con.L2Squared(0.8)
-    pair = (
-        float(th.prox_factor(1.5, 0.8)),
-        float(torch.linalg.vector_norm(shrink.prox(x, 1.5) - shrink.prox(y, 1.5)) / torch.linalg.vector_norm(x - y)),
-    )
-    rows.append(witnessed("T5", "prox of an m-strongly convex g: 1/(1+τm)", "L2Squared", pair))
-    rows += subgradients(size, rng)
-    return rows
-
-
-def subgradients(size: Size, rng: np.random.Generator) -> list[Row]:
-    """T5: two subgradient runs on the same sample."""
-    law, G, lr = "subgradient step: √(‖δ‖² + 4η²G²)", 1.3, 0.2
-
-    def step(x: float) -> float:
-        w = nn.Parameter(torch.tensor([x]))
-        optimizer = torch.optim.SGD([w], lr=lr)
-        (G * w.abs()).sum().backward()
-        optimizer.step()
-        return float(w.detach())
+    def scaled(
+        A: Array, alpha: float, tau: float, post: Callable[[Tensor], Tensor], b: Array
+    ) -> Callable[[Tensor], Tensor]:
+        T, c = torch.as_tensor(A), torch.as_tensor(b)
+        return lambda h: post(alpha * h - tau * T.T @ torch.relu(T @ h + c))
 
     def drawn() -> Iterator[Pair]:
-        for x, y in rng.standard_normal((size.draws, 2)):
-            yield float(th.subgradient_separation(abs(x - y), lr, G)), abs(step(x) - step(y))
+        for _ in range(size.draws // 20):
+            A, b, alpha, tau = rng.standard_normal((n, n)), rng.standard_normal(n), rng.uniform(0.3, 1.5), rng.random()
+            L = float(th.gradient_branch_smoothness(norm(A)))
+            bound = th.scaled_shortcut_factor(alpha, tau, lambda t, L=L: th.cocoercive_factor(t, L))
+            f = scaled(A, alpha, tau, torch.relu, b)
+            h = rng.standard_normal(n)
+            yield (
+                float(th.post_activation_factor(bound, 1.0)),
+                climb(lambda h, f=f: derivative_norm(f, h), h, size.climb, rng),
+            )
 
-    near = 1e-3
-    pair = float(th.subgradient_separation(2 * near, lr, G)), abs(step(near) - step(-near))
+    law = "σ(αh + τf(h)): L_σ α times the factor at τ/α"
+    A = np.eye(n)
+    bound = th.scaled_shortcut_factor(0.8, 0.3, lambda t: th.cocoercive_factor(t, 1.0))
+    silent = derivative_norm(scaled(A, 0.8, 0.3, torch.relu, np.full(n, -9.0)), np.ones(n))
+    c, L = 0.5, 2.0
+    tau = th.compensated_max_step(c, L)
+    pair = norm((1 + tau * L) * c * np.eye(n)), norm((1 + 1.01 * tau * L) * c * np.eye(n))
+    name = "a contraction c before 1 + τL: at most 1 up to τ = (1/c − 1)/L"
     return [
-        searched("T5", law, "torch SGD on G|θ|", drawn()),
-        witnessed("T5", law, "two points on either side of the kink", pair),
+        searched("T3", law, "gradient branches, ReLU within and after", drawn()),
+        witnessed("T3", law, "no unit of the branch active", (float(th.post_activation_factor(bound, 1.0)), silent)),
+        witnessed("T3i", name, "f = Lh, at the limit", (1.0, pair[0])),
+        passed("T3i", name, "τ = 1.01 of it", (1.0, pair[1])),
     ]
 
 
-LAWS = [feedforward, linear_blocks, gradient_blocks, maximum_norm, runge_kutta, nonsmooth]
+LAWS = [feedforward, linear_blocks, gradient_blocks, maximum_norm, runge_kutta, compositions]

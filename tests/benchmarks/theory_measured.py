@@ -11,13 +11,14 @@ from pathlib import Path
 
 import torch
 
-from tests.benchmarks import theory_coupled, theory_dissipation, theory_layers, theory_steps
+from tests.benchmarks import theory_coupled, theory_dissipation, theory_layers, theory_nonsmooth, theory_steps
 from tests.benchmarks.theory_rows import FULL, Row, Size
 
 PAGE = Path(__file__).parents[2] / "docs" / "theory_measured.md"
 
 LAWS: list[Callable[[Size], list[Row]]] = [
     *theory_layers.LAWS,
+    *theory_nonsmooth.LAWS,
     *theory_steps.LAWS,
     *theory_dissipation.LAWS,
     *theory_coupled.LAWS,

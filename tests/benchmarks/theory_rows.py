@@ -144,6 +144,17 @@ def separation(step: Callable[[Array], Array], x: Array, y: Array) -> float:
     return float(np.linalg.norm(step(x) - step(y)) / np.linalg.norm(x - y))
 
 
+def two_points(z: Array) -> tuple[Array, Array]:
+    """Return two points at the distance 1, the first within [-3, 3]^n, for any numbers to climb in."""
+    x, gap = 3 * np.tanh(z[: len(z) // 2]), z[len(z) // 2 :]
+    return x, x + gap / np.linalg.norm(gap)
+
+
+def roundings_of(n: int, lr: float, smoothness: float, bound: float) -> float:
+    """Return the half ulps of the separation of such points by a gradient step: n terms, of the size of points and step."""
+    return 4 * n * (6 * math.sqrt(n) + 1) * (1 + lr * smoothness) / bound
+
+
 def symmetric(rng: np.random.Generator, n: int, low: float, high: float) -> Array:
     """Return a random symmetric matrix with the spectrum in [low, high], both ends attained."""
     Q = np.linalg.qr(rng.standard_normal((n, n)))[0]
