@@ -310,21 +310,20 @@ def swapped(modules: nn.Module, parameters: Sequence[Tensor], values: Sequence[T
     """
     others = {id(p): value for p, value in zip(parameters, values, strict=True)}
     owned = [(m._parameters, n, p) for m in modules.modules() for n, p in m._parameters.items() if id(p) in others]  # noqa: SLF001
-    flat = [(m, m._flat_weights) for m in modules.modules() if isinstance(m, nn.RNNBase)]  # noqa: SLF001 what its forward uses
+    kept = ("_flat_weights", "_flat_weight_refs")  # which a recurrent layer renews when it finds other parameters
+    flat = [(vars(m), {key: vars(m)[key] for key in kept}) for m in modules.modules() if isinstance(m, nn.RNNBase)]
     cached = P._cache_enabled  # noqa: SLF001 the context knows only how to begin
     try:
         P._cache_enabled = 0  # noqa: SLF001
         for own, name, p in owned:
             own[name] = others[id(p)]  # pyright: ignore[reportArgumentType]
-        for module, weights in flat:
-            vars(module)["_flat_weights"] = [others.get(id(w), w) for w in weights]
         yield
     finally:
         P._cache_enabled = cached  # noqa: SLF001
         for own, name, p in owned:
             own[name] = p
-        for module, weights in flat:
-            vars(module)["_flat_weights"] = weights
+        for attributes, weights in flat:
+            attributes.update(weights)
 
 
 def _gram(tangents: Tensor) -> Tensor:

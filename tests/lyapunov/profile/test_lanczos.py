@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -45,6 +46,15 @@ def test_the_residual_holds_for_a_known_spectrum():
         before = estimates
     assert before == pytest.approx(np.full(3, 3.0), rel=1e-13)
     assert residuals[1, 0] < 1e-6
+
+
+def test_a_residual_is_small_as_soon_as_the_estimate_is_good():
+    s = torch.cat([torch.tensor([10.0]), torch.linspace(0.0, 2.0, 39)])
+    layer = nn.Linear(40, 40, bias=False)
+    layer.weight = nn.Parameter(torch.diag(s))
+    logs, residuals, _ = largest_singular_values(chain_of(layer, torch.randn(1, 40)), iterations=6)
+    assert logs[0, 1, 0] == pytest.approx(math.log(10.0), rel=1e-6)
+    assert 1e-12 < residuals[1, 0] < 1e-3
 
 
 def test_samples_have_estimates_of_their_own():

@@ -213,8 +213,11 @@ def test_a_model_is_left_as_it_was():
         held = model[3].weight  # moves the vectors of the power iteration, as every access in training
         before = [(t.detach().clone(), t._version, None if t.grad is None else t.grad.clone()) for t in tensors]
         found = representation_tangents(model, x, d)
+        weight = [p for name, p in model.named_parameters() if name == "3.parametrizations.weight.original"]
+        alone = representation_tangents(model, x, [torch.eye(4)[None]], parameters=weight)
         assert model[3].weight is held
     assert float(found["3"].norm()) > 0.0
+    assert float(alone["3"].norm()) > 0.0  # the cached weight would not move
     assert all(a is b for a, b in zip(tensors, [*model.parameters(), *model.buffers()], strict=True))
     for t, (value, version, grad) in zip(tensors, before, strict=True):
         assert torch.equal(t, value)
@@ -279,7 +282,8 @@ def test_parameters_are_swapped_in_every_place():
         assert torch.equal(both[1](torch.ones(1, 2)), torch.ones(1, 2))
     assert both[1].weight is layer.weight
     rnn = nn.RNN(1, 1)
-    weights = rnn._flat_weights
+    weights, references = rnn._flat_weights, rnn._flat_weight_refs
     with swapped(rnn, list(rnn.parameters()), [torch.zeros_like(p) for p in rnn.parameters()]):
         assert float(rnn(torch.ones(1, 1, 1))[0].abs()) == 0.0
     assert rnn._flat_weights is weights
+    assert rnn._flat_weight_refs is references

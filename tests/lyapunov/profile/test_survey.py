@@ -27,7 +27,9 @@ class OneMeets(nn.Module):
 
 
 @pytest.mark.parametrize("forward", [True, False])
-@pytest.mark.parametrize("count", [2, 3, 8, 9])
+@pytest.mark.parametrize(
+    "count", [2, 3, pytest.param(8, marks=pytest.mark.slow), pytest.param(9, marks=pytest.mark.slow)]
+)
 def test_every_pair_of_samples_that_meet_is_found(count, forward):
     x = torch.randn(count, 3)
     for source in range(count):
