@@ -13,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
+from stableopt.constraints.sharding import is_sharded
 from stableopt.lyapunov.layers.kinks import _CLAMPS, _FUNCTIONS, kink_distance
 from stableopt.lyapunov.layers.walk import eager
 from stableopt.lyapunov.undisturbed import undisturbed
@@ -165,13 +166,16 @@ def refuse_half(optimizer: Optimizer) -> float:
         optimizer: of the parameters.
 
     Raises:
-        ValueError: for half precision and less.
+        ValueError: for half precision and less, and for parameters in shards.
 
     Examples:
         >>> refuse_half(torch.optim.SGD([nn.Parameter(torch.ones(1))])) == 2.0**-23
         True
     """
-    dtypes = [p.dtype for group in optimizer.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    if any(map(is_sharded, parameters)):
+        raise ValueError("a twin needs whole parameters, and some are sharded; measure on one process.")
+    dtypes = [p.dtype for p in parameters]
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
     eps = torch.finfo(coarsest).eps
     if eps > torch.finfo(torch.float32).eps:

@@ -59,9 +59,9 @@ class Twin:
         stopped: why there is no growth any more; empty while there is.
 
     Raises:
-        ValueError: where the number would not be what it says: parameters in half precision; a size below the resolution of the
-            numbers, or above 1e-2 without ``finite_size``; and in the first step, without ``finite_size``, a model with kinks in
-            float32, or in float64 with a size above 1e-6; autocast; a step without closure.
+        ValueError: where the number would not be what it says: parameters in half precision or in shards; a size below the
+            resolution of the numbers, or above 1e-2 without ``finite_size``; and in the first step, without ``finite_size``, a
+            model with kinks in float32, or in float64 with a size above 1e-6; autocast; a step without closure.
 
     Note:
         One step costs one more evaluation with gradient, one more step of the optimizer and a few copies of the parameters:
@@ -296,7 +296,10 @@ class Twin:
         self._updates.append(math.sqrt(moved / size) if size > 0.0 else 0.0)
         if len(self._updates) == _OBSERVED:
             self.size = statistics.median(self._updates)
-            refuse_size(self.size, self._low, self._eps, finite_size=True)
+            try:
+                refuse_size(self.size, self._low, self._eps, finite_size=True)
+            except ValueError as error:  # the run goes on
+                self.stopped = f"the median update cannot be a size: {error}"
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self._optimizer.param_groups for p in group["params"] if p.requires_grad]

@@ -109,6 +109,23 @@ def test_numbers_of_groups_belong_to_the_state_and_counters_stay_whole() -> None
     assert group["d"] == 2.0
 
 
+def test_scaling_up_leaves_second_moments_nonnegative_and_says_so() -> None:
+    w = nn.Parameter(torch.tensor([1.0, -2.0]))
+    optimizer = torch.optim.Adam([w], lr=0.1)
+    w.grad = torch.tensor([0.5, 1.0])
+    optimizer.step()
+    shadow = Shadow(nn.ParameterList([w]), optimizer)
+    real, mine = optimizer.state[w], shadow._states[w]
+    mine["exp_avg_sq"][0] *= 0.5
+    mine["exp_avg"][0] *= 0.5
+    shadow.rescale(10.0)
+    mine = shadow._states[w]
+    torch.testing.assert_close(mine["exp_avg"], torch.stack([-4.0 * real["exp_avg"][0], real["exp_avg"][1]]))
+    torch.testing.assert_close(mine["exp_avg_sq"], torch.stack([torch.zeros(()), real["exp_avg_sq"][1]]))
+    assert shadow.clipped == 1
+    assert mine["step"] == 1
+
+
 def test_an_error_in_its_step_leaves_the_run_as_it_was() -> None:
     model, optimizer, closure = made(momentum=0.9)
     shadow = Shadow(model, optimizer)
