@@ -19,7 +19,7 @@ from stableopt.optim import GuardedOptimizer
 from stableopt.optim.copies import _is_number, copied
 from stableopt.optim.snapshot import MOMENTA, OF_SCHEDULERS
 
-__all__ = ["Shadow"]
+__all__ = ["NONNEGATIVE", "Shadow"]
 
 _NOT_COPIED = frozenset({"params", "prox", "constraint"})
 _NOT_OWN = frozenset({
@@ -27,6 +27,10 @@ _NOT_OWN = frozenset({
     "_opt_called",
 })  # fmt: skip
 """Attributes of an optimizer that no step changes, or that :meth:`Shadow.run` treats by itself."""
+NONNEGATIVE = frozenset({
+    "acc_delta", "col_var", "exp_avg_sq", "exp_inf", "max_exp_avg_sq", "row_var", "running_var", "square_avg", "sum", "variance",
+})  # fmt: skip
+"""Names of second moments in torch's optimizers and of variances in its layers, which cannot be negative."""
 _GLOBAL_HOOKS = ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks")
 
 
@@ -42,8 +46,7 @@ class Shadow:
         optimizer: any torch optimizer over some of its parameters.
 
     Attributes:
-        clipped: entries that were set to 0 because :meth:`rescale` would have made them negative where the state of both runs has
-            none (second moments).
+        clipped: entries of second moments (:data:`NONNEGATIVE`) that :meth:`rescale` would have made negative, and that are 0.
 
     Note:
         Learning rates, and the momentum where a scheduler sets it, are those of the run. Objects in the state of an optimizer that
@@ -153,30 +156,30 @@ class Shadow:
             for mine, group in zip(self._groups, self._optimizer.param_groups, strict=True)
         ]
         self._attributes = self._between(self._attributes, vars(self._optimizer), factor)
-        self._buffers = [(m, n, self._between(buffer, getattr(m, n), factor)) for m, n, buffer in self._buffers]
+        self._buffers = [(m, n, self._between(buffer, getattr(m, n), factor, n)) for m, n, buffer in self._buffers]
 
-    def _between(self, mine: Any, real: Any, factor: float) -> Any:
+    def _between(self, mine: Any, real: Any, factor: float, name: object = "") -> Any:
         if isinstance(mine, Tensor):
-            return self._tensor_between(mine, real, factor)
+            return self._tensor_between(mine, real, factor, nonnegative=name in NONNEGATIVE)
         if isinstance(mine, float) and isinstance(real, float) and mine != real:
             whole = mine.is_integer() and real.is_integer()
             return mine if whole or not math.isfinite(mine - real) else real + factor * (mine - real)
         if type(mine) is dict and isinstance(real, dict):
-            return {k: self._between(v, real.get(k), factor) for k, v in mine.items()}
+            return {k: self._between(v, real.get(k), factor, k) for k, v in mine.items()}
         if type(mine) is list and isinstance(real, list | tuple) and len(real) == len(mine):
             return [self._between(v, r, factor) for v, r in zip(mine, real, strict=True)]
         if type(mine) is tuple and isinstance(real, tuple) and len(real) == len(mine):
             return tuple(self._between(v, r, factor) for v, r in zip(mine, real, strict=True))
         return mine
 
-    def _tensor_between(self, mine: Tensor, real: Any, factor: float) -> Tensor:
+    def _tensor_between(self, mine: Tensor, real: Any, factor: float, *, nonnegative: bool) -> Tensor:
         if not (isinstance(real, Tensor) and real.shape == mine.shape and mine.is_floating_point()):
             return mine
         real = real.detach()
         if mine.ndim == 0 and float(mine).is_integer() and float(real).is_integer():
             return mine
         moved = (mine - real).mul_(factor).add_(real)
-        if factor > 1.0 and bool((moved < 0).any()) and not bool((mine < 0).any() or (real < 0).any()):
+        if factor > 1.0 and nonnegative:
             self.clipped += int((moved < 0).sum())
             moved.clamp_min_(0.0)
         return moved
