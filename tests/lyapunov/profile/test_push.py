@@ -100,7 +100,7 @@ def test_every_regularizer_is_part_of_the_map(case: tuple[type, dict[str, Any]],
         except ValueError:  # the optimizer does not take it
             pytest.skip("no prox in a diagonal metric")
         assert run.regularizer is row.g
-        check_run(case[0], {"lr": 0.05} | case[1], inside if inside.any() else w, row.g, k=1)
+        check_run(case[0], {"lr": 0.05} | case[1], inside if inside.any() else w, row.g, k=1, h=1e-7)
 
 
 class Unrounded(TorchFunctionMode):
