@@ -149,3 +149,28 @@ def test_different_floating_point_tensors_are_found_once():
         x.dtype,
         y.dtype,
     ]
+
+
+def test_arguments_can_be_replaced_where_a_call_begins():
+    class Doubles(Log):
+        def enter(self, name, module, args, kwargs):
+            super().enter(name, module, args, kwargs)
+            return ((2.0 * args[0],), kwargs) if name == "1" else None
+
+        def result(self, outputs):
+            self.output = outputs[0]
+            return outputs
+
+    model, observer = nn.Sequential(nn.Identity(), nn.Identity()), Doubles()
+    Walk(model, lambda: model(torch.ones(1)).sum(), observer).run()
+    assert float(observer.output) == 2.0
+
+
+def test_a_transform_evaluates_as_often_as_it_likes_and_leaves_random_states():
+    model, before = nn.Sequential(nn.Dropout(0.5)), torch.get_rng_state()
+    walk = Walk(model, lambda: model(torch.ones(50)), Log())
+    first, second = walk.run_in(lambda evaluate: (evaluate(), evaluate()))
+    assert not torch.equal(first, second)
+    assert torch.equal(before, torch.get_rng_state())
+    with pytest.raises(ProbeError, match="did not call"):
+        Walk(model, lambda: 0.0, Log()).run_in(lambda evaluate: evaluate())
