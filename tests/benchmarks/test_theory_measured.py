@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from stableopt import theory
 from tests.benchmarks.theory_measured import LAWS, PARTS, line, page
 from tests.benchmarks.theory_rows import SMALL, Row, Size
+from tests.benchmarks.theory_steps import edges
 
 
 @pytest.mark.slow
@@ -41,3 +43,15 @@ def test_a_law_that_is_contradicted_is_said_to_be() -> None:
     text = page(rows, SMALL)
     assert "6 rows, 5 of them against the theory" in text
     assert text.count("**broken**") == 5
+
+
+@pytest.mark.parametrize(
+    ("factor", "kinds"), [(1.0, set()), (1.0001, {"search", "witness"}), (0.98, {"witness", "beyond"})]
+)
+def test_a_limit_that_is_off_to_either_side_is_seen(
+    factor: float, kinds: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    edge = theory.heavy_ball_edge
+    monkeypatch.setattr(theory, "heavy_ball_edge", lambda *args: factor * edge(*args))
+    broken = {row.kind for row in edges(Size(draws=10, climb=0, dimension=4)) if row.broken}
+    assert broken == kinds

@@ -59,6 +59,9 @@ def radii(make: Maker, curvatures: Array, name: str) -> tuple[Array, Array]:
     ones, zeros = np.ones(len(curvatures)), np.zeros(len(curvatures))
     columns = [one_step(make, w, m, name, lambda x: curvatures * x) for w, m in ((ones, zeros), (zeros, ones))]
     steps = np.array(columns).transpose(2, 1, 0)  # [curvature, of what, by what]
+    if name:  # units of the momentum in which the matrix is balanced: no eigenvalue changes
+        unit = np.sqrt(np.abs(steps[:, 1, 0] / steps[:, 0, 1]))
+        steps[:, 0, 1], steps[:, 1, 0] = steps[:, 0, 1] * unit, steps[:, 1, 0] / unit
     values, vectors = np.linalg.eig(steps)
     sizes = np.linalg.cond(vectors) * np.linalg.norm(steps, axis=(1, 2))
     return np.abs(values).max(axis=1), 20 * sizes

@@ -375,7 +375,13 @@ def synthesize(
         reference, log_weights = cells.search(found)
     else:
         reference, log_weights = "given", math.log(weight) * np.diff(found.steps)
-    P, rates, smallest, largest = cells.certified(log_weights)
+    try:
+        P, rates, smallest, largest = cells.certified(log_weights)
+    except ValueError:
+        if weight is not None:
+            raise
+        reference, log_weights = "norms", np.full(len(log_weights), -math.inf)  # nothing is lost in P = I
+        P, rates, smallest, largest = cells.certified(log_weights)
     C, scale = cells.C, cells.log_scale
     return EnergySynthesis(
         found.steps, P, log_weights, rates, smallest, largest, C, scale, reference, bool(factors.full)

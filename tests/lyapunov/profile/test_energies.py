@@ -106,6 +106,22 @@ def test_the_rounding_of_the_products_over_a_cell_is_counted() -> None:
         assert EnergyCells.of(R, measure_windows(factors, grid=40)).error[a] == 0.0  # one factor is not rounded
 
 
+def test_where_energies_would_be_rounding_the_norms_of_the_cells_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    R = cancelling(8)
+    R[:, 0, 1] *= 1e7
+    factors = Bare(R, np.arange(9), True)
+    windows = measure_windows(factors, grid=2)
+    energy = synthesize(factors, windows)
+    assert energy.check(windows).holds
+    with pytest.raises(ValueError, match="leave the precision"):
+        synthesize(factors, windows, weight=1.0)
+    monkeypatch.setattr(EnergyCells, "search", lambda self, windows: ("constant", np.zeros(2)))
+    plain = synthesize(factors, windows)
+    assert plain.reference == "norms"
+    assert plain.check(windows).holds
+    np.testing.assert_array_equal(plain.P, np.tile(np.eye(2), (3, 1, 1)))
+
+
 @pytest.mark.parametrize("error", [0.0, 1e-3])
 def test_rates_hold_for_every_product_within_the_error_of_a_cell(error: float) -> None:
     rng = np.random.default_rng(1)
