@@ -87,6 +87,7 @@ def numbers_of(reading: ProfileReading) -> dict[str, Any]:
             "largest_window": {"log_norm": windows.sup, "start": windows.start, "end": windows.end, "at_most": windows.sup_upper},
             "energy": None if energy is None else _energy_facts(energy, windows),
             "gains": None if reading.gains is None else _gain_facts(reading.gains),
+            "finite_size": None if reading.finite_size is None else dataclasses.asdict(reading.finite_size),
             "errors": None if reading.errors is None else {"count": len(reading.errors.starts), "peak": reading.errors.peak},
             "hyper": [{"name": h.name, "start": h.start, "last": float(h.log_norms[-1]) if len(h.log_norms) else None} for h in reading.hyper],
             "layers": list(reading.looks[-1].grams) if reading.looks else [],

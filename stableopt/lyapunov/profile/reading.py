@@ -11,17 +11,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stableopt.lyapunov.profile.energies import EnergySynthesis, synthesize
-from stableopt.lyapunov.profile.exponents import Exponent, spectrum
+from stableopt.lyapunov.profile.exponents import Exponent, exponent, spectrum
 from stableopt.lyapunov.profile.factors import Factors
 from stableopt.lyapunov.profile.gains import CoupledGains, coupled_gains
 from stableopt.lyapunov.profile.looks import Look
 from stableopt.lyapunov.profile.responses import ErrorResponses, HyperResponse
+from stableopt.lyapunov.profile.twin import Twin
 from stableopt.lyapunov.profile.verdicts import Verdict, judge
 from stableopt.lyapunov.profile.windows import Windows, measure_windows
 
 __all__ = ["ProfileReading"]
 
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class FiniteSize:
+    r"""The exponent of a perturbation of finite size, from a twin of the run.
+
+    Args:
+        size: relative to the norm of the parameters; NaN where it was never known.
+        exponent: of the distance, per step.
+        kinks: what the model has of kinks, which such a perturbation feels.
+        stopped: why the twin ended early; empty if it did not.
+
+    Examples:
+        >>> FiniteSize(1e-3, exponent(np.full(40, -0.1)), (), "").exponent.sign
+        -1
+    """
+
+    size: float
+    exponent: Exponent
+    kinks: tuple[str, ...]
+    stopped: str
+
+    @classmethod
+    def of(cls, twin: Twin) -> FiniteSize:
+        """Return what a twin has found.
+
+        Args:
+            twin: of a run.
+        """
+        return cls(math.nan if twin.size is None else twin.size, exponent(twin.growth), twin.kinks, twin.stopped)
 
 
 @dataclass(frozen=True)
@@ -44,6 +75,7 @@ class ProfileReading:
         errors: responses to errors in single updates.
         hyper: responses to hyper-parameters.
         looks: the representations at some steps.
+        finite_size: the exponent of a perturbation of finite size, beside the infinitesimal ones.
 
     Examples:
         >>> factors = Factors(np.full((200, 1, 1), 0.9), np.arange(201), dimension=1)
@@ -64,6 +96,7 @@ class ProfileReading:
     errors: ErrorResponses | None = None
     hyper: tuple[HyperResponse, ...] = ()
     looks: tuple[Look, ...] = ()
+    finite_size: FiniteSize | None = None
 
     @property
     def factors(self) -> Factors:
@@ -170,6 +203,8 @@ class ProfileReading:
         w = self.windows
         which = "all directions" if self.factors.full else f"{self.factors.directions} directions of {self.factors.dimension}"
         lines.append(f"largest window: K({w.end}, {w.start}) = {math.exp(min(w.sup, 700.0)):.4g} on {which}")
+        if self.finite_size is not None:
+            lines.append(f"at the finite size {self.finite_size.size:.3g}: {self.finite_size.exponent}")
         if self.reason:
             lines.append(self.reason)
         return "\n".join(lines)

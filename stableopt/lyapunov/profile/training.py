@@ -19,10 +19,11 @@ from stableopt.lyapunov.hooks import Closure, StepHooks
 from stableopt.lyapunov.profile.clipping import Clipping, NotTheGradientError
 from stableopt.lyapunov.profile.looks import Looks, ProbeInput
 from stableopt.lyapunov.profile.products import GradientTap
-from stableopt.lyapunov.profile.reading import ProfileReading
+from stableopt.lyapunov.profile.reading import FiniteSize, ProfileReading
 from stableopt.lyapunov.profile.recorder import Recorder
 from stableopt.lyapunov.profile.responses import Responses
 from stableopt.lyapunov.profile.system import Before, NotTheRuleError, System
+from stableopt.lyapunov.profile.twin import Twin
 
 __all__ = ["Profile"]
 
@@ -60,6 +61,8 @@ class Profile:
         clip_norm: as given to ``clip_grad_norm_``, if the training does that.
         clip_value: as given to ``clip_grad_value_``, if the training does that.
         look_every: number of steps between two looks at the representations.
+        finite_size: run a :class:`Twin` beside, for the exponent of a perturbation of this size relative to the parameters, which feels
+            the kinks that a derivative does not see; True for the median size of the first updates. It needs closures.
         seed: of the random directions.
 
     Attributes:
@@ -110,6 +113,7 @@ class Profile:
         clip_norm: float | None = None,
         clip_value: float | None = None,
         look_every: int = 50,
+        finite_size: float | bool | None = None,
         seed: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -139,6 +143,7 @@ class Profile:
         self._responses = Responses(self._system, errors, self._hyper, seed)
         self._recorder = Recorder(self._system, cadence)
         self._looks = Looks(model, probe, self._system) if probe is not None else None
+        self._twin = _twin_of(model, optimizer, finite_size, seed)
         self._path = None if run_dir is None else Path(run_dir)
         self._step, self._origin, self._products, self._backend = 0, 0, 0, ""
         self._begun = self._active = self._ended = False
@@ -160,11 +165,15 @@ class Profile:
             1
         """
         self._hooks.attach()
+        if self._twin is not None:
+            self._twin.attach()
         return self
 
     def close(self) -> None:
         """Stop following, and write the files if there is a folder for them; may be called twice."""
         self._hooks.remove()
+        if self._twin is not None:
+            self._twin.detach()
         self._settle()
         if self._path is not None and self._begun:
             self.result().save(self._path)
@@ -235,6 +244,7 @@ class Profile:
             errors=self._responses.errors(),
             hyper=self._responses.hyper(),
             looks=() if self._looks is None else self._looks.made(),
+            finite_size=None if self._twin is None else FiniteSize.of(self._twin),
         )
 
     def _follows(self) -> bool:
@@ -333,6 +343,12 @@ class Profile:
         several = len(self._optimizer.param_groups) > 1
         units = {(f"{g}/{name}" if several else name): unit for (g, name), unit in self._system.units.items()}
         return {"parameters": 1.0, **units}
+
+
+def _twin_of(model: nn.Module, optimizer: Optimizer, size: float | bool | None, seed: int) -> Twin | None:
+    if size is None or size is False:
+        return None
+    return Twin(model, optimizer, None if size is True else size, seed=seed, finite_size=True)
 
 
 def _check_count(name: str, value: Any, least: int = 1) -> None:

@@ -139,7 +139,8 @@ def test_the_run_is_bit_for_bit_that_without_a_profile(name, closure):
             optimizer.project_()
         if watched:
             probe = torch.randn(5, 3, generator=torch.Generator().manual_seed(5))
-            with Profile(model, optimizer, directions=3, probe=probe, look_every=5, errors=4, hyper=("lr",)) as profile:
+            options = {"finite_size": 1e-4} if closure and "guarded" not in name else {}
+            with Profile(model, optimizer, directions=3, probe=probe, look_every=5, errors=4, hyper=("lr",), **options) as profile:
                 train(model, optimizer, 11, closure=closure, backward=profile.backward if not closure else None)
             assert profile.reason == "" and profile.result().factors.steps[-1] == 11
         else:
@@ -408,6 +409,20 @@ def test_the_mixed_block_is_the_derivative_of_the_representations():
     for name, ahead, behind in zip(mixed, *outputs, strict=True):
         expected = torch.linalg.vector_norm(ahead - behind) / 2e-6
         assert math.exp(mixed[name][1]) == pytest.approx(float(expected), rel=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e-5, True])
+def test_the_exponent_at_a_finite_size_is_that_of_the_derivative_for_a_smooth_net(size, tmp_path):
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    with Profile(model, optimizer, tmp_path, directions=1, cadence=1, finite_size=size) as profile:
+        train(model, optimizer, 60)
+    reading = profile.result()
+    assert reading.finite_size.stopped == "" and reading.finite_size.kinks == ()
+    count = len(reading.factors.growth) if size is not True else 50
+    assert reading.finite_size.exponent.count == count - count // 10
+    assert reading.finite_size.exponent.value == pytest.approx(float(reading.factors.growth[6:].mean()), abs=2e-3)
+    assert json.loads((tmp_path / "profile.json").read_text())["finite_size"]["size"] > 0
 
 
 def test_arguments_that_make_no_sense_are_refused():
