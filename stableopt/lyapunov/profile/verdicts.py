@@ -85,6 +85,7 @@ class _Finding:
     reason: str
     slope: float = math.nan  # per step, the largest that is not excluded
     falls: bool = False
+    resolved: bool = True  # whether the power of the law is known to be that of the kind
 
 
 def judge(log_norms: ArrayLike, *, windows: ArrayLike | None = None, level: float = 0.95) -> Verdict:
@@ -264,17 +265,32 @@ def _changed(ell: NDArray[np.float64], first: int, level: float, *, falls: bool 
     skip = half.size // 10
     if half.size - 1 - skip < SHORTEST:
         return _Finding("inconclusive", "the growth changes along the run, and its halves are too short to be judged")
-    late = _regime(Path(half, skip), half[skip:], level)
+    late = _weaker(*(_regime(path, half[skip:], level) for path in (Path(half, skip), Path(ell, middle + skip))))
     why = f"the growth changes along the run; from step {middle} on {late.reason}"
     if late.kind in ("subexponential", "exponentially unstable"):
         return _Finding(late.kind, why, late.slope)
     if late.kind == "profile-bounded" and _drawup(ell[first:]) <= 1.5 * max(_drawup(half), MATERIAL):
         return _Finding("profile-bounded", why, late.slope, late.falls)
-    if late.kind == "exponentially stable" and falls:
+    if late.kind == "exponentially stable" and falls and late.resolved:
         return _Finding(late.kind, f"the path falls all along; {why}", late.slope, True)
     if late.kind != "inconclusive":
-        why += ", after a rise" if _drawup(ell[:middle]) > MATERIAL else ", after another decay"
+        why += ", after a rise" if _drawup(ell[:middle]) > MATERIAL else ", and fell in another way before"
     return _Finding("inconclusive", why, late.slope, late.falls)
+
+
+def _weaker(own: _Finding, old: _Finding) -> _Finding:
+    """What holds whether the law of a part began with it (``own``) or with the run (``old``)."""
+    kinds = {own.kind, old.kind}
+    if len(kinds) == 1:
+        return replace(own, resolved=own.resolved and old.resolved)
+    if kinds == {"exponentially stable", "profile-bounded"}:
+        return own if own.kind == "profile-bounded" else old
+    for other in (own, old):
+        if "exponentially" in own.kind + old.kind and "exponentially" not in other.kind:
+            return replace(
+                other, kind="inconclusive", reason=f"{other.reason}; a law that is exponential is not excluded"
+            )
+    return own
 
 
 def _law(path: Path, slopes: NDArray[np.float64]) -> _Finding:
@@ -353,7 +369,9 @@ def _wanders(path: Path, part: NDArray[np.float64], level: float) -> _Finding:
         return replace(found, reason=f"{walk}; {found.reason}")
     if strict.upper < 0.0:
         if trend.high > STRETCHED:
-            return _Finding("exponentially stable", f"{walk}, like exp(-c t)", lam.upper, True)
+            return _Finding(
+                "exponentially stable", f"{walk}, like exp(-c t)", lam.upper, True, trend.low >= EXPONENTIAL
+            )
         return _Finding("inconclusive", f"{walk}, and falls slower than it wanders in the end", lam.upper, True)
     error = (lam.upper - lam.lower) / 2.0 / student_quantile(0.5 + level / 2.0, 30.0)
     if abs(lam.value) <= error and part.size > LONG:

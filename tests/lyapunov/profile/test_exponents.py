@@ -52,8 +52,15 @@ def test_the_long_run_variance_is_that_of_the_spectrum_at_zero(phi: float, theta
 def test_its_degrees_of_freedom_are_those_of_its_scatter() -> None:
     r = np.random.default_rng(4)
     found = np.array([long_run_variance(ar(r, 0.8, 500)) for _ in range(300)])
+    assert found[:, 1].mean() < 12.0  # 16 frequencies, less what is not known of the correlation
     relative = found[:, 0].var() / found[:, 0].mean() ** 2  # 2 / nu of a chi-square
     assert 2.0 / relative == pytest.approx(found[:, 1].mean(), rel=0.35)
+
+
+def test_the_bias_of_the_correlation_is_taken_out() -> None:
+    r = np.random.default_rng(6)
+    short = [long_run_variance(ar(r, 0.9, 200))[0] for _ in range(150)]
+    assert 0.75 < np.median(short) / 100.0 < 1.3  # of 1 / (1 - 0.9)^2; without, it is 0.56
 
 
 def test_adding_to_every_step_moves_the_exponent_and_scaling_scales_it() -> None:

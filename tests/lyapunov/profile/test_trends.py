@@ -56,6 +56,20 @@ def test_the_error_of_a_rise_is_its_scatter() -> None:
         assert 0.75 < np.mean(errors) / np.std(rises) < 1.1
 
 
+def test_the_interval_of_a_power_covers_as_often_as_it_says() -> None:
+    r = np.random.default_rng(2)
+    law = np.sqrt(np.arange(501.0))
+    found = [Path(0.5 * law + r.standard_normal(501), 50).trend(0.5, walk=False) for _ in range(120)]
+    assert 0.4 < np.mean([f.low <= 0.5 <= f.high for f in found]) < 0.88  # ends are rounded outwards
+
+
+def test_a_mean_growth_that_wanders_off_has_an_error_still() -> None:
+    r = np.random.default_rng(3)
+    for _ in range(5):
+        found = Path(r.standard_normal(401).cumsum().cumsum(), 40).trend(0.95, walk=True)
+        assert 0.0 < min(found.error) < max(found.error) < np.inf
+
+
 def test_lines_in_the_spectrum_are_taken_out_and_the_rest_is_kept() -> None:
     t = np.arange(1001.0)
     noise = 0.1 * np.random.default_rng(0).standard_normal(1001)

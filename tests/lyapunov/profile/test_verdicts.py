@@ -153,6 +153,32 @@ def test_slow_decays_are_bounded_and_flagged_but_not_stable() -> None:
             assert found.terminal_decay
 
 
+def test_a_fall_that_ends_above_one_is_no_terminal_decay() -> None:
+    assert not judge(100.0 - 0.05 * T).terminal_decay
+    assert judge(20.0 - 0.05 * T).terminal_decay
+
+
+def test_a_climb_that_ends_on_a_level_is_not_called_bounded() -> None:
+    for seed in range(3):
+        assert judge(0.02 * np.minimum(T, 500.0) + noise(seed, 0.5, 0.2)).kind in {"inconclusive", "subexponential"}
+        down = judge(-0.02 * np.minimum(T, 400.0) + noise(seed, 0.5, 0.2))
+        assert down.kind in {"inconclusive", "profile-bounded"}
+
+
+def test_what_slows_down_and_wanders_is_not_called_exponential() -> None:
+    for seed in range(4):
+        walk = 0.1 * np.random.default_rng(seed).standard_normal(1001).cumsum()
+        assert judge(walk - 6.0 * np.sqrt(T)).kind != "exponentially stable"
+        assert judge(walk + 6.0 * np.sqrt(T)).kind != "exponentially unstable"
+        assert judge(walk - 0.2 * T).kind == "exponentially stable"
+
+
+def test_a_rise_hidden_in_the_noise_is_not_ruled_out() -> None:
+    found = [judge(noise(seed, 0.95, 0.5)) for seed in range(12)]
+    assert any("no growth is seen" in f.reason and f.kind == "inconclusive" for f in found)
+    assert any(f.kind == "profile-bounded" for f in found)
+
+
 def test_oscillations_are_bounded() -> None:
     assert judge(np.cos(T / 9.0)).kind == "profile-bounded"
     assert judge((T % 40.0) / 20.0).kind == "profile-bounded"
