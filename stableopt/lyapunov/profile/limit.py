@@ -137,8 +137,8 @@ def limit_study(
     :math:`x_k`, of the size of the steps, follows from them (so for steps of any ratios). From the last two of them p is
     extrapolated. Half its interval is twice :math:`x_k\max_j|a_j|/q`, :math:`a_j` the slopes seen so far and :math:`q \le 1` the
     relative order of the remainder that the last two foretell, at least 1/4; the errors of the values add to it. The three steps
-    with the narrowest interval are taken. The limit is extrapolated with the order; its error is what the interval of the order
-    amounts to, plus, for vectors, what the differences do not have in common.
+    with the narrowest interval are taken, of those that no smaller steps contradict. The limit is extrapolated with the order; its
+    error is what the interval of the order amounts to, plus, for vectors, what the differences do not have in common.
 
     Args:
         measure: step -> value, or (value, error), the error a bound of how far the value can be off, in the Euclidean norm; without
@@ -231,8 +231,8 @@ class _Threes:
         if np.all(self.size <= self.u):
             error = float(np.max(self.u) + np.max(self.errors))
             return _Found("exact", orders, limit=self.values[-1], limit_error=error)
-        estimates = [self._estimate(k) for k in range(len(self.local))]
-        order, width = min(estimates, key=lambda e: e[1])
+        estimates = [self._borne_out(k, *self._estimate(k)) for k in range(len(self.local))]
+        order, width = min(estimates, key=lambda e: e[1])  # the widths of all that are contradicted are infinite
         if not math.isfinite(width):
             return _Found("inconclusive", orders, reason=self._why())
         if width >= resolution:
@@ -283,6 +283,15 @@ class _Threes:
         steepest = max(abs(a) for a in slopes if not math.isnan(a))  # that of one change can be small by chance
         return order + slopes[-1] * x[-1], rough + _SAFETY * x[-1] * steepest / remainder
 
+    def _borne_out(self, k: int, order: float, width: float) -> tuple[float, float]:
+        """Return an estimate, without its width if smaller steps contradict it: then something else has become the larger."""
+        for j in range(k + 1, len(self.local)):
+            p, rough = self.local[j]
+            turned = math.isnan(p) and self.size[j] > 4.0 * self.u[j] and self.size[j + 1] > 4.0 * self.u[j + 1]
+            if turned or abs(p - order) > width + rough:
+                return order, math.inf
+        return order, width
+
     def _remainder(self, k: int, p: float) -> float:
         r"""Return x with :math:`p_k = p + ax` to first order, for values :math:`v_0 + ch^p(1+ah)`."""
         f, g, h = (y / self.h[k + 1] for y in self.h[k : k + 3])
@@ -315,7 +324,9 @@ class _Threes:
             )
         if sum(math.isfinite(p) for p, _ in self.local) < 3:
             return "the differences do not point the same way from step to step"
-        return "no three local orders in a row are above the errors: " + ", ".join(f"{p:.3g}" for p, _ in self.local)
+        return "the local orders do not settle, or fewer than three in a row are above the errors: " + ", ".join(
+            f"{p:.3g}" for p, _ in self.local
+        )
 
 
 def _measured(measure: Callable[[float], Any], h: list[float]) -> tuple[Array, Array, bool]:

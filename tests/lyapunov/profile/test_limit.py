@@ -33,6 +33,31 @@ def test_steps_of_any_ratio_will_do() -> None:
     assert study.steps[0] == 0.5
 
 
+def test_the_remainder_is_extrapolated_for_steps_of_any_ratio() -> None:
+    study = limit_study(lambda h: 1.0 + h * (1.0 + 0.3 * h), [1 / n for n in (32, 48, 64, 96, 128)])
+    assert abs(study.orders[-1] - 1.0) > 5e-3
+    assert abs(study.order - 1.0) < 2e-4
+    assert study.order_error < 0.05
+
+
+def test_what_differences_do_not_have_in_common_counts() -> None:
+    # the remainder is across the leading term: the order hardly sees it, the limit does
+    study = limit_study(lambda h: (np.array([h, h * h]), 0.0), [0.02 * 2.0**-k for k in range(8)])
+    assert study.order == pytest.approx(1.0, abs=study.order_error)
+    assert 1e-8 < float(np.linalg.norm(study.limit)) <= study.limit_error < 1e-6
+
+
+@pytest.mark.parametrize("count", [6, 8, 12])
+def test_a_large_step_does_not_speak_for_small_ones(count: int) -> None:
+    # order 2 is what is seen while h > 1e-3, order 1 is what is there
+    study = limit_study(lambda h: (h + 1000.0 * h * h, 0.0), [0.02 * 2.0**-k for k in range(count)])
+    if count == 12:
+        assert study.order == pytest.approx(1.0, abs=study.order_error)
+        assert abs(float(study.limit)) <= study.limit_error
+    else:
+        assert study.verdict == "inconclusive"
+
+
 @pytest.mark.parametrize("dimension", [0, 4])
 @pytest.mark.parametrize("noise", [0.0, 1e-8])
 def test_intervals_hold_what_they_say_they_hold(dimension: int, noise: float) -> None:
