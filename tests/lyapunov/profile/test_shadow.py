@@ -196,3 +196,23 @@ def test_the_order_is_begin_and_run() -> None:
     model, optimizer, _ = made()
     with pytest.raises(RuntimeError, match=r"begin\(\) comes before"):
         Shadow(model, optimizer).run(lambda: None)
+
+
+class Decaying(torch.optim.SGD):
+    """Lowers its own rate in each step."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.param_groups[0]["lr"] *= 0.5
+        return loss
+
+
+def test_a_rate_that_the_step_changes_is_that_of_before_the_step() -> None:
+    model, optimizer, closure = made()
+    optimizer = Decaying(model.parameters(), lr=0.1)
+    shadow = Shadow(model, optimizer)
+    for _ in range(3):
+        step(shadow, optimizer, closure)
+        model.zero_grad()
+    assert shadow.distance() == 0.0
+    assert optimizer.param_groups[0]["lr"] == 0.1 * 0.5**3
