@@ -2,7 +2,7 @@
 
 The names that most programs need are here; each room has more: :mod:`stableopt.linalg` (numbers with a guarantee),
 :mod:`stableopt.theory` (the laws), :mod:`stableopt.constraints`, :mod:`stableopt.nn`, :mod:`stableopt.optim`,
-:mod:`stableopt.lyapunov` (the monitor) and :mod:`stableopt.certify`.
+:mod:`stableopt.lyapunov` (the monitor and the profile) and :mod:`stableopt.certify`.
 
 Note:
     ``stableopt.certify`` is the function; the room of that name is imported with ``from stableopt.certify import …``.
@@ -20,7 +20,8 @@ from stableopt.certify import Certificate, certify, load
 from stableopt.certify.verify import verify
 from stableopt.errors import CertificateError, InfeasibleError, StabilityError, StableoptError, UncertifiableError
 from stableopt.linalg import Bound
-from stableopt.lyapunov import Monitor
+from stableopt.lyapunov import Monitor, Profile
+from stableopt.lyapunov.profile import profile
 from stableopt.nn import constrain, lipschitz, parameter_groups, stabilize
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "CertificateError",
     "InfeasibleError",
     "Monitor",
+    "Profile",
     "StabilityError",
     "StableoptError",
     "UncertifiableError",
@@ -43,6 +45,7 @@ __all__ = [
     "nn",
     "optim",
     "parameter_groups",
+    "profile",
     "stabilize",
     "theory",
     "verify",

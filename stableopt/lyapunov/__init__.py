@@ -1,4 +1,7 @@
-"""The energy of a run, watched at each step and recorded without touching the run."""
+"""The energy of a run, watched at each step and recorded without touching the run, and the profile of its sensitivities.
+
+:mod:`stableopt.lyapunov.profile` has the parts of the Learning Stability Profile.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +35,7 @@ from stableopt.lyapunov.layers import (
 )
 from stableopt.lyapunov.monitor import Monitor
 from stableopt.lyapunov.policies import Checkpoints, Policy
+from stableopt.lyapunov.profile import Profile, ProfileReading, Twin
 from stableopt.lyapunov.record import ACTIONS, VERDICTS, StepRecord
 from stableopt.lyapunov.sinks import (
     CSVSink,
@@ -75,6 +79,8 @@ __all__ = [
     "NonFinite",
     "NormEstimator",
     "Policy",
+    "Profile",
+    "ProfileReading",
     "Relapse",
     "Sample",
     "Sink",
@@ -82,6 +88,7 @@ __all__ = [
     "StepRecord",
     "Sublevel",
     "TensorBoardSink",
+    "Twin",
     "WandbSink",
     "diagnose",
     "is_residual",

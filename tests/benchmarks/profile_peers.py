@@ -155,7 +155,7 @@ def deep(run: Run, *, automatic: bool) -> str:
                     analyzer.record_checkpoint()
                 result = analyzer.compute_metrics()
         except Exception as error:  # noqa: BLE001 - whatever a peer raises is its answer
-            return f"{type(error).__name__}: {str(error)[:40]}"
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:50]}"
         finally:
             logging.disable(logging.NOTSET)
     return f"{result.lyapunov / EPOCH:+.4f}, {result.behavior}"
