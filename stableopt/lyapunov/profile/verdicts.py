@@ -108,8 +108,10 @@ def judge(log_norms: ArrayLike, *, windows: ArrayLike | None = None, level: floa
     ``inconclusive``            everything else, with the reason
     ==========================  ====================================================================================
 
-    If the growth is not steady along the run (it falls and climbs back), the later half is judged: growth there is growth, while
-    a decay there after a growth before it is inconclusive, with the flag of terminal decay.
+    If the growth is not steady along the run, it is looked at in eighths of it: rates of one sign within a factor of two are
+    exponential, and rates of one sign that rise or fall all along give the power. Otherwise the later half is judged, with time
+    counted from its own beginning and from that of the run, and the weaker statement is kept: growth there is growth, while a
+    decay there after a growth before it is inconclusive, with the flag of terminal decay.
 
     Args:
         log_norms: :math:`\log K(t, 0)`, t = 0 .. T, shape (T + 1,); -inf from where a perturbation is annihilated.
