@@ -263,7 +263,7 @@ class _Run:
         self.columns = np.eye(self.size) if flat is None else _column(flat, self.size)
         self.start = self._flat(self.parameters)
         self.gain, self.momentum = _gain(self.optimizer)
-        self.tap = GradientTap(self.parameters)
+        self.tap, self.choice = GradientTap(self.parameters), Choice(lambda: loss(self.model))
         rows = torch.from_numpy(self.columns.T.copy())
         parts = rows.split([p.numel() for p in self.parameters], dim=1)
         self.system.columns = [
@@ -308,9 +308,7 @@ class _Run:
             [part[i].to(p).reshape(p.shape) for part, p in zip(basis, self.parameters, strict=True)]
             for i in range(self.size)
         ]
-        H = Choice(lambda: self.loss(self.model)).run(
-            self.parameters, lambda product: np.stack([self._flat(product(v)) for v in vectors])
-        )
+        H = self.choice.run(self.parameters, lambda product: np.stack([self._flat(product(v)) for v in vectors]))
         return -float(np.linalg.eigvalsh(0.5 * (H + H.T))[0])
 
     @staticmethod
