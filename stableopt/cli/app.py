@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,20 +134,35 @@ def doctor(
 
 @app.command()
 def profile(
-    run_folder: Annotated[
-        Path, typer.Argument(help="A run folder with a profile, or one that `stableopt train` left.")
+    subject: Annotated[
+        str,
+        typer.Argument(
+            help="A run folder with a profile, or one that `stableopt train` left; or FILE.py:FUNCTION with an optimizer."
+        ),
     ],
-    steps: Annotated[int, typer.Option(help="Steps to train again, where there is no profile.")] = 300,
+    steps: Annotated[int, typer.Option(help="Steps to train, where there is no profile.")] = 300,
     directions: Annotated[int, typer.Option(help="Perturbations to follow then.")] = 4,
+    out: Annotated[Path, typer.Option(help="The folder for the profile of a FILE.py:FUNCTION.")] = Path("runs/profile"),
     again: Annotated[bool, typer.Option("--again", help="Measure anew, although there is a profile.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON.")] = False,
 ) -> None:
     """Say how perturbations of a training grow: verdict, exponents, largest windows, energy; measure it first if need be."""
-    from stableopt.cli.profile import has_profile, measure_profile, profile_json, profile_text, read_profile
+    from stableopt.cli.profile import (
+        has_profile,
+        measure_profile,
+        measure_subject,
+        profile_json,
+        profile_text,
+        read_profile,
+    )
 
-    if again or not has_profile(run_folder):
-        measure_profile(run_folder, steps=steps, directions=directions)
-    found = read_profile(run_folder)
+    made = ".py:" in subject
+    folder = out if made else Path(subject)
+    if made or again or not has_profile(folder):
+        print(f"taking up to {steps} steps of '{subject}' with {directions} perturbations", file=sys.stderr)  # noqa: T201
+        measure = partial(measure_subject, subject) if made else measure_profile
+        measure(folder, steps=steps, directions=directions)
+    found = read_profile(folder)
     print(json.dumps(profile_json(found), indent=1) if as_json else profile_text(found))  # noqa: T201
 
 

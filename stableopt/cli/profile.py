@@ -9,6 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from stableopt.cli.data import Dataset
+from stableopt.cli.subject import load_subject
 from stableopt.cli.train import train_again
 from stableopt.lyapunov.profile.training import Profile
 from stableopt.report.profile_tables import Table, as_json, profile_tables
@@ -16,7 +17,7 @@ from stableopt.report.profile_words import remarks, verdict_sentence
 from stableopt.report.profiles import ARRAYS, NUMBERS, ProfileSummary
 from stableopt.report.runs import read_run
 
-__all__ = ["has_profile", "measure_profile", "profile_json", "profile_text", "read_profile"]
+__all__ = ["has_profile", "measure_profile", "measure_subject", "profile_json", "profile_text", "read_profile"]
 
 _PROBE = 32  # inputs of the probe
 
@@ -55,6 +56,38 @@ def measure_profile(folder: Path, *, steps: int = 300, directions: int = 4) -> N
     train_again(folder, steps, watch)
 
 
+def measure_subject(place: str, folder: Path, *, steps: int = 300, directions: int = 4) -> None:
+    """Train what a function in a file of the user makes, on its one batch, and write the profile into a folder.
+
+    Args:
+        place: ``FILE.py:FUNCTION``, as for ``stableopt doctor``; an optimizer must be among what it returns.
+        folder: made if absent.
+        steps: how many steps.
+        directions: how many perturbations are followed.
+
+    Raises:
+        ValueError: if there is no optimizer, ``steps`` is below 1, or the function does not return what it should.
+        FileNotFoundError: if there is no such file.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be an integer >= 1, got {steps!r}.")
+    model, loss, optimizer = load_subject(place)
+    if optimizer is None:
+        raise ValueError(
+            f"'{place}' returns no optimizer: a profile follows its steps, so return it beside model and loss."
+        )
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    with Profile(model, optimizer, folder, directions=directions, probe=loss, look_every=max(steps // 6, 1)):
+        for _ in range(steps):
+            optimizer.step(closure)
+
+
 def read_profile(folder: Path) -> ProfileSummary:
     """Read the two files of a profile.
 
@@ -83,7 +116,10 @@ def read_profile(folder: Path) -> ProfileSummary:
             f"'{folder}' holds no profile: {NUMBERS} and {ARRAYS} are written by Profile(..., run_dir=...)."
         )
     if lacking:
-        raise FileNotFoundError(f"'{folder}' holds one half of a profile: {lacking[0]} is not there.")
+        raise FileNotFoundError(
+            f"'{folder}' holds one half of a profile: {lacking[0]} is not there. "
+            "A run of `stableopt train` is measured anew by --again."
+        )
     return run.profile
 
 

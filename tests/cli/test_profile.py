@@ -90,6 +90,30 @@ def test_a_folder_without_a_profile_or_a_run_is_one_sentence(tmp_path: Path) -> 
         assert "neither a profile nor a run" in str(RUN.invoke(app, ["profile", str(folder)]).exception)
 
 
+def test_a_function_of_the_user_is_trained_and_profiled(tmp_path: Path) -> None:
+    text = """
+import torch
+from torch import nn
+def make():
+    model = nn.Linear(3, 2)
+    return model, torch.randn(8, 3), torch.randint(2, (8,)), torch.optim.SGD(model.parameters(), lr=0.1)
+def without():
+    return nn.Linear(3, 2), torch.randn(8, 3)
+"""
+    (tmp_path / "model.py").write_text(text)
+    out = tmp_path / "profile"
+    command = ["profile", f"{tmp_path / 'model.py'}:make", "--steps", "5", "--directions", "2", "--out", str(out)]
+    result = RUN.invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert "on 5 steps, 0 to 5" in result.stdout
+    assert RUN.invoke(app, ["profile", str(out)]).stdout == result.stdout
+    for place, steps, said in (("without", "5", "returns no optimizer"), ("make", "0", "steps must be")):
+        refused = RUN.invoke(
+            app, ["profile", f"{tmp_path / 'model.py'}:{place}", "--steps", steps, "--out", str(tmp_path)]
+        )
+        assert said in str(refused.exception)
+
+
 @pytest.mark.slow
 def test_a_foreseen_failure_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stableopt", "profile", str(tmp_path)]
@@ -137,4 +161,5 @@ def test_a_trained_run_without_a_profile_gets_one(trained: Path, tmp_path: Path)
     assert content_of(folder) == content_of(trained)
     content = json.loads((folder / "profile.json").read_text())
     assert (content["directions"], content["steps"], content["optimizer"]) == (1, [0, 2], "AdamW")
-    assert RUN.invoke(app, ["profile", str(folder)]).output == result.output
+    assert result.stderr.startswith("taking up to 2 steps of ")
+    assert RUN.invoke(app, ["profile", str(folder)]).output == result.stdout
