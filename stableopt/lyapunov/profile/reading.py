@@ -115,7 +115,7 @@ class ProfileReading:
     @cached_property
     def windows(self) -> Windows:
         r"""The norms of :math:`\Phi(t,s)` over all windows of the (last) piece, started late too."""
-        return measure_windows(self.factors)
+        return measure_windows(self.factors, **_effort(self.factors.directions))
 
     @cached_property
     def verdict(self) -> Verdict:
@@ -208,6 +208,12 @@ class ProfileReading:
         if self.reason:
             lines.append(self.reason)
         return "\n".join(lines)
+
+
+def _effort(directions: int) -> dict[str, int]:
+    """Return how closely windows are looked at, so that some seconds suffice: norms of k directions take the cube of k."""
+    grid = int(max(20.0, min(200.0, math.sqrt(2e9 / directions**3))))
+    return {"grid": grid, "refine": 400 if directions <= 8 else 40}
 
 
 def _judged(path: Array, steps: NDArray[np.int64], windows: Windows) -> Verdict:
