@@ -263,3 +263,21 @@ class Different(nn.Module):
         super().__init__()
         Different.count += 1
         self.w = nn.Parameter(torch.full((2,), float(Different.count)))
+
+
+@pytest.mark.slow
+def test_the_same_masks_are_drawn_in_each_step_and_no_random_number_is_used_up() -> None:
+    def model() -> nn.Module:
+        torch.manual_seed(1)
+        return nn.Sequential(nn.Linear(2, 3, bias=False), nn.Dropout(0.5), nn.Linear(3, 1, bias=False))
+
+    x, before = torch.randn(4, 2), torch.get_rng_state()
+    study = lr_study(
+        model,
+        lambda m, step: torch.optim.SGD(m.parameters(), lr=step),
+        lambda m: m(x).square().mean(),
+        time=1.0,
+        counts=(32, 48, 64, 96, 128),
+    )
+    assert torch.equal(before, torch.get_rng_state())
+    assert study.state.verdict == "converges"  # with new masks each time nothing would
