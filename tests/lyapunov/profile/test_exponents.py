@@ -241,7 +241,7 @@ def test_the_jackknife_is_the_scatter_of_the_logarithm() -> None:
     r = np.random.default_rng(5)
     found = [mean_square_exponent(scalar(r, 0.2, 60, 60), window=1, burn_in=0) for _ in range(300)]
     half = np.mean([(e.upper - e.lower) / 2 for e in found])
-    assert half / 2.0 == pytest.approx(np.std([e.value for e in found]), rel=0.12)
+    assert half / 2.0 == pytest.approx(float(np.std([e.value for e in found])), rel=0.12)
 
 
 @pytest.mark.slow
