@@ -51,7 +51,7 @@ def test_the_error_of_a_rise_is_its_scatter() -> None:
             found = Path(0.05 * t + (e.cumsum() if walk else e), 50).trend(0.95, walk=walk)
             rises.append(found.rise[0])
             errors.append(found.error[0])
-        assert np.mean(rises) == pytest.approx(22.5, abs=4.0 * np.std(rises) / math.sqrt(200))
+        assert np.mean(rises) == pytest.approx(22.5, abs=4.0 * float(np.std(rises)) / math.sqrt(200))
         # the best of several noises is taken, which makes its errors a little small
         assert 0.75 < np.mean(errors) / np.std(rises) < 1.1
 
