@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from stableopt.cli.data import Dataset
 from stableopt.cli.subject import load_subject
 from stableopt.cli.train import train_again
-from stableopt.lyapunov.profile.training import Profile
+from stableopt.lyapunov import Profile
 from stableopt.report.profile_tables import Table, as_json, profile_tables
 from stableopt.report.profile_words import remarks, verdict_sentence
 from stableopt.report.profiles import ARRAYS, NUMBERS, ProfileSummary

@@ -154,17 +154,20 @@ def _finite_size(profile: ProfileSummary) -> Table:
     found = profile.table("finite_size")
     if not found:
         return Table("", (), ())
-    epsilon, beside = found.get("epsilon"), (profile.rows("exponents") or [{}])[0]
+    size = found.get("size", found.get("epsilon"))
     nested = found.get("exponent")
     exponent = nested if isinstance(nested, dict) else found
-    rows = [("perturbation of finite size", as_text(epsilon), as_text(exponent.get("value")), interval_text(exponent))]
-    if beside:
-        rows.append(("infinitesimal perturbation", "0", as_text(beside.get("value")), interval_text(beside)))
-    return Table(
-        "The exponent of a finite perturbation beside the infinitesimal one.",
-        ("what", "size", "per step", "interval"),
-        tuple(rows),
-    )
+    rows = [
+        ("perturbation of finite size", as_text(size, 3), as_text(exponent.get("value"), 4), interval_text(exponent))
+    ]
+    if beside := (profile.rows("exponents") or [{}])[0]:
+        rows.append(("infinitesimal perturbation", "0", as_text(beside.get("value"), 4), interval_text(beside)))
+    caption = "The exponent of a perturbation of finite size, relative to the parameters, beside the infinitesimal one."
+    if _says(kinks := found.get("kinks")):
+        caption += f" The former feels kinks of {as_text(kinks)}."
+    if stopped := found.get("stopped"):
+        caption += f" It ended early: {as_text(stopped)}."
+    return Table(caption, ("what", "size", "per step", "interval"), tuple(rows))
 
 
 def _determinant(profile: ProfileSummary) -> Table:
@@ -251,5 +254,5 @@ def _pairs(caption: str, found: dict[str, Any], words: dict[str, str] | None = N
 
 
 def _says(value: object) -> bool:
-    """Whether JSON data say anything: not so null, nor a list of nothing else."""
+    """Whether JSON data say anything: not so null, an empty list, nor one of nothing else."""
     return any(entry is not None for entry in value) if isinstance(value, list) else value is not None

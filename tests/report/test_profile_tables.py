@@ -79,6 +79,14 @@ def test_energy_gains_and_determinant_are_in_words():
     assert table(part, "Growth").rows == (("sum of the exponents that were followed", "-1"),)
 
 
+def test_the_finite_size_exponent_stands_beside_the_infinitesimal_one():
+    found = {"size": 0.001, "exponent": exponent_entry(0.05), "kinks": ["relu"], "stopped": "both runs met"}
+    both = table(ProfileSummary(numbers(finite_size=found)), "The exponent of a perturbation")
+    assert both.rows[0] == ("perturbation of finite size", "0.001", "0.05", "0.046 … 0.054")
+    assert both.rows[1] == ("infinitesimal perturbation", "0", "-0.02", "-0.024 … -0.016")
+    assert both.caption.endswith("The former feels kinks of relu. It ended early: both runs met.")
+
+
 def test_the_forward_block_is_whole_if_small_and_else_layer_by_layer():
     small = table(WHOLE, "Forward")
     assert small.columns == ("of", "input", "0", "1", "2", "3", "4")

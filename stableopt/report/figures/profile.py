@@ -144,16 +144,23 @@ def _energy(run: Run) -> list[Picture]:
 
 def _bound(run: Run) -> list[Picture]:
     """Draw the bound of the energy against what was measured, from the first step and from the middle."""
-    steps, norms = run.profile.array("windows/steps", 1), run.profile.array("windows/log_norms", 2)
-    bound = run.profile.array("energy/bound", 2)
-    if len(steps) < 2 or not norms.shape == bound.shape == (len(steps), len(steps)):
-        return []
+    tables = {}
+    for name, steps, norms in (
+        ("bound", "energy/steps" if "energy/steps" in run.profile.arrays else "windows/steps", "energy/bound"),
+        ("measured", "windows/steps", "windows/log_norms"),
+    ):
+        places, table = run.profile.array(steps, 1), run.profile.array(norms, 2)
+        if len(places) < 2 or table.shape != (len(places), len(places)):
+            return []
+        tables[name] = places, table
+    common = np.intersect1d(tables["bound"][0], tables["measured"][0])
     lines = []
-    for start in sorted({0, len(steps) // 2}):
-        for name, table in (("bound", bound), ("measured", norms)):
-            curve = _curve(zip(steps[start:].tolist(), table[start:, start].tolist(), strict=True))
+    for start in sorted({common[0], common[len(common) // 2]}) if len(common) else []:
+        for name, (places, table) in tables.items():
+            at = int(np.flatnonzero(places == start)[0])
+            curve = _curve(zip(places[at:].tolist(), table[at:, at].tolist(), strict=True))
             if curve.count:
-                lines.append(Line(f"{name}, from step {steps[start]:g}", curve, len(lines)))
+                lines.append(Line(f"{name}, from step {start:g}", curve, len(lines)))
     if not lines:
         return []
     caption = (

@@ -1,4 +1,4 @@
-"""A figure of a report as a file of its own, with its colors for light and dark and its legend."""
+"""A figure of a report as a file of its own, with its title, its legend, and its colors for light and dark."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ __all__ = ["standalone_svg"]
 
 _WIDTH = 420
 _ROW, _SWATCH, _LETTER = 18, 34, 6.6
+_TITLE = 24  # height of the title
 _VIEW = re.compile(r'^<svg class="plot" viewBox="0 0 420 ([\d.]+)"')
 _KEPT = re.compile(r"^(:root|@media screen|\.(?!figures|legend|swatch|scroll|tables|note|problem|narrow))")
 
@@ -51,12 +52,14 @@ def standalone_svg(picture: Picture) -> str:
         placed = f'<svg x="{coordinate(x)}" y="{coordinate(y - 10)}" width="{_SWATCH}" height="12" '
         legend += drawing.replace("<svg ", placed, 1) + text_at(x + _SWATCH + 6, y, name, "start", "cell")
         x += width
-    total = coordinate(y + 8 if picture.legend else height)
+    total = coordinate(_TITLE + (y + 8 if picture.legend else height))
+    title = text_at(12, 17, picture.title, "start", "title")
     ground = f'<rect width="{_WIDTH}" height="{total}" fill="var(--paper)"/>'
     start = f'<svg xmlns="http://www.w3.org/2000/svg" class="plot" width="{_WIDTH}" height="{total}" viewBox="0 0 {_WIDTH} {total}"'
     rest = picture.svg[match.end() :]
     head, _, body = rest.partition(">")
-    return f"{start}{head}><style>{_style()}</style>{ground}{body.removesuffix('</svg>')}{legend}</svg>\n"
+    moved = f'<g transform="translate(0 {_TITLE})">{body.removesuffix("</svg>")}{legend}</g>'
+    return f"{start}{head}><style>{_style()}</style>{ground}{title}{moved}</svg>\n"
 
 
 def _style() -> str:
@@ -65,4 +68,5 @@ def _style() -> str:
     text, _, _ = text.partition("@media print")
     blocks = re.findall(r"[^{}]+\{(?:[^{}]|\{[^{}]*\})*\}", text)
     kept = [block.strip() for block in blocks if _KEPT.match(block.strip())]
-    return ".plot { font-family: system-ui, sans-serif; }" + " ".join(" ".join(kept).split())
+    own = ".plot { font-family: system-ui, sans-serif; } .plot .title { fill: var(--ink); font-size: 14px; font-weight: 600; } "
+    return own + " ".join(" ".join(kept).split())

@@ -110,6 +110,18 @@ def test_the_bound_is_drawn_above_what_was_measured():
     assert late[0][0] == pytest.approx(100, abs=1)
 
 
+def test_the_bound_may_have_steps_of_its_own():
+    steps = ARRAYS["windows/steps"][::2]
+    bound = ARRAYS["energy/bound"][::2, ::2] + 1.0
+    drawn = drawing(
+        with_arrays(**{"energy/steps": steps, "energy/bound": bound}), "Bound of the energy against measured growth"
+    )
+    assert [x for x, _ in drawn.lines["bound, from step 0"]] == pytest.approx(steps.tolist(), abs=1)
+    assert len(drawn.lines["measured, from step 0"]) == len(ARRAYS["windows/steps"])
+    other = with_arrays(**{"energy/steps": steps + 1, "energy/bound": bound})
+    assert "Bound of the energy against measured growth" not in [p.title for p in profile_figures([other])]
+
+
 def test_layers_updates_and_hyper_parameters_have_their_names():
     assert list(drawing(RUN, "Representations by initial parameters").lines) == ["0", "1", "2", "3", "4"]
     assert list(drawing(RUN, "Response to an error of one update").lines) == ["at step 0", "at step 50", "at step 100"]
