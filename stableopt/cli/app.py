@@ -159,7 +159,6 @@ def profile(
     made = ".py:" in subject
     folder = out if made else Path(subject)
     if made or again or not has_profile(folder):
-        print(f"taking up to {steps} steps of '{subject}' with {directions} perturbations", file=sys.stderr)  # noqa: T201
         measure = partial(measure_subject, subject) if made else measure_profile
         measure(folder, steps=steps, directions=directions)
     found = read_profile(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ def measure_profile(folder: Path, *, steps: int = 300, directions: int = 4) -> N
         options = {"directions": directions, "probe": data.x_train[:_PROBE], "look_every": max(steps // 6, 1)}
         return Profile(model, optimizer, folder, errors=max(steps // 6, 1), hyper=("lr",), **options)
 
+    _announce(str(folder), steps, directions)
     train_again(folder, steps, watch)
 
 
@@ -83,6 +85,7 @@ def measure_subject(place: str, folder: Path, *, steps: int = 300, directions: i
         value.backward()
         return value
 
+    _announce(place, steps, directions)
     with Profile(model, optimizer, folder, directions=directions, probe=loss, look_every=max(steps // 6, 1)):
         for _ in range(steps):
             optimizer.step(closure)
@@ -151,3 +154,7 @@ def _table_text(table: Table) -> str:
         for row in (table.columns, *table.rows)
     ]
     return "\n".join([table.caption, *(f"  {line}" for line in lines)])
+
+
+def _announce(subject: str, steps: int, directions: int) -> None:
+    print(f"taking up to {steps} steps of '{subject}' with {directions} perturbations", file=sys.stderr)  # noqa: T201

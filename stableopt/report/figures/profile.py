@@ -191,15 +191,15 @@ def _mixed(run: Run) -> list[Picture]:
 
 def _forward(run: Run) -> list[Picture]:
     """Draw the forward block of the first and of the last step at which it was measured."""
-    drawn, blocks = [], forward_blocks(run.profile)
-    for step, how, names, logs in blocks:
+    drawn = []
+    for step, how, names, logs in forward_blocks(run.profile):
         places = selection(len(names), _WINDOWS)
         labels = tuple(names[k] for k in places)
         caption = (
             f"Logarithm of the norm of D h_l / D h_k on the probe batch, {how}: how much a change of layer k is amplified up to "
             "layer l."
         )
-        title = "Forward block" if len(blocks) == 1 else f"Forward block at step {step}"
+        title = f"Forward block at step {step}"
         table = _cells(logs[np.ix_(places, places)])
         drawn.append(heat_picture(HeatMap(title, caption, table, labels, labels, "from layer k", "to layer l")))
     return drawn
