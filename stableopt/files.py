@@ -12,7 +12,7 @@ __all__ = ["encode_safetensors", "write_atomically"]
 
 
 def encode_safetensors(arrays: Mapping[str, tuple[str, Sequence[int], bytes]]) -> bytes:
-    """Return the bytes of a safetensors file: the same arrays always give the same bytes.
+    r"""Return the bytes of a safetensors file: the same arrays always give the same bytes.
 
     Args:
         arrays: name -> (dtype as the format names it, shape, numbers in row-major order, little-endian).
@@ -20,7 +20,7 @@ def encode_safetensors(arrays: Mapping[str, tuple[str, Sequence[int], bytes]]) -
     Examples:
         >>> data = encode_safetensors({"a": ("F32", (1,), bytes(4))})
         >>> len(data), data[-4:]
-        (68, b'\\x00\\x00\\x00\\x00')
+        (68, b'\x00\x00\x00\x00')
     """
     header, chunks, start = {}, [], 0
     for name in sorted(arrays):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from stableopt.lyapunov.profile.identities import IdentityCheck
+from stableopt.lyapunov.profile.studies.identities import IdentityCheck
 
 __all__ = ["BUDGET", "Diagnosis", "Tier", "Way", "advise"]
 

@@ -18,7 +18,7 @@ from stableopt.lyapunov.budget import Every, intervals
 from stableopt.lyapunov.curvature import CurvatureProbe, apart
 from stableopt.lyapunov.diagnosis import BUDGET, Diagnosis, Tier, Way, advise
 from stableopt.lyapunov.layers import LayerProbe
-from stableopt.lyapunov.profile.identities import IdentityCheck, check_identities
+from stableopt.lyapunov.profile.studies.identities import IdentityCheck, check_identities
 from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.lyapunov.vitals import Names, measure_vitals
 from stableopt.optim import RandomState, evaluate_again

@@ -1,8 +1,9 @@
 """What a profile costs, in forward and backward passes of the training that it watches.
 
-Two models on one thread: an MLP (399 thousand parameters, batch 128) and a small convolutional net with batch normalization (batch
-32), trained by SGD with momentum and by AdamW. In each round every contender takes one step of a training of its own, interleaved.
-``one pass`` is forward and backward without a step; the cost of a profile is what its step takes more than the plain step, over that.
+Two models on one thread: an MLP (399 thousand parameters, batch 128) and a small convolutional net with batch normalization
+(batch 32), trained by SGD with momentum and by AdamW. In each round every contender takes one step of a training of its own.
+``one pass`` is forward and backward without a step; the cost of a profile is what its step takes more than the plain step, over
+that.
 
     python -m tests.benchmarks.profile_cost [--rounds 60]
 """
@@ -71,7 +72,11 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     print(f"{device_name()}, medians of {rounds} interleaved rounds\n")
-    print("| model, optimizer | " + " | ".join(f"k = {k}, all (each)" for k in DIRECTIONS) + " | exact anew, k = 1 | forward over reverse, k = 1 |")
+    print(
+        "| model, optimizer | "
+        + " | ".join(f"k = {k}, all (each)" for k in DIRECTIONS)
+        + " | exact anew, k = 1 | forward over reverse, k = 1 |"
+    )
     print("|---" * (len(DIRECTIONS) + 3) + "|")
     for kind, make in (("mlp", mlp), ("cnn", cnn)):
         batch = batch_of(kind)
@@ -85,7 +90,9 @@ def main() -> None:
                 return (seconds[name] - seconds["plain"]) / seconds["pass"]
 
             cells = [f"{more(f'k{k}'):.2f} ({more(f'k{k}') / k:.2f})" for k in DIRECTIONS]
-            print(f"| {kind}, {rule} | " + " | ".join([*cells, f"{more('exact'):.2f}", f"{more('forward'):.2f}"]) + " |")
+            print(
+                f"| {kind}, {rule} | " + " | ".join([*cells, f"{more('exact'):.2f}", f"{more('forward'):.2f}"]) + " |"
+            )
 
 
 if __name__ == "__main__":

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from stableopt.lyapunov.profile.forward import forward_profile, growth_along
-from stableopt.lyapunov.profile.mixed import representation_tangents
-from stableopt.lyapunov.profile.survey import chain_of
+from stableopt.lyapunov.profile.representations.forward import forward_profile, growth_along
+from stableopt.lyapunov.profile.representations.mixed import representation_tangents
+from stableopt.lyapunov.profile.representations.survey import chain_of
 from tests.benchmarks.timing import device_name, medians
 
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import stableopt.theory as th
-from stableopt.lyapunov.profile.energies import EnergySynthesis, synthesize
-from stableopt.lyapunov.profile.factors import Factors
-from stableopt.lyapunov.profile.gains import coupled_gains
-from stableopt.lyapunov.profile.windows import Windows, measure_windows
+from stableopt.lyapunov.profile.growth.energies import EnergySynthesis, synthesize
+from stableopt.lyapunov.profile.growth.factors import Factors
+from stableopt.lyapunov.profile.growth.gains import coupled_gains
+from stableopt.lyapunov.profile.growth.windows import Windows, measure_windows
 from tests.benchmarks.theory_rows import EPS, Array, Pair, Row, Size, norm, passed, searched, symmetric, witnessed
 
 

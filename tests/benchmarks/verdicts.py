@@ -2,7 +2,7 @@
 
 ``python -m tests.benchmarks.verdicts coverage | design | heldout [--runs N] [--steps T ...] [--seed S]``
 
-The rules of :func:`stableopt.lyapunov.profile.verdicts.judge` were made with the paths of :func:`design`. Those of :func:`heldout`
+The rules of :func:`stableopt.lyapunov.profile.judge` were made with the paths of :func:`design`. Those of :func:`heldout`
 have other laws, noises and sizes. They were run with seed 0 when the rules seemed final. Two things changed afterwards: what a law
 that slows down beneath a random walk may be called became stricter, and the walk between walls got its lower wall, which had been
 missing. The tables are of seed 1, run after that: fresh paths, of kinds whose first results had been seen.
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stableopt.lyapunov.profile.exponents import exponent, long_run_variance
-from stableopt.lyapunov.profile.verdicts import judge
+from stableopt.lyapunov.profile.growth.exponents import exponent, long_run_variance
+from stableopt.lyapunov.profile.growth.verdicts import judge
 from stableopt.lyapunov.running import student_quantile
 
 Draw = Callable[[np.random.Generator, int], NDArray[np.float64]]

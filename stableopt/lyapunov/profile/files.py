@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stableopt.files import encode_safetensors, write_atomically
-from stableopt.lyapunov.profile.energies import EnergySynthesis
-from stableopt.lyapunov.profile.exponents import exponent
-from stableopt.lyapunov.profile.gains import CoupledGains
-from stableopt.lyapunov.profile.windows import Windows
+from stableopt.lyapunov.profile.growth.energies import EnergySynthesis
+from stableopt.lyapunov.profile.growth.exponents import exponent
+from stableopt.lyapunov.profile.growth.gains import CoupledGains
+from stableopt.lyapunov.profile.growth.windows import Windows
+from stableopt.lyapunov.profile.representations.depth import ForwardProfile
 
 if TYPE_CHECKING:
     from stableopt.lyapunov.profile.reading import ProfileReading
@@ -57,7 +58,7 @@ def numbers_of(reading: ProfileReading) -> dict[str, Any]:
         reading: of a profile.
 
     Examples:
-        >>> from stableopt.lyapunov.profile.factors import Factors
+        >>> from stableopt.lyapunov.profile.growth.factors import Factors
         >>> from stableopt.lyapunov.profile.reading import ProfileReading
         >>> factors = Factors(np.full((40, 1, 1), 0.9), np.arange(41), dimension=1)
         >>> numbers_of(ProfileReading(pieces=(factors,), theta=(np.ones((41, 1, 1)),)))["verdict"]["horizon"]
@@ -80,22 +81,32 @@ def numbers_of(reading: ProfileReading) -> dict[str, Any]:
             "seed": reading.seed,
             "optimizer": reading.optimizer,
             "reason": reading.reason,
-            "cost": {"products": reading.products, "products_per_step": reading.products / followed if followed else None},
+            "cost": {
+                "products": reading.products,
+                "products_per_step": reading.products / followed if followed else None,
+            },
             "exponents": [dataclasses.asdict(e) for e in reading.exponents],
             "determinant": {"measured": reading.determinant, "full": factors.full},
             "verdict": dataclasses.asdict(reading.verdict),
-            "largest_window": {"log_norm": windows.sup, "start": windows.start, "end": windows.end, "at_most": windows.sup_upper},
+            "largest_window": {
+                "log_norm": windows.sup,
+                "start": windows.start,
+                "end": windows.end,
+                "at_most": windows.sup_upper,
+            },
             "energy": None if energy is None else _energy_facts(energy, windows),
             "gains": None if reading.gains is None else _gain_facts(reading.gains),
             "finite_size": None if reading.finite_size is None else dataclasses.asdict(reading.finite_size),
-            "errors": None if reading.errors is None else {"count": len(reading.errors.starts), "peak": reading.errors.peak},
-            "hyper": [{"name": h.name, "start": h.start, "last": float(h.log_norms[-1]) if len(h.log_norms) else None} for h in reading.hyper],
+            "errors": None
+            if reading.errors is None
+            else {"count": len(reading.errors.starts), "peak": reading.errors.peak},
+            "hyper": [
+                {"name": h.name, "start": h.start, "last": float(h.log_norms[-1]) if len(h.log_norms) else None}
+                for h in reading.hyper
+            ],
             "layers": list(reading.looks[-1].grams) if reading.looks else [],
             "forward": [
-                {
-                    "step": look.step, "table_key": f"forward/{i}", "how": look.forward.how, "operator": look.forward.operator,
-                    "names": list(look.forward.names), "exponent": look.forward.exponent, "cost": look.forward.cost,
-                }  # fmt: skip
+                {"step": look.step, "table_key": f"forward/{i}", **_forward_facts(look.forward)}
                 for i, look in enumerate(reading.looks)
                 if look.forward is not None
             ],
@@ -110,11 +121,11 @@ def arrays_of(reading: ProfileReading) -> dict[str, NDArray[Any]]:
         reading: of a profile.
 
     Examples:
-        >>> from stableopt.lyapunov.profile.factors import Factors
+        >>> from stableopt.lyapunov.profile.growth.factors import Factors
         >>> from stableopt.lyapunov.profile.reading import ProfileReading
         >>> factors = Factors(np.full((40, 1, 1), 0.9), np.arange(41), dimension=1)
         >>> sorted(arrays_of(ProfileReading(pieces=(factors,), theta=(np.ones((41, 1, 1)),))))[:3]
-        ['energy/bound', 'energy/log_value', 'factors/R']
+        ['energy/bound', 'energy/log_value', 'energy/steps']
     """
     factors, windows = reading.factors, reading.windows
     steps, mixed = reading.mixed
@@ -145,7 +156,9 @@ def arrays_of(reading: ProfileReading) -> dict[str, NDArray[Any]]:
         m = len(energy.steps)
         found["energy/steps"] = energy.steps
         found["energy/log_value"] = energy.along(np.eye(factors.directions)[0])
-        found["energy/bound"] = np.array([[energy.bound(i, j) if i <= j else math.nan for i in range(m)] for j in range(m)])
+        found["energy/bound"] = np.array(
+            [[energy.bound(i, j) if i <= j else math.nan for i in range(m)] for j in range(m)]
+        )
     return found
 
 
@@ -164,6 +177,11 @@ def _energy_facts(energy: EnergySynthesis, windows: Windows) -> dict[str, Any]:
     }
 
 
+def _forward_facts(forward: ForwardProfile) -> dict[str, Any]:
+    names = ("how", "operator", "exponent", "cost")
+    return {"names": list(forward.names), **{name: getattr(forward, name) for name in names}}
+
+
 def _gain_facts(gains: CoupledGains) -> dict[str, Any]:
     (a, b), (c, d) = gains.matrix.tolist()
     return {
@@ -175,12 +193,14 @@ def _gain_facts(gains: CoupledGains) -> dict[str, Any]:
 def _running(reading: ProfileReading) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Return the leading exponent with its interval as it was known after each of some steps."""
     factors = reading.factors
-    ends = np.unique(np.linspace(1, factors.count, min(_RUNNING, factors.count)).astype(np.int64)) if factors.count else []
+    ends = (
+        np.unique(np.linspace(1, factors.count, min(_RUNNING, factors.count)).astype(np.int64)) if factors.count else []
+    )
     rows = []
     for end in ends:
         known = exponent(factors.growth[:end], spacing=factors.spacing[:end])
         rows.append((known.value, known.lower, known.upper))
-    places = factors.steps[np.asarray(ends, dtype=np.int64)] if len(rows) else np.zeros(0, dtype=np.int64)
+    places = factors.steps[np.asarray(ends, dtype=np.int64)] if rows else np.zeros(0, dtype=np.int64)
     return places, np.array(rows).reshape(-1, 3)
 
 

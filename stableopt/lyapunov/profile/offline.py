@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stableopt.lyapunov.profile.exponents import Exponent, mean_square_exponent
+from stableopt.lyapunov.profile.growth.exponents import Exponent, mean_square_exponent
 from stableopt.lyapunov.profile.reading import ProfileReading
 from stableopt.lyapunov.profile.training import Profile
 
@@ -67,7 +67,7 @@ def profile(
     with Profile(model, optimizer, **options) as watched:
         for batch in steps_of(batches, steps):
 
-            def closure(batch: Any = batch) -> Tensor:
+            def closure(batch: Any = batch) -> Any:  # torch's annotations want a float
                 optimizer.zero_grad()
                 value = evaluate(model, batch)
                 value.backward()
@@ -134,7 +134,12 @@ def profile_ensemble(
     paths = []
     for member in range(members):
         reading = profile(
-            make_model, make_optimizer, batches(member), steps=steps, loss=loss, **{"cadence": 1, **options, "directions": 1}
+            make_model,
+            make_optimizer,
+            batches(member),
+            steps=steps,
+            loss=loss,
+            **{"cadence": 1, **options, "directions": 1},
         )
         paths.append(np.concatenate([[0.0], np.cumsum(reading.factors.growth)]))
     return mean_square_exponent(np.stack(paths, axis=1), level=level)
@@ -178,4 +183,6 @@ def steps_of(batches: Iterable[Any], steps: int) -> Iterator[Any]:
             taken += 1
             yield batch
         if taken == before or (taken < steps and isinstance(batches, Iterator)):
-            raise ValueError(f"the batches ended after {taken} of {steps} steps: give more, or an iterable that begins anew.")
+            raise ValueError(
+                f"the batches ended after {taken} of {steps} steps: give more, or an iterable that begins anew."
+            )

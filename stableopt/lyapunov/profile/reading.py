@@ -6,19 +6,20 @@ import math
 import os
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stableopt.lyapunov.profile.energies import EnergySynthesis, synthesize
-from stableopt.lyapunov.profile.exponents import Exponent, exponent, spectrum
-from stableopt.lyapunov.profile.factors import Factors
-from stableopt.lyapunov.profile.gains import CoupledGains, coupled_gains
-from stableopt.lyapunov.profile.looks import Look
-from stableopt.lyapunov.profile.responses import ErrorResponses, HyperResponse
-from stableopt.lyapunov.profile.twin import Twin
-from stableopt.lyapunov.profile.verdicts import Verdict, judge
-from stableopt.lyapunov.profile.windows import Windows, measure_windows
+from stableopt.lyapunov.profile.finite.twin import Twin
+from stableopt.lyapunov.profile.growth.energies import EnergySynthesis, synthesize
+from stableopt.lyapunov.profile.growth.exponents import Exponent, exponent, spectrum
+from stableopt.lyapunov.profile.growth.factors import Factors
+from stableopt.lyapunov.profile.growth.gains import CoupledGains, coupled_gains
+from stableopt.lyapunov.profile.growth.verdicts import Verdict, judge
+from stableopt.lyapunov.profile.growth.windows import Windows, measure_windows
+from stableopt.lyapunov.profile.representations.looks import Look
+from stableopt.lyapunov.profile.tangents.responses import ErrorResponses, HyperResponse
 
 __all__ = ["ProfileReading"]
 
@@ -59,8 +60,8 @@ class FiniteSize:
 class ProfileReading:
     r"""The Learning Stability Profile of a run, as measured.
 
-    Nothing in it is proved: exponents are estimates with intervals, norms are those of the measured directions, which is all of them
-    only where ``factors.full``.
+    Nothing in it is proved: exponents are estimates with intervals, norms are those of the measured directions, which is all of
+    them only where ``factors.full``.
 
     Args:
         pieces: the factors, one piece for each window; a single piece if the whole run was followed.
@@ -159,13 +160,18 @@ class ProfileReading:
     def gains(self) -> CoupledGains | None:
         r"""The small-gain matrix of the coupled system of representations and parameters (T6); None without looks.
 
-        Per look: a is :math:`\|D_{h_0}h_L\|`, b the norm of :math:`D_\theta h_L` on the directions for the whole probe, c is zero (no
-        batch depends on a representation of the step before), d the largest norm of a step on the directions since the look before.
+        Per look: a is :math:`\|D_{h_0}h_L\|`, b the norm of :math:`D_\theta h_L` on the directions for the whole probe, c is zero
+        (no batch depends on a representation of the step before), d the largest norm of a step on the directions since the look
+        before.
         """
-        looks = [look for look in self.looks if look.piece == len(self.pieces) - 1 and look.forward is not None and look.grams]
+        looks = [
+            look
+            for look in self.looks
+            if look.piece == len(self.pieces) - 1 and look.forward is not None and look.grams
+        ]
         places = np.searchsorted(self.factors.steps, [look.step for look in looks])
         sizes = np.array([np.linalg.norm(R, 2) for R in self.factors.R]) ** (1.0 / self.factors.spacing)
-        spans = [(i, j) for i, j in zip(places[:-1], places[1:], strict=True) if j > i]
+        spans = [(i, j) for i, j in pairwise(places) if j > i]
         if not spans or len(spans) != len(looks) - 1:
             return None
         return coupled_gains(
@@ -201,7 +207,11 @@ class ProfileReading:
         lines = [str(self.verdict)]
         lines += [f"exponent {i}: {e}" for i, e in enumerate(self.exponents, start=1)]
         w = self.windows
-        which = "all directions" if self.factors.full else f"{self.factors.directions} directions of {self.factors.dimension}"
+        which = (
+            "all directions"
+            if self.factors.full
+            else f"{self.factors.directions} directions of {self.factors.dimension}"
+        )
         lines.append(f"largest window: K({w.end}, {w.start}) = {math.exp(min(w.sup, 700.0)):.4g} on {which}")
         if self.finite_size is not None:
             lines.append(f"at the finite size {self.finite_size.size:.3g}: {self.finite_size.exponent}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import os
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,14 +15,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stableopt.lyapunov.hooks import Closure, StepHooks
-from stableopt.lyapunov.profile.clipping import Clipping, NotTheGradientError
-from stableopt.lyapunov.profile.looks import Looks, ProbeInput
-from stableopt.lyapunov.profile.products import GradientTap
+from stableopt.lyapunov.profile.finite.twin import Twin
 from stableopt.lyapunov.profile.reading import FiniteSize, ProfileReading
-from stableopt.lyapunov.profile.recorder import Recorder
-from stableopt.lyapunov.profile.responses import Responses
-from stableopt.lyapunov.profile.system import Before, NotTheRuleError, System
-from stableopt.lyapunov.profile.twin import Twin
+from stableopt.lyapunov.profile.representations.looks import Looks, ProbeInput
+from stableopt.lyapunov.profile.tangents.clipping import Clipping, NotTheGradientError
+from stableopt.lyapunov.profile.tangents.products import GradientTap
+from stableopt.lyapunov.profile.tangents.recorder import Recorder
+from stableopt.lyapunov.profile.tangents.responses import Responses
+from stableopt.lyapunov.profile.tangents.system import Before, NotTheRuleError, System
 
 __all__ = ["Profile"]
 
@@ -35,7 +34,7 @@ class Profile:
 
     k perturbations :math:`(\delta\theta, \delta u)` of the parameters and the state of the optimizer are carried along by the exact
     derivative of each step, made orthonormal (Benettin's method), and give the triangular factors of
-    :class:`~stableopt.lyapunov.profile.factors.Factors`, from which exponents, the norms of all :math:`\Phi(t,s)` started late, the
+    :class:`~stableopt.lyapunov.profile.Factors`, from which exponents, the norms of all :math:`\Phi(t,s)` started late, the
     verdict and an energy follow.
 
     The run is bit for bit that without a profile: parameters, gradients, buffers, optimizer state and random numbers.
@@ -57,12 +56,12 @@ class Profile:
             None for all steps.
         errors: a number W of steps: every W steps an additive error :math:`e_s` of unit norm and random direction is made in the
             update, and its response :math:`\|D_{e_s}\theta_t\,e_s\|` is followed for W steps; None for none.
-        hyper: names of hyper-parameters whose effect :math:`\|D_\eta\theta_t\|` is followed from the beginning on, such as ``("lr",)``.
+        hyper: names of hyper-parameters, such as ``("lr",)``, whose effect :math:`\|D_\eta\theta_t\|` is followed.
         clip_norm: as given to ``clip_grad_norm_``, if the training does that.
         clip_value: as given to ``clip_grad_value_``, if the training does that.
         look_every: number of steps between two looks at the representations.
-        finite_size: run a :class:`Twin` beside, for the exponent of a perturbation of this size relative to the parameters, which feels
-            the kinks that a derivative does not see; True for the median size of the first updates. It needs closures.
+        finite_size: run a :class:`Twin` beside, for the exponent of a perturbation of this size relative to the parameters, which
+            feels the kinks that a derivative does not see; True for the median size of the first updates. It needs closures.
         seed: of the random directions.
 
     Attributes:
@@ -92,8 +91,8 @@ class Profile:
         ...     for _ in range(61):
         ...         _ = optimizer.step(closure)
         >>> reading = profile.result()
-        >>> reading.factors.full, round(float(reading.factors.log_volume.sum()) / 60, 4), round(3 * math.log(0.5), 4)
-        (True, -2.0794, -2.0794)
+        >>> reading.factors.full, round(float(reading.factors.log_volume.sum()) / 60, 4), "of 3 log(1/2)"
+        (True, -2.0794, 'of 3 log(1/2)')
     """
 
     def __init__(
@@ -135,8 +134,8 @@ class Profile:
         self._system = System(optimizer, Clipping(clip_norm, clip_value))
         if directions != "all" and directions > self._system.dimension:
             raise ValueError(
-                f"directions must be at most the number {self._system.dimension} of parameters at the beginning, got {directions}; use "
-                "'all' for the whole state."
+                f"directions must be at most the number {self._system.dimension} of parameters at the beginning, got {directions}; "
+                "use 'all' for the whole state."
             )
         self._tap = GradientTap(self._system.parameters, method)
         self._hyper = tuple(hyper)
@@ -254,7 +253,7 @@ class Profile:
         if not self._begun:
             if self._step < self._start or (self._directions == "all" and not self._system.complete):
                 return False
-            rows = self._system.dimension if self._directions == "all" else self._directions
+            rows = self._directions if isinstance(self._directions, int) else self._system.dimension
             self._system.begin(rows, self._seed)
             self._responses.begin()
             self._recorder.rows, self._begun, self._origin = rows, True, self._step
@@ -268,13 +267,16 @@ class Profile:
             self._look()
         return True
 
-    def _before(self, closure: Closure | None, trial: bool) -> Closure | None:  # noqa: ARG002 - the guard's own evaluation
+    def _before(self, closure: Closure | None, trial: bool) -> Closure | None:
         self._before_step = None
         if not self._follows():
             return None
         if closure is None:
             if self._tap.gradient is None:
-                self._end("the step had no closure, and profile.backward(loss) was not called in place of loss.backward()", self._step)
+                self._end(
+                    "the step had no closure, and profile.backward(loss) was not called in place of loss.backward()",
+                    self._step,
+                )
                 return None
             self._note(self._system.before(hyper=bool(self._hyper)))
             return None
@@ -359,5 +361,6 @@ def _check_count(name: str, value: Any, least: int = 1) -> None:
 def _check_window(window: Any) -> None:
     if window is None:
         return
-    if not (isinstance(window, tuple) and len(window) == 2 and all(isinstance(n, int) for n in window) and 1 <= window[0] <= window[1]):
+    pair = isinstance(window, tuple) and len(window) == 2 and all(isinstance(n, int) for n in window)
+    if not (pair and 1 <= window[0] <= window[1]):
         raise ValueError(f"Profile needs window as (W, K) with integers 1 <= W <= K, got {window!r}.")

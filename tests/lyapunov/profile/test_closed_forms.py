@@ -29,7 +29,14 @@ def sgd(**options):
 
 
 def run(loss, optimizer, *start, steps, batches=(0,), **options):
-    return profile(lambda: Point(*start), optimizer, batches, steps=steps, loss=loss, **{"directions": "all", "cadence": 1, **options})
+    return profile(
+        lambda: Point(*start),
+        optimizer,
+        batches,
+        steps=steps,
+        loss=loss,
+        **{"directions": "all", "cadence": 1, **options},
+    )
 
 
 @pytest.mark.parametrize("lr", [0.3, 1.1])
@@ -104,7 +111,8 @@ def test_a_chaotic_training():
 
     reading = run(loss, sgd(lr=1.0), 0.3, steps=1500)
     e = reading.exponents[0]
-    assert e.lower <= math.log(2.0) <= e.upper and e.upper - e.lower < 0.2
+    assert e.lower <= math.log(2.0) <= e.upper
+    assert e.upper - e.lower < 0.2
     assert reading.verdict.kind == "exponentially unstable"
 
 
@@ -136,10 +144,16 @@ def test_the_mean_square_may_grow_where_almost_every_run_decays():
     path = run(random_loss, sgd(lr=1.0), 1.0, steps=1500, batches=random_curvatures(low=low, high=high))
     assert path.exponents[0].lower <= almost_sure <= path.exponents[0].upper
     found = profile_ensemble(
-        lambda: Point(1.0), sgd(lr=1.0), lambda member: random_curvatures(member, low, high), steps=30, members=500, loss=random_loss
+        lambda: Point(1.0),
+        sgd(lr=1.0),
+        lambda member: random_curvatures(member, low, high),
+        steps=30,
+        members=500,
+        loss=random_loss,
     )
     assert found.kind == "mean square"
-    assert found.lower <= mean_square <= found.upper and found.lower > almost_sure
+    assert found.lower <= mean_square <= found.upper
+    assert found.lower > almost_sure
 
 
 @pytest.mark.slow
@@ -149,7 +163,8 @@ def test_a_jordan_block_has_a_transient_peak():
     lr = (1 - math.sqrt(beta)) ** 2  # the two roots meet at sqrt(beta)
     reading = run(quadratic(1.0), sgd(lr=lr, momentum=beta), 1.0, steps=1500)
     w = reading.windows
-    assert w.peak > math.log(1.5) and 5 <= w.peak_step - reading.factors.steps[0] <= 60
+    assert w.peak > math.log(1.5)
+    assert 5 <= w.peak_step - reading.factors.steps[0] <= 60
     assert reading.verdict.kind == "exponentially stable"
     assert reading.exponents[0].value == pytest.approx(0.5 * math.log(beta), abs=2e-3)
     assert reading.energy.check(w).holds
@@ -171,7 +186,8 @@ def test_a_jordan_block_with_eigenvalue_one_is_subexponential():
 def test_a_flat_direction_is_bounded_and_nothing_more():
     reading = run(quadratic(1.0, 0.0), sgd(lr=0.5), 1.0, 1.0, steps=600)
     assert reading.exponents[0].value == pytest.approx(0.0, abs=1e-12)
-    assert reading.verdict.kind == "profile-bounded" and reading.verdict.constant == pytest.approx(1.0, abs=1e-6)
+    assert reading.verdict.kind == "profile-bounded"
+    assert reading.verdict.constant == pytest.approx(1.0, abs=1e-6)
 
 
 def test_growth_that_starts_late_is_seen_by_the_windows():
@@ -183,13 +199,16 @@ def test_growth_that_starts_late_is_seen_by_the_windows():
     reading = run(loss, sgd(lr=0.05), 1.0, steps=500, batches=list(range(500)))
     w = reading.windows
     assert w.path[-1] < 0.0
-    assert w.start - 300 == 0 and w.end == 500
+    assert w.start - 300 == 0
+    assert w.end == 500
     assert w.sup == pytest.approx(200 * math.log(1.05), rel=1e-9)
     assert reading.verdict.kind not in {"exponentially stable", "profile-bounded"}
 
 
 def test_weight_decay_moves_every_exponent():
     lr, wd = 0.1, 0.5
-    reading = run(quadratic(4.0, 0.2), lambda m: torch.optim.SGD(m.parameters(), lr=lr, weight_decay=wd), 1.0, 1.0, steps=600)
+    reading = run(
+        quadratic(4.0, 0.2), lambda m: torch.optim.SGD(m.parameters(), lr=lr, weight_decay=wd), 1.0, 1.0, steps=600
+    )
     expected = [math.log(1 - lr * (c + wd)) for c in (0.2, 4.0)]
     assert [e.value for e in reading.exponents] == pytest.approx(expected, abs=1e-10)

@@ -1,0 +1,1 @@
+"""Perturbations of a finite size: a second run beside the first."""

@@ -1,0 +1,1 @@
+"""Studies of a learning system: steps to zero, identities, and one sample replaced."""

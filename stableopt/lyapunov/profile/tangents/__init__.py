@@ -1,0 +1,1 @@
+"""Perturbations of parameters and optimizer state, pushed through the steps of a training."""

@@ -1,0 +1,1 @@
+"""Tests of stableopt.lyapunov.profile.studies.steps."""
