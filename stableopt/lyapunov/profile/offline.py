@@ -122,7 +122,7 @@ def profile_ensemble(
         ...     lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
         ...     batches,
         ...     steps=20,
-        ...     members=200,
+        ...     members=40,
         ...     loss=lambda model, x: 0.5 * model(x).square().mean(),
         ...     directions=1,
         ... )

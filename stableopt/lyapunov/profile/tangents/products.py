@@ -47,6 +47,10 @@ class Gradient:
     products: int
 
 
+_FEW = 1 << 15
+"""Numbers in the parameters up to which products are made together on a CPU: there the calls take the time, else the memory."""
+
+
 class GradientTap:
     """Take the derivative of a gradient out of a training step, and leave the step as it is.
 
@@ -74,6 +78,7 @@ class GradientTap:
         self.reason = ""
         self._method = method
         self._graph_works = method in {"auto", "graph"}
+        self._together = sum(p.numel() for p in self.parameters) <= _FEW or any(p.is_cuda for p in self.parameters)
         self._choice: Choice | None = None
         self._closure: Callable[[], Any] | None = None
         self._start: RandomState | None = None
@@ -180,19 +185,32 @@ class GradientTap:
             return "a gradient has no graph: it is constant, or its backward cannot be differentiated"
         kept = [(i, g) for i, g in enumerate(grads) if g is not None]
         rows = directions[0].shape[0]
-        made: list[list[Tensor]] = []
-        for r in range(rows):
-            vectors = [directions[i][r].to(g.dtype) for i, g in kept]
-            row = torch.autograd.grad(
-                [g for _, g in kept], self.parameters, vectors, retain_graph=True, allow_unused=True
-            )
-            made.append(
-                [torch.zeros_like(p) if h is None else h.detach() for p, h in zip(self.parameters, row, strict=True)]
-            )
+        along = self._vmapped(kept, directions) if self._together and rows > 1 else None
+        if along is None:
+            along = _stacked([self._product(kept, directions, r) for r in range(rows)])
         values = [None if g is None else g.detach().clone() for g in grads]
-        taken = Gradient(values, _stacked(made), "graph", rows)
+        taken = Gradient(values, along, "graph", rows)
         self.gradient = taken if self.gradient is None else _sum(self.gradient, taken)
         return ""
+
+    def _product(self, kept: list[tuple[int, Tensor]], directions: Directions, row: int) -> list[Tensor]:
+        vectors = [directions[i][row].to(g.dtype) for i, g in kept]
+        outputs = [g for _, g in kept]
+        made = torch.autograd.grad(outputs, self.parameters, vectors, retain_graph=True, allow_unused=True)
+        return [torch.zeros_like(p) if h is None else h.detach() for p, h in zip(self.parameters, made, strict=True)]
+
+    def _vmapped(self, kept: list[tuple[int, Tensor]], directions: Directions) -> list[Tensor] | None:
+        """Make all products in one pass; None where that is not possible, and from then on."""
+        vectors, outputs = [directions[i].to(g.dtype) for i, g in kept], [g for _, g in kept]
+        options: dict[str, Any] = {"retain_graph": True, "allow_unused": True, "is_grads_batched": True}
+        try:
+            with warnings.catch_warnings():  # of operations that are then done one by one
+                warnings.simplefilter("ignore", UserWarning)
+                made = torch.autograd.grad(outputs, self.parameters, vectors, **options)
+        except RuntimeError:
+            self._together = False
+            return None
+        return [torch.zeros_like(d) if h is None else h.detach() for d, h in zip(directions, made, strict=True)]
 
 
 class _KeepGraph(TorchFunctionMode):

@@ -76,6 +76,28 @@ def test_the_step_is_bit_for_bit_the_same(method):
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["everything", "lstm"])
+def test_products_together_are_those_one_by_one(kind):
+    found = []
+    for together in (True, False):
+        if kind == "lstm":
+            torch.manual_seed(0)
+            model, x = nn.LSTM(4, 3), torch.randn(5, 4)
+            closure = lambda model=model, x=x: (model.zero_grad(), model(x)[0].square().sum().backward())  # noqa: E731
+        else:
+            model, (x, y) = model_with_everything(), data()
+            closure = closure_of(model, x, y)
+        tap = GradientTap(list(model.parameters()))
+        assert tap._together
+        tap._together = together
+        torch.manual_seed(3)
+        tap.evaluate(closure, directions(model, 3))
+        found.append(tap.gradient)
+    assert [f.backend for f in found] == ["graph", "graph"]
+    for a, b in zip(found[0].along, found[1].along, strict=True):
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-14)
+
+
 def test_gradients_that_are_there_are_added_to():
     w = nn.Parameter(torch.tensor([1.0, 2.0], dtype=torch.float64))
     w.grad = torch.ones_like(w)
