@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from stableopt.lyapunov.profile.training import Profile
 
-STEPS, EPOCH = 600, 10
+STEPS, EPOCH = 300, 10
 
 
 class Point(nn.Module):
@@ -80,9 +80,9 @@ RUNS = (
     Run("gradient descent, contraction", math.log(0.95), [1.0, 0.7], quadratic(2.0, 1.0), sgd(0.05)),
     Run("gradient descent, beyond the edge", math.log(2.0), [1e-8, 1e-8], quadratic(1.0, 0.5), sgd(3.0)),
     Run("gradient descent, a flat direction", 0.0, [1.0, 0.7], quadratic(1.0, 0.0), sgd(0.1)),
-    Run("heavy ball, oscillating", 0.5 * math.log(0.9), [1.0], quadratic(1.0), sgd(0.1, 0.9)),
-    Run("chaotic gradient descent", math.log(2.0), [0.3], chaotic, sgd(1.0)),
-    Run("random curvature", 0.5 * (math.log(0.9) + math.log(0.3)), [1.0], noisy, sgd(0.5)),
+    Run("heavy ball, oscillating", 0.5 * math.log(0.9), [1.0, 0.7], quadratic(1.0, 1.0), sgd(0.1, 0.9)),
+    Run("chaotic gradient descent", math.log(2.0), [0.3, 0.41], chaotic, sgd(1.0)),
+    Run("random curvature", 0.5 * (math.log(0.9) + math.log(0.3)), [1.0, 0.7], noisy, sgd(0.5)),
 )
 
 

@@ -72,8 +72,8 @@ class Profile:
         ValueError: if an argument is out of range, the optimizer has no rule, or parameters are sharded or in half precision.
 
     Note:
-        Each direction costs about 1.6 forward+backward passes per step with the graph of the training, and memory for it; k numbers
-        are kept per parameter and entry of the optimizer's state. Buffers (running statistics, power-iteration vectors) are taken
+        With the graph of the training one direction costs 2 to 3 forward+backward passes per step, of several each about 2 (measured:
+        docs/benchmarks.md), and memory for that graph; k numbers are kept per parameter and entry of the optimizer's state. Buffers (running statistics, power-iteration vectors) are taken
         as given: what a perturbation does to them is not followed. After each step the pure update map is compared with what the
         optimizer did; where they differ the profile ends, and says why. Parameters that begin outside of their set are such a case:
         call ``optimizer.project_()`` first.

@@ -29,7 +29,7 @@ __all__ = ["forward_profile", "growth_along"]
 
 ITERATIONS = 16
 """Products with each derivative and its transpose: usually three digits, and the residual says how many."""
-_COLUMNS, _BYTES, _PRODUCTS = 512, 2**28, 2e11
+_COLUMNS, _BYTES, _PRODUCTS = 512, 2**28, 2e10
 """What full derivatives may cost where nobody has asked for them: columns, bytes, multiplications for the norms of products."""
 
 
@@ -58,7 +58,7 @@ def forward_profile(
         layers: names of layers on the trunk at which to look, in order; None for all of them.
         exact: True for full derivatives, False for estimates from below by Lanczos' method, None for full derivatives where
             they have at most 512 columns (or fewer than the other way has passes), fit into 256 MiB, and the norms of their
-            products take at most 2e11 multiplications.
+            products take at most 2e10 multiplications.
         iterations: of Lanczos' method; each costs a tangent and a cotangent for every lane (about a quarter of the squared depth).
         seed: of its first vectors.
 

@@ -47,7 +47,7 @@ class Gradient:
     products: int
 
 
-_FEW = 1 << 15
+_FEW = 10_000
 """Numbers in the parameters up to which products are made together on a CPU: there the calls take the time, else the memory."""
 
 
