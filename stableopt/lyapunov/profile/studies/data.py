@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 
 from stableopt.linalg.bound import upper
 from stableopt.lyapunov.profile.offline import Loss, default_loss
+from stableopt.lyapunov.profile.plain import plain
 from stableopt.lyapunov.profile.studies.replacing import (
     Batches,
     Influence,
@@ -118,22 +119,20 @@ class DataSensitivity:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON, without the direction; what is not known is None."""
-        return {
-            "index": self.index,
-            "kind": self.kind,
-            "samples": self.samples,
-            "drawn": self.drawn,
-            "influence": _plain(self.influence),
-            "displacements": {str(w): _plain(path) for w, path in self.displacements.items()},
-            "gaps": {str(w): _plain(path) for w, path in self.gaps.items()},
-            "bound": _plain(self.bound),
-            "mean_bound": _plain(np.array([self.mean_bound]))[0],
-            "rounding": self.rounding,
-            "probe": {str(w): _plain(np.array([x]))[0] for w, x in self.probe.items()},
-            "probe_influence": _plain(np.array([self.probe_influence]))[0],
-            "holds": self.holds,
-            "why": self.why,
-        }
+        names = (
+            "index",
+            "kind",
+            "samples",
+            "drawn",
+            "influence",
+            "displacements",
+            "gaps",
+            "bound",
+            "mean_bound",
+            "rounding",
+        )
+        names += ("probe", "probe_influence", "holds", "why")
+        return plain({name: getattr(self, name) for name in names})
 
     def __str__(self) -> str:
         lines = [f"sample {self.index} of {self.samples} {self.kind}, in {self.drawn} of {self.steps} batches"]
@@ -347,7 +346,3 @@ class _Bounds:
     def _none(self, why: str) -> float:
         self.path, self.why = [math.nan] * len(self.path), dict.fromkeys(self.why, why)
         return math.nan
-
-
-def _plain(path: Array) -> list[float | None]:
-    return [x if math.isfinite(x) else None for x in path.tolist()]

@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from stableopt.constraints.sharding import is_sharded
 from stableopt.lyapunov.curvature import apart
+from stableopt.lyapunov.profile.plain import plain
 from stableopt.lyapunov.profile.studies.determinants import Factors, Step, determinant_factors, log_determinant
 from stableopt.lyapunov.profile.tangents.push import push, tangent_names
 from stableopt.lyapunov.undisturbed import undisturbed
@@ -87,7 +88,7 @@ class IdentityCheck:
             >>> IdentityCheck("Rprop").as_dict()["error"] is None
             True
         """
-        return {k: [_finite(x) for x in v] if isinstance(v, tuple) else _finite(v) for k, v in asdict(self).items()}
+        return plain(asdict(self))
 
     def __str__(self) -> str:
         if self.holds is None:
@@ -416,7 +417,3 @@ def _shaped(value: object, like: Tensor) -> bool:
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _finite(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -19,6 +19,8 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stableopt.lyapunov.profile.plain import plain
+
 __all__ = ["LimitStudy", "limit_study"]
 
 Array: TypeAlias = NDArray[np.float64]
@@ -92,14 +94,14 @@ class LimitStudy:
         return float(np.linalg.norm(np.subtract(self.limit, self.predicted)))
 
     def as_dict(self) -> dict[str, Any]:
-        """Return plain data for JSON; what is not known is None.
+        """Return plain data for JSON (:func:`~stableopt.lyapunov.profile.plain.plain`); what is not known is None.
 
         Examples:
             >>> limit_study(lambda h: h, [0.4, 0.2, 0.1, 0.05]).as_dict()["steps"]
             [0.4, 0.2, 0.1, 0.05]
         """
-        plain = {name: _plain(getattr(self, name)) for name in self.__dataclass_fields__}
-        return plain | {"interval": _plain(self.interval), "agrees": self.agrees, "distance": _plain(self.distance)}
+        own = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return plain(own | {"interval": self.interval, "agrees": self.agrees, "distance": self.distance})
 
     def __str__(self) -> str:
         finest = f"step {self.steps[-1]:.3g}"
@@ -364,11 +366,3 @@ def _order(ratio: float, a: float, b: float) -> float:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if excess(middle) < 0.0 else (low, middle)
     return 0.5 * (low + high)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return [_plain(x) for x in value.tolist()]
-    if isinstance(value, list | tuple):
-        return [_plain(x) for x in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
