@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Factors", "log_norm_of_product", "orthonormalize"]
+__all__ = ["Factors", "orthonormalize"]
 
 
 @dataclass(frozen=True)
@@ -200,23 +200,3 @@ def _normalized(column: Tensor) -> tuple[Tensor, NDArray[np.float64]]:
         Q, R = _normalized(column)
         return Q, R * largest
     return column / size, np.array([[size]])
-
-
-def log_norm_of_product(factors: NDArray[np.float64]) -> float:
-    r"""Return :math:`\log\|R_{n-1} \cdots R_0\|_2`, whatever its size.
-
-    Args:
-        factors: ``(n, k, k)``.
-
-    Examples:
-        >>> log_norm_of_product(np.full((1000, 1, 1), math.e**2))
-        2000.0
-    """
-    product, log_scale = np.eye(factors.shape[1]), 0.0
-    for R in factors:
-        product = R @ product
-        size = float(np.abs(product).max())
-        if size == 0.0:
-            return -math.inf
-        product, log_scale = product / size, log_scale + math.log(size)
-    return log_scale + math.log(float(np.linalg.norm(product, 2)))

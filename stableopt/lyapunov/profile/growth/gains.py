@@ -26,7 +26,7 @@ from stableopt.theory import small_gain_holds, small_gain_radius, small_gain_wei
 __all__ = ["CoupledGains", "GainCheck", "coupled_gains"]
 
 Array = NDArray[np.float64]
-Verdict = Literal["holds", "triangular", "fails"]
+Verdict = Literal["holds", "triangular", "not excluded", "fails"]
 
 _HALF_ULP = float(np.finfo(np.float64).eps) / 2
 
@@ -76,12 +76,14 @@ class CoupledGains:
         matrix: ``(2, 2)`` the suprema.
         radius: the spectral radius of that matrix, T6's rate.
         verdict: ``holds`` if it is below 1; ``triangular`` if so and b or c vanishes, when it is max(a, d) and no product of
-            gains has to be small; else ``fails``.
+            gains has to be small; ``not excluded`` in place of both for gains that are estimates from below; else ``fails``, which
+            the true gains do as well, since the radius rises with each of them.
         weights: :math:`(v_1, v_2)` of T6, positive with the sum 1; NaN if there are none, for a triangular matrix that fails.
         rate: by which V decays per step in these weights: the radius, or the middle between it and 1 for a triangular matrix, whose
             Perron vector may vanish somewhere.
         joint_rate: the least rate over all weights that one V has at every step.
         joint_weights: weights in which V decays by at most the joint rate, up to rounding; NaN if only a limit of weights has it.
+        exact: whether the gains are the true ones; else estimates from below, and so are the radius and the rates.
 
     Examples:
         >>> gains = coupled_gains(a=[0.5, 0.2], b=[0.25, 0.9], c=[0.25, 0.05], d=[0.5, 0.1])
@@ -100,10 +102,13 @@ class CoupledGains:
     rate: float
     joint_rate: float
     joint_weights: tuple[float, float]
+    exact: bool = True
 
     @property
     def contracts(self) -> bool:
         """Whether the coupled system decays in one energy: T6 holds, or at least the joint rate is below 1.
+
+        Gains that are estimates from below do not show it: False.
 
         Examples:
             >>> gains = coupled_gains(a=[0.9, 0.1], b=0.3, c=[0.0, 0.5], d=0.2)
@@ -112,7 +117,7 @@ class CoupledGains:
             >>> gains.contracts
             True
         """
-        return self.verdict != "fails" or self.joint_rate < 1
+        return self.exact and (self.verdict != "fails" or self.joint_rate < 1)
 
     def check(self, representation: ArrayLike, parameters: ArrayLike, *, joint: bool = False) -> GainCheck:
         r"""Check the decay of V along measured norms.
@@ -149,7 +154,7 @@ class CoupledGains:
         return GainCheck(V, int((V[1:] > rate * V[:-1] * allowance).sum()), int(exceeding.sum()), worst)
 
 
-def coupled_gains(a: ArrayLike, b: ArrayLike, c: ArrayLike, d: ArrayLike) -> CoupledGains:
+def coupled_gains(a: ArrayLike, b: ArrayLike, c: ArrayLike, d: ArrayLike, *, exact: bool = True) -> CoupledGains:
     r"""Judge the coupled representation-parameter system by its measured gains.
 
     Args:
@@ -157,6 +162,7 @@ def coupled_gains(a: ArrayLike, b: ArrayLike, c: ArrayLike, d: ArrayLike) -> Cou
         b: :math:`\|D_\theta h\|`, the gain of the parameters on the representation.
         c: the gain of the representation on the parameters, 0 if the batch does not depend on it.
         d: :math:`\|D_\theta\theta^+\|`, the gain of the parameters on themselves.
+        exact: False for gains that may be estimates from below: they can refute a contraction, and cannot show one.
 
     Returns:
         The matrix of suprema, its radius, weights and verdict, and the joint rate.
@@ -169,12 +175,16 @@ def coupled_gains(a: ArrayLike, b: ArrayLike, c: ArrayLike, d: ArrayLike) -> Cou
         'triangular'
         >>> coupled_gains(a=0.5, b=0.5, c=0.5, d=0.5).verdict  # a radius of 1 is no decay
         'fails'
+        >>> coupled_gains(a=0.5, b=3.0, c=0.0, d=[0.75, 0.5], exact=False).verdict
+        'not excluded'
     """
     A, B, C, D = _gains(a, b, c, d)
     suprema = (float(A.max()), float(B.max()), float(C.max()), float(D.max()))
     radius = float(upper(small_gain_radius(*suprema)))
     holds, triangular = small_gain_holds(*suprema), suprema[1] == 0 or suprema[2] == 0
-    verdict: Verdict = "fails" if not holds else "triangular" if triangular else "holds"
+    verdict: Verdict = (
+        "fails" if not holds else "not excluded" if not exact else "triangular" if triangular else "holds"
+    )
     rate = (1 + radius) / 2 if triangular and holds else radius
     weights = (math.nan, math.nan)
     if not triangular:
@@ -183,7 +193,7 @@ def coupled_gains(a: ArrayLike, b: ArrayLike, c: ArrayLike, d: ArrayLike) -> Cou
         weights = small_gain_weights(*suprema, rate=rate)
     joint_rate, joint_weights = _joint(A, B, C, D)
     matrix = np.array(suprema).reshape(2, 2)
-    return CoupledGains(A, B, C, D, matrix, radius, verdict, weights, rate, joint_rate, joint_weights)
+    return CoupledGains(A, B, C, D, matrix, radius, verdict, weights, rate, joint_rate, joint_weights, exact)
 
 
 def _gains(*gains: ArrayLike) -> list[Array]:

@@ -11,16 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from stableopt.lyapunov.layers.walk import ProbeError
+from stableopt.lyapunov.profile.representations.cuts import Chain
 from stableopt.lyapunov.profile.representations.depth import ForwardProfile
 from stableopt.lyapunov.profile.representations.forward import forward_profile
-from stableopt.lyapunov.profile.representations.mixed import representation_tangents
+from stableopt.lyapunov.profile.representations.mixed import RepresentationTangents, representation_tangents
+from stableopt.lyapunov.profile.representations.survey import INPUT, chain_of
 from stableopt.lyapunov.profile.tangents.system import PARAMETER, System
 
 __all__ = ["Look", "Looks", "ProbeInput"]
-
-INPUT = "input"
-"""The name of the representation that no parameter changes."""
 
 ProbeInput: TypeAlias = Callable[[], Any] | Tensor | Sequence[Any]
 
@@ -36,6 +34,7 @@ class Look:
         grams: layer -> ``(k, k)``, the inner products of :math:`D_\theta h_l\,\delta\theta` over the directions.
         theta: ``(k, k)``, the inner products of their :math:`\delta\theta`.
         reason: why something is missing; empty if nothing is.
+        how: how the mixed block was measured: ``forward`` is exact, ``difference`` is not.
 
     Examples:
         >>> Look(step=0, piece=0, forward=None, grams={}, theta=np.eye(1), reason="no probe").reason
@@ -48,6 +47,7 @@ class Look:
     grams: dict[str, NDArray[np.float64]]
     theta: NDArray[np.float64]
     reason: str = ""
+    how: str = "forward"
 
     @property
     def gain(self) -> float:
@@ -57,12 +57,15 @@ class Look:
             >>> Look(0, 0, None, {"0": 4.0 * np.eye(2)}, np.eye(2)).gain
             2.0
         """
-        if not self.grams:
+        gram = list(self.grams.values())[-1] if self.grams else np.full((1, 1), math.nan)
+        if not (np.isfinite(gram).all() and np.isfinite(self.theta).all()):
             return math.nan
         values, vectors = np.linalg.eigh(self.theta)
         kept = values > 1e-12 * values[-1]
+        if not kept.any():  # no direction has a part in the parameters
+            return math.nan
         whitened = vectors[:, kept] / np.sqrt(values[kept])
-        return math.sqrt(max(float(np.linalg.eigvalsh(whitened.T @ list(self.grams.values())[-1] @ whitened)[-1]), 0.0))
+        return math.sqrt(max(float(np.linalg.eigvalsh(whitened.T @ gram @ whitened)[-1]), 0.0))
 
 
 class Looks:
@@ -88,9 +91,10 @@ class Looks:
     def __init__(self, model: nn.Module, probe: ProbeInput, system: System) -> None:
         self._model, self._probe, self._system = model, probe, system
         self._made: list[Look] = []
+        self._chain: Chain | None = None  # found once: the layers and the shapes of the representations stay
 
     def take(self, step: int, piece: int, rows: int) -> None:
-        """Look now.
+        """Look now; what goes wrong, in the probe as well, is the reason of the look and no error of the training.
 
         Args:
             step: how many steps were taken.
@@ -98,17 +102,34 @@ class Looks:
             rows: how many of the perturbations are directions.
         """
         directions = [column[PARAMETER][:rows] for column in self._system.columns]
-        forward, grams, reasons = None, {}, []
+        forward, grams, how, reasons = None, {}, "forward", []
         try:
             forward = forward_profile(self._model, self._probe)
-        except (ProbeError, NotImplementedError, RuntimeError) as error:
+        except Exception as error:  # whatever a probe of the user raises
             reasons.append(f"the forward block: {_sentence(error)}")
         try:
-            found = representation_tangents(self._model, self._probe, directions, parameters=self._system.parameters)
+            found = self._tangents(directions)
             grams = {name: gram.cpu().numpy() for name, gram in found.gram.items() if name != INPUT}
-        except (ProbeError, NotImplementedError, RuntimeError) as error:
+            how = found.how
+        except Exception as error:
             reasons.append(f"the mixed block: {_sentence(error)}")
-        self._made.append(Look(step, piece, forward, grams, self._system.gram(rows), "; ".join(reasons)))
+        self._made.append(Look(step, piece, forward, grams, self._system.gram(rows), "; ".join(reasons), how))
+
+    def _tangents(self, directions: list[list[Tensor]]) -> RepresentationTangents:
+        if self._chain is not None:
+            try:
+                return self._along(directions, self._chain)
+            except Exception:  # the model or the probe has changed
+                self._chain = None
+        chain = chain_of(self._model, self._probe, one_by_one=False, search=False, forward=False)
+        found = self._along(directions, chain)
+        self._chain = chain
+        return found
+
+    def _along(self, directions: list[list[Tensor]], chain: Chain) -> RepresentationTangents:
+        return representation_tangents(
+            self._model, self._probe, directions, parameters=self._system.parameters, chain=chain
+        )
 
     def made(self) -> tuple[Look, ...]:
         """Return the looks so far."""

@@ -152,3 +152,21 @@ def test_lengths_that_differ_are_refused() -> None:
         coupled_gains([0.5, 0.5], [0.1] * 3, 0.0, 0.5)
     with pytest.raises(ValueError, match="2 steps have 3 norms"):
         coupled_gains([0.5, 0.5], 0.1, 0.1, 0.5).check([1.0, 1.0], [1.0, 1.0, 1.0])
+
+
+@pytest.mark.parametrize(("b", "c"), [(0.1, 0.1), (50.0, 0.0)])
+def test_gains_that_are_estimates_from_below_exclude_nothing_and_can_fail(b: float, c: float) -> None:
+    known = coupled_gains(a=0.5, b=b, c=c, d=0.6)
+    below = coupled_gains(a=0.5, b=b, c=c, d=0.6, exact=False)
+    assert known.verdict == ("holds" if c else "triangular")
+    assert known.contracts
+    assert below.verdict == "not excluded"
+    assert not below.contracts
+    assert (below.radius, below.rate, below.weights) == (known.radius, known.rate, known.weights)
+    assert coupled_gains(a=0.5, b=b, c=c, d=1.0, exact=False).verdict == "fails"
+
+
+def test_a_joint_rate_from_below_shows_no_contraction_either() -> None:
+    gains = {"a": [0.9, 0.1], "b": 0.3, "c": [0.0, 0.5], "d": 0.2}
+    assert coupled_gains(**gains).contracts
+    assert not coupled_gains(**gains, exact=False).contracts
