@@ -141,6 +141,10 @@ def profile_ensemble(
             loss=loss,
             **{"cadence": 1, **options, "directions": 1},
         )
+        if reading.factors.count != steps:
+            raise ValueError(
+                f"member {member} of the ensemble was followed for {reading.factors.count} of {steps} steps: {reading.reason}"
+            )
         paths.append(np.concatenate([[0.0], np.cumsum(reading.factors.growth)]))
     return mean_square_exponent(np.stack(paths, axis=1), level=level)
 

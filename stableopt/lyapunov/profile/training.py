@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
@@ -18,11 +19,13 @@ from stableopt.lyapunov.hooks import Closure, StepHooks
 from stableopt.lyapunov.profile.finite.twin import Twin
 from stableopt.lyapunov.profile.reading import FiniteSize, ProfileReading
 from stableopt.lyapunov.profile.representations.looks import Looks, ProbeInput
-from stableopt.lyapunov.profile.tangents.clipping import Clipping, NotTheGradientError
-from stableopt.lyapunov.profile.tangents.products import GradientTap
+from stableopt.lyapunov.profile.tangents.agreement import NotTheRuleError
+from stableopt.lyapunov.profile.tangents.clipping import Clipping
+from stableopt.lyapunov.profile.tangents.products import GradientTap, NoDerivativeError
 from stableopt.lyapunov.profile.tangents.recorder import Recorder
 from stableopt.lyapunov.profile.tangents.responses import Responses
-from stableopt.lyapunov.profile.tangents.system import Before, NotTheRuleError, System
+from stableopt.lyapunov.profile.tangents.system import Before, System
+from stableopt.optim import GuardedOptimizer
 
 __all__ = ["Profile"]
 
@@ -72,11 +75,15 @@ class Profile:
         ValueError: if an argument is out of range, the optimizer has no rule, or parameters are sharded or in half precision.
 
     Note:
-        With the graph of the training one direction costs 2 to 3 forward+backward passes per step, of several each about 2 (measured:
-        docs/benchmarks.md), and memory for that graph; k numbers are kept per parameter and entry of the optimizer's state. Buffers (running statistics, power-iteration vectors) are taken
-        as given: what a perturbation does to them is not followed. After each step the pure update map is compared with what the
-        optimizer did; where they differ the profile ends, and says why. Parameters that begin outside of their set are such a case:
-        call ``optimizer.project_()`` first.
+        With the graph of the training one direction costs 2 to 4 forward+backward passes per step, of several each about 2
+        (measured: docs/benchmarks.md), and memory for that graph; k numbers are kept per parameter and entry of the optimizer's
+        state, and with ``"all"`` the factors of each step, 16 N² bytes.
+        Buffers (running statistics, power-iteration vectors) are taken as given: what a perturbation does to them is not followed.
+        The gradient is made a second time with a graph of its own, after the training's own backward pass. Where that has no second
+        derivative, or hooks or functions with a backward of their own stand in it, the closure is evaluated again, so it must not
+        draw a new batch. After each step the pure update map is compared with what the optimizer did, before each step parameters
+        and state with where the last one left them; where they differ the profile ends, says why, and the training goes on.
+        Parameters that begin outside of their set are such a case: call ``optimizer.project_()`` first.
 
     Examples:
         >>> model = nn.Linear(2, 1)
@@ -128,9 +135,15 @@ class Profile:
         if errors is not None:
             _check_count("errors", errors)
         _check_window(window)
+        _check_surroundings(optimizer)
+        if window is not None and (errors is not None or hyper):
+            raise ValueError(
+                "errors and hyper follow every step, so they cannot be had with a window: leave one of them out."
+            )
         self.reason = ""
         self._model, self._optimizer, self._directions, self._seed = model, optimizer, directions, seed
-        self._start, self._window, self._look_every = start, window, look_every
+        self._start, self._look_every = start, look_every
+        self._window = None if window is None or window[0] == window[1] else window
         self._system = System(optimizer, Clipping(clip_norm, clip_value))
         if directions != "all" and directions > self._system.dimension:
             raise ValueError(
@@ -146,8 +159,8 @@ class Profile:
         self._path = None if run_dir is None else Path(run_dir)
         self._step, self._origin, self._products, self._backend = 0, 0, 0, ""
         self._begun = self._active = self._ended = False
-        self._before_step: Before | None = None
-        self._used: list[Tensor | None] = []
+        self._pending: tuple[Before, list[Tensor | None]] | None = None
+        self._twin_steps = 0
         self._hooks = StepHooks(optimizer, self._before, self._after)
 
     def attach(self) -> Self:
@@ -163,7 +176,8 @@ class Profile:
             >>> profile.result().factors.count
             1
         """
-        self._hooks.attach()
+        if self._hooks.attach():
+            self._active = False  # a new piece: nobody knows what was done meanwhile
         if self._twin is not None:
             self._twin.attach()
         return self
@@ -175,7 +189,10 @@ class Profile:
             self._twin.detach()
         self._settle()
         if self._path is not None and self._begun:
-            self.result().save(self._path)
+            try:
+                self.result().save(self._path)
+            except OSError as error:
+                warnings.warn(f"the profile could not be written to '{self._path}': {error}", stacklevel=2)
 
     def __enter__(self) -> Self:
         """Begin to follow the steps."""
@@ -193,8 +210,9 @@ class Profile:
         Args:
             loss: one real number with its graph.
 
-        Raises:
-            RuntimeError: if the gradient has no derivative: then a closure is needed.
+        Note:
+            If the gradient has no derivative in the graph of the loss, the profile ends, and the training goes on; give the
+            optimizer a closure, for which there are other ways.
 
         Examples:
             >>> model = nn.Linear(1, 1)
@@ -207,10 +225,13 @@ class Profile:
             >>> profile.result().factors.steps
             array([0, 1, 2, 3])
         """
-        if self._follows():
-            self._tap.backward(loss, self._system.directions())
-        else:
+        if not self._follows():
             loss.backward()
+            return
+        try:
+            self._tap.backward(loss, self._system.directions())
+        except NoDerivativeError as error:
+            self._end(f"step {self._step}: {error}", self._step)
 
     def result(self) -> ProfileReading:
         """Return what is known so far.
@@ -243,44 +264,57 @@ class Profile:
             errors=self._responses.errors(),
             hyper=self._responses.hyper(),
             looks=() if self._looks is None else self._looks.made(),
-            finite_size=None if self._twin is None else FiniteSize.of(self._twin),
+            finite_size=None if self._twin is None else FiniteSize.of(self._twin, self._twin_steps),
         )
 
     def _follows(self) -> bool:
         """Begin if it is time, and say whether the step to come is followed."""
-        if self._ended:
+        if self._ended or (not self._begun and not self._begins()):
             return False
-        if not self._begun:
-            if self._step < self._start or (self._directions == "all" and not self._system.complete):
-                return False
-            rows = self._directions if isinstance(self._directions, int) else self._system.dimension
-            self._system.begin(rows, self._seed)
-            self._responses.begin()
-            self._recorder.rows, self._begun, self._origin = rows, True, self._step
         if self._window is not None and (self._step - self._origin) % self._window[1] >= self._window[0]:
             self._settle()
             self._active = False
             return False
         if not self._active:
+            self._system.leave()
             self._recorder.begin(self._step)
             self._active = True
             self._look()
+        elif self._pending is None and self._tap.gradient is None and (change := self._system.change()):
+            self._end(f"step {self._step}: {change}", self._step)
+            return False
+        return True
+
+    def _begins(self) -> bool:
+        """Begin if it is time."""
+        if self._step < self._start:
+            return False
+        if self._directions == "all" and not self._system.stateless and not (self._step and self._system.complete):
+            return False
+        rows = self._directions if isinstance(self._directions, int) else self._system.dimension
+        try:
+            self._system.begin(rows, self._seed)
+        except (NotTheRuleError, ValueError) as error:
+            self._ended, self.reason = True, f"the profile could not begin: {error}"
+            warnings.warn(self.reason, stacklevel=2)
+            return False
+        self._responses.begin()
+        self._recorder.rows, self._begun, self._origin = rows, True, self._step
+        self._twin_steps = 0 if self._twin is None else self._twin.steps
         return True
 
     def _before(self, closure: Closure | None, trial: bool) -> Closure | None:
-        self._before_step = None
+        self._pending = None
         if not self._follows():
             return None
-        if closure is None:
-            if self._tap.gradient is None:
-                self._end(
-                    "the step had no closure, and profile.backward(loss) was not called in place of loss.backward()",
-                    self._step,
-                )
-                return None
+        if closure is not None:
+            return self._followed(closure)
+        if self._tap.gradient is None:
+            said = "the step had no closure, and loss.backward() was called in place of profile.backward(loss)"
+            self._end(f"step {self._step}: {said}", self._step)
+        else:
             self._note(self._system.before(hyper=bool(self._hyper)))
-            return None
-        return self._followed(closure)
+        return None
 
     def _followed(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Return the closure, whose first evaluation in the step is followed."""
@@ -289,41 +323,43 @@ class Profile:
         @functools.wraps(closure)
         def evaluate() -> Any:
             nonlocal seen
-            if seen or not torch.is_grad_enabled():
+            if seen or self._ended or not torch.is_grad_enabled():
                 return closure()
             seen = True
             before = self._system.before(hyper=bool(self._hyper))
-            value = self._tap.evaluate(closure, self._system.directions())
+            try:
+                value = self._tap.evaluate(closure, self._system.directions())
+            except NoDerivativeError as error:
+                self._end(f"step {self._step}: {error}", self._step)
+                return self._tap.value
             self._note(before)
             return value
 
         return evaluate
 
     def _note(self, before: Before) -> None:
-        self._before_step = before
-        self._used = [p.grad for p in self._system.parameters]
+        used = [
+            p.grad.to_dense() if p.grad is not None and p.grad.is_sparse else p.grad for p in self._system.parameters
+        ]
+        self._pending = before, used
 
     def _after(self) -> None:
         step, self._step = self._step, self._step + 1
-        before, gradient = self._before_step, self._tap.gradient
-        self._before_step = None
-        if before is None or gradient is None:
-            self._tap.forget()
+        pending, gradient, self._pending = self._pending, self._tap.gradient, None
+        self._tap.forget()
+        if pending is None or gradient is None or self._ended:
             return
+        self._backend = gradient.backend
+        self._products += gradient.products
         try:
-            self._system.advance(before, gradient, self._used, self._responses.forcing())
+            self._system.advance(pending[0], gradient, pending[1], self._responses.forcing())
+            self._system.leave()
             self._responses.advanced(step)
             self._recorder.advanced(self._step)
-        except (NotTheRuleError, NotTheGradientError, ValueError) as error:
+            if (self._step - self._origin) % self._look_every == 0:
+                self._look()
+        except (RuntimeError, ValueError, ArithmeticError) as error:  # the training goes on without the profile
             self._end(f"step {step}: {error}", step)
-            return
-        finally:
-            self._backend = gradient.backend
-            self._products += gradient.products
-            self._used = []
-            self._tap.forget()
-        if (self._step - self._origin) % self._look_every == 0:
-            self._look()
 
     def _look(self) -> None:
         if self._looks is not None:
@@ -331,14 +367,20 @@ class Profile:
             self._looks.take(self._step, len(self._recorder.pieces()) - 1, self._recorder.rows)
 
     def _settle(self) -> None:
-        """Make the directions orthonormal now, so that the factors reach to the present step."""
-        if self._begun and self._active and not self._ended:
-            self._recorder.settle(self._step)
+        """Make the directions orthonormal now, so that the factors reach to the present step; not within one."""
+        if self._begun and self._active and not self._ended and self._tap.gradient is None:
+            try:
+                self._recorder.settle(self._step)
+            except ValueError as error:
+                self._end(str(error), None)
 
-    def _end(self, reason: str, step: int) -> None:
-        """End the profile with the steps before this one."""
-        self._recorder.settle(step)
+    def _end(self, reason: str, step: int | None) -> None:
+        """End the profile: with the steps before this one, or with its last factor."""
         self.reason, self._ended = f"the profile ended early: {reason}", True
+        self._tap.forget()
+        if step is not None and self._active:
+            with contextlib.suppress(ValueError):  # a direction that is not finite
+                self._recorder.settle(step)
         warnings.warn(self.reason, stacklevel=2)
 
     def _metric(self) -> dict[str, float]:
@@ -351,6 +393,20 @@ def _twin_of(model: nn.Module, optimizer: Optimizer, size: float | bool | None, 
     if size is None or size is False:
         return None
     return Twin(model, optimizer, None if size is True else size, seed=seed, finite_size=True)
+
+
+def _check_surroundings(optimizer: Optimizer) -> None:
+    """Refuse what a profile of one process and of one step at a time cannot follow."""
+    if isinstance(optimizer, GuardedOptimizer) and optimizer.param_groups[0]["guard"] == "lazy":
+        raise ValueError(
+            "a lazy guard judges a step by the next one, and may undo it then; use guard='backtrack' for a profile."
+        )
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed and torch.distributed.get_world_size() > 1:
+        raise ValueError(
+            "a profile is of a training in one process, and there are several: their gradients are averaged where it cannot see "
+            "it; profile the same training in one of them, with the whole batch."
+        )
 
 
 def _check_count(name: str, value: Any, least: int = 1) -> None:

@@ -67,6 +67,10 @@ RULES = {
     "AdamW, amsgrad": lambda m: torch.optim.AdamW(m.parameters(), lr=0.02, weight_decay=0.1, amsgrad=True),
     "NAdam": lambda m: torch.optim.NAdam(m.parameters(), lr=0.02),
     "RAdam": lambda m: torch.optim.RAdam(m.parameters(), lr=0.02),
+    "Adam, coupled decay": lambda m: torch.optim.Adam(m.parameters(), lr=0.02, weight_decay=0.1),
+    "NAdam, coupled decay": lambda m: torch.optim.NAdam(m.parameters(), lr=0.02, weight_decay=0.1),
+    "RAdam, coupled decay": lambda m: torch.optim.RAdam(m.parameters(), lr=0.02, weight_decay=0.1),
+    "RMSprop, decay": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.01, weight_decay=0.1),
     "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.01, momentum=0.5, centered=True),
     "Lion": lambda m: so.optim.Lion(m.parameters(), lr=0.01),
     "guarded SGD": lambda m: so.optim.SGD(m.parameters(), lr=0.1, momentum=0.9),
@@ -231,29 +235,48 @@ def test_a_profile_ends_where_gradients_are_not_those_of_the_loss():
     assert reading.exponents == ()
 
 
-def test_a_profile_ends_where_the_step_is_not_that_of_the_rule():
+@pytest.mark.parametrize("within", [True, False])
+def test_a_profile_ends_where_somebody_else_moves_the_parameters(within):
+    """Within the step, as another library that has wrapped it, or between two steps."""
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    taken = []
 
-    def train_and_meddle():
-        for i, (x, y) in enumerate(batches(6)):
-
-            def closure(x=x, y=y):
-                optimizer.zero_grad()
-                loss = F.cross_entropy(model(x), y)
-                loss.backward()
-                return loss
-
-            if i == 3:
-                handle = optimizer.register_step_post_hook(lambda *_: model[0].weight.data.mul_(0.9))
-                profile.close()
-                profile.attach()  # after the hook that moves the weights
-            optimizer.step(closure)
-        handle.remove()
+    def meddle(*_):
+        taken.append(None)
+        if len(taken) == 4:
+            model[0].weight.data.mul_(0.9)
 
     profile = Profile(model, optimizer, directions=2)
-    with profile, pytest.warns(UserWarning, match="step 3: the step moved the parameters by"):
-        train_and_meddle()
+    said = "step 3: the step moved the parameters by" if within else "step 4: parameters or the state"
+    if within:
+        optimizer.register_step_post_hook(meddle)
+    with profile, pytest.warns(UserWarning, match=said):
+        if not within:
+            optimizer.register_step_post_hook(meddle)  # after that of the profile
+        train(model, optimizer, 6)
+    assert profile.result().factors.steps.tolist() == list(range(4 if within else 5))
+
+
+@pytest.mark.parametrize("what", ["momentum", "state", "load", "freeze", "group"])
+def test_a_profile_ends_where_the_state_is_changed_between_steps(what):
+    model = net()
+    optimizer = torch.optim.SGD(list(model.parameters())[:3], lr=0.1, momentum=0.9)
+    kept = copy.deepcopy(optimizer.state_dict())
+    with Profile(model, optimizer, directions=2) as profile:
+        train(model, optimizer, 3)
+        if what == "momentum":
+            optimizer.state[model[0].weight]["momentum_buffer"].zero_()
+        elif what == "state":
+            optimizer.state.clear()
+        elif what == "load":
+            optimizer.load_state_dict(kept)
+        elif what == "freeze":
+            model[0].weight.requires_grad_(False)
+        else:
+            optimizer.add_param_group({"params": [model[2].bias]})
+        with pytest.warns(UserWarning, match="the profile ended early: step 3: "):
+            train(model, optimizer, 2)
     assert profile.result().factors.steps.tolist() == [0, 1, 2, 3]
 
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from stableopt.constraints.sharding import is_sharded
-from stableopt.lyapunov.layers.kinks import _CLAMPS, _FUNCTIONS, kink_distance
+from stableopt.lyapunov.layers.kinked import functions_of
+from stableopt.lyapunov.layers.kinks import kink_distance
 from stableopt.lyapunov.layers.walk import eager
 from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.optim import evaluate_again
@@ -39,13 +39,8 @@ LARGEST = 1e-2
 WITH_KINKS = 1e-6
 """The largest one in float64 with kinks: at 1e-4 the distance grows five times too fast, at 1e-6 as the derivative says."""
 
-_POOLS = {
-    getattr(home, f"{kind}max_pool{n}d")
-    for home, kind in ((torch, ""), (F, ""), (F, "adaptive_"))
-    for n in (1, 2, 3)
-    if hasattr(home, f"{kind}max_pool{n}d")
-}
-KINKED = (frozenset(_FUNCTIONS) - _CLAMPS) | _POOLS | {F.l1_loss, F.hinge_embedding_loss, F.margin_ranking_loss}
+KINKED = functions_of("activation", "pool", "loss")
+"""What makes the size of a perturbation matter: not clamps and comparisons, which are also applied to weights and losses."""
 
 
 @dataclass(frozen=True)
@@ -150,13 +145,10 @@ def has_kinks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         >>> has_kinks(F.elu, (x,), {"alpha": 1.0}), has_kinks(F.elu, (x, 0.5), {}), has_kinks(torch.tanh, (x,), {})
         (False, True, False)
     """
-    if func not in KINKED:
-        return False
-    if func not in _FUNCTIONS or not args:
-        return True
-    return bool(
-        _FUNCTIONS[func](*args, **{key: value for key, value in kwargs.items() if key not in {"inplace", "input"}})
-    )
+    row = KINKED.get(func)
+    if row is None or row.places is None or not args:
+        return row is not None
+    return bool(row.places(*args, **{key: value for key, value in kwargs.items() if key not in {"inplace", "input"}}))
 
 
 def refuse_half(optimizer: Optimizer) -> float:

@@ -23,6 +23,7 @@ from stableopt.errors import StabilityError
 from stableopt.lyapunov.hooks import Closure, StepHooks
 from stableopt.lyapunov.profile.finite.ground import RESOLUTION, Ground, default_size, look, refuse_half, refuse_size
 from stableopt.lyapunov.profile.finite.shadow import Shadow
+from stableopt.lyapunov.profile.tangents.agreement import Footprint
 from stableopt.optim import GuardedOptimizer
 
 __all__ = ["Twin"]
@@ -69,7 +70,8 @@ class Twin:
         512 samples in a batch, up to 2.3 with 128, where the step of the optimizer itself counts. The closure is called twice and
         must give the same batch; what is done between ``backward`` and ``step`` belongs into it. Hooks of the optimizer see the
         steps of the run only, and what they change is not part of the map. The perturbation is in the parameters; the state of the
-        optimizer departs by itself. A run whose parameters grow until they do not resolve the distance any more stops the twin.
+        optimizer departs by itself. Where parameters or state are changed between two steps the twin stops. A run whose parameters
+        grow until they do not resolve the distance any more stops the twin.
 
     Examples:
         >>> w = nn.Parameter(torch.tensor([3.0, 1.0], dtype=torch.float64))
@@ -122,6 +124,7 @@ class Twin:
         self._by_hand = False
         self._before_it: list[Tensor] = []
         self._last = self._target = math.nan
+        self._left: Footprint | None = None
         self._hooks = StepHooks(optimizer, self._before, self._after)
 
     @property
@@ -173,6 +176,7 @@ class Twin:
     def detach(self) -> None:
         """End; the growth stays."""
         self._hooks.remove()
+        self._left = None
 
     def step(self, closure: Closure) -> Any:
         """Do one step of the optimizer and one of the twin; of use where it is not attached, or where ``step`` takes no closure.
@@ -225,6 +229,9 @@ class Twin:
     def _see_before(self, closure: Closure | None) -> None:
         if self.stopped:
             return
+        if self._left is not None and (change := self._left.change(self._optimizer)):
+            self.stopped = f"before step {self.steps}: {change}"
+            return
         if closure is None:
             raise ValueError("a twin evaluates the loss again: call optimizer.step(closure), or twin.step(closure).")
         if self._ground is None:
@@ -259,6 +266,7 @@ class Twin:
             return
         try:
             shadow.run(step)
+            self._left = Footprint(self._optimizer)
         except StabilityError as error:
             self.stopped = f"the twin's step {self.steps} was refused: {error}"
             return

@@ -74,12 +74,15 @@ class Clipping:
             NotTheGradientError: if that is not the gradient of the loss, clipped as stated.
         """
         values, along = list(gradient.values), list(gradient.along)
+        if not all(bool(torch.isfinite(g).all()) for g in values if g is not None):
+            raise NotTheGradientError("the gradient is not finite")
+        total = math.sqrt(math.fsum(float(torch.linalg.vector_norm(g.flatten())) ** 2 for g in values if g is not None))
         if self.norm is not None:
             values, along = _by_norm(values, along, self.norm)
         if self.value is not None:
             values, along = _by_value(values, along, self.value)
         for mine, theirs in zip(values, used, strict=True):
-            if (mine is None) != (theirs is None) or not _same(mine, theirs):
+            if not _same(mine, theirs, total):
                 raise NotTheGradientError(
                     "the gradients that the optimizer found are not those of the loss: say clip_norm= or clip_value= if they are "
                     "clipped; gradients that are scaled or changed otherwise have no derivative here"
@@ -87,13 +90,15 @@ class Clipping:
         return along
 
 
-def _same(x: Tensor | None, y: Tensor | None) -> bool:
-    """Whether two gradients are equal up to the rounding of a factor."""
-    if x is None or y is None:
-        return x is y
+def _same(x: Tensor | None, y: Tensor | None, total: float) -> bool:
+    """Whether two gradients are equal up to rounding: their own, and what is left of terms of the size of all of them."""
+    if x is None:
+        return y is None or not bool(y.any())
+    if y is None:
+        return False
     eps = torch.finfo(x.dtype).eps
-    difference = torch.linalg.vector_norm((x - y).flatten())
-    return bool(difference <= 64.0 * eps * torch.linalg.vector_norm(x.flatten()))
+    difference, size = torch.linalg.vector_norm((x - y).flatten()), torch.linalg.vector_norm(x.flatten())
+    return bool(difference <= 64.0 * eps * size + 8.0 * eps * total)
 
 
 def _by_norm(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from stableopt.optim.rules.base import real_view, unviewed
 
 __all__ = ["ErrorResponses", "HyperResponse", "Responses"]
 
+_DIFFERENTIABLE = ("lr", "momentum", "dampening", "weight_decay", "alpha", "eps")
 _RANGE = 2.0**40
 """How far a response may leave 1 before it is scaled."""
 
@@ -73,6 +75,12 @@ class HyperResponse:
     log_norms: NDArray[np.float64]
 
 
+def _numbers_of(groups: list[dict[str, Any]]) -> list[str]:
+    """Return the names of what is a number other than zero in all groups."""
+    names = [n for n, v in groups[0].items() if isinstance(v, float | Tensor) and n in _DIFFERENTIABLE]
+    return sorted(n for n in names if all(float(group.get(n, 0.0)) != 0.0 for group in groups))
+
+
 class Responses:
     """Carry responses to errors and hyper-parameters through the steps of a system.
 
@@ -101,11 +109,12 @@ class Responses:
         self._errors: list[list[float]] = []
         self._hyper_norms: dict[str, list[float]] = {name: [] for name in hyper}
         self._exponents: list[int] = []
+        known = _numbers_of(system.optimizer.param_groups)
         for name in hyper:
-            if any(name not in group for group in system.optimizer.param_groups):
-                known = sorted(k for k, v in system.optimizer.param_groups[0].items() if isinstance(v, float))
+            if name not in known:
                 raise ValueError(
-                    f"hyper names a hyper-parameter of the optimizer, one of {', '.join(known)}; got {name!r}."
+                    "hyper names a hyper-parameter of the optimizer that is a number other than zero (at zero a rule "
+                    f"leaves out what belongs to it), one of {', '.join(known)}; got {name!r}."
                 )
 
     @property

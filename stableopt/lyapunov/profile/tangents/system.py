@@ -7,7 +7,6 @@ clips the gradient, if something does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ from torch.optim import Optimizer
 from stableopt.constraints import Regularizer
 from stableopt.constraints.sharding import is_sharded
 from stableopt.lyapunov.profile.growth.factors import orthonormalize
+from stableopt.lyapunov.profile.tangents.agreement import Agreement, Footprint, NotTheRuleError, some
 from stableopt.lyapunov.profile.tangents.clipping import Clipping
 from stableopt.lyapunov.profile.tangents.formulas import Stage, has_formula, written
 from stableopt.lyapunov.profile.tangents.metric import default_unit
@@ -28,28 +28,17 @@ from stableopt.lyapunov.profile.tangents.products import Gradient
 from stableopt.lyapunov.profile.tangents.push import push, tangent_names
 from stableopt.optim import GuardedOptimizer, UpdateRule, rule_for
 from stableopt.optim.regularize import regularizer_of
+from stableopt.optim.rules import RootMeanSquare
+from stableopt.optim.rules.adaptive import Moments
 from stableopt.optim.rules.base import State, number, real_view, unviewed
 
-__all__ = ["PARAMETER", "Before", "NotTheRuleError", "System"]
+__all__ = ["PARAMETER", "Before", "System"]
 
 PARAMETER = ""
 """The name of the parameter itself among the entries of its state."""
 
-_CHECKED = 1 << 14
-"""About how many numbers of a large parameter are compared with what the rule makes of them, in each step."""
-
 Column = dict[str, Tensor]
 """Perturbations of one parameter and its state: name -> ``(k, *shape)``."""
-
-
-class NotTheRuleError(RuntimeError):
-    """A step that the pure update map does not give: what was pushed through it is not the derivative of the run.
-
-    Examples:
-        >>> raise NotTheRuleError("the step is another one")
-        Traceback (most recent call last):
-        stableopt.lyapunov.profile.tangents.system.NotTheRuleError: the step is another one
-    """
 
 
 @dataclass(frozen=True)
@@ -93,7 +82,7 @@ class System:
     Examples:
         >>> w = torch.nn.Parameter(torch.ones(2))
         >>> system = System(torch.optim.SGD([w], lr=0.1, momentum=0.5))
-        >>> system.dimension, system.complete
+        >>> system.dimension, system.stateless
         (2, False)
     """
 
@@ -109,6 +98,7 @@ class System:
         self.parameters = [entry.parameter for entry in self.entries]
         _check_parameters(self.parameters)
         self.columns: list[Column] = []
+        self._left: Footprint | None = None
         self.units: dict[tuple[int, str], float] = {}
 
     @property
@@ -118,9 +108,25 @@ class System:
         return sum(real_view(e.parameter).numel() * (1 + len(n)) for e, n in zip(self.entries, names, strict=True))
 
     @property
+    def stateless(self) -> bool:
+        """Whether the optimizer keeps no state that could be perturbed."""
+        return not any(_keeps_state(self.rule, group) for group in self.optimizer.param_groups)
+
+    @property
     def complete(self) -> bool:
-        """Whether the state of the optimizer is there, or it has none."""
-        return all(bool(self._state(entry)) for entry in self.entries) or not _keeps_state(self.rule, self.optimizer)
+        """Whether the state of the optimizer is there, or it has none: asked after a step, with its gradients."""
+        keeps = [_keeps_state(self.rule, group) for group in self.optimizer.param_groups]
+        return all(
+            bool(self.names(entry)) or not keeps[entry.group] or entry.parameter.grad is None for entry in self.entries
+        )
+
+    def change(self) -> str:
+        """Say what was changed since the last step, in one sentence without its point; empty if nothing was."""
+        return "" if self._left is None else self._left.change(self.optimizer)
+
+    def leave(self) -> None:
+        """Remember where a step has left parameters and state."""
+        self._left = Footprint(self.optimizer)
 
     def names(self, entry: Entry) -> tuple[str, ...]:
         """Return the entries of the state of a parameter that carry perturbations."""
@@ -157,7 +163,7 @@ class System:
         """
         parameters, states = [], []
         for entry in self.entries:
-            keep = _copied if hyper or not self._is_written(entry) else _some
+            keep = _copied if hyper or not self._is_written(entry) else some
             parameters.append(keep(entry.parameter))
             states.append({name: keep(value) for name, value in self._state(entry).items()})
         groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
@@ -191,34 +197,40 @@ class System:
         if report is not None and report.action == "undone":
             return
         along = self.clipping.push(gradient, used)
-        columns, check = list(self.columns), _Check()
+        columns, check = list(self.columns), Agreement()
         for i, entry in enumerate(self.entries):
             group, state, column, g = before.groups[entry.group], before.states[i], self.columns[i], used[i]
+            tangents = d_hyper
             if report is not None:
+                if (
+                    d_hyper is not None and "lr" in d_hyper and group["lr"]
+                ):  # the guard takes a share of the rate that was asked for
+                    share = report.lr[entry.group] / number(group["lr"])
+                    tangents = d_hyper | {"lr": d_hyper["lr"] * share}
                 group = group | {"lr": report.lr[entry.group]}
                 if report.action == "restarted":
                     state, column = _restarted(self.rule, state, column)
             start, end = before.parameters[i], entry.parameter.detach()
             if g is None:  # torch leaves it alone
-                check.add(start, start, end if start.shape == end.shape else _some(end))
+                check.add(start, start, end if start.shape == end.shape else some(end))
             elif d_hyper is None and self._is_written(entry):
                 columns[i], predicted = self._by_formula(entry, group, start, g, state, column, along[i])
-                check.add(start, predicted, _some(end))
+                check.add(start, predicted, some(end))
             else:
-                columns[i], predicted = self._by_push(entry, group, start, g, state, column, along[i], d_hyper)
+                columns[i], predicted = self._by_push(entry, group, start, g, state, column, along[i], tangents)
                 check.add(start, predicted, end)
-        check.agree(type(self.rule).__name__)
+        check.check(type(self.rule).__name__)
         self.columns = columns
         self._set_units()
 
     def _is_written(self, entry: Entry) -> bool:
         """Whether the tangents of a parameter follow from the gradient and the state after the step, entry by entry."""
         group, p = self.optimizer.param_groups[entry.group], entry.parameter
-        coupled = number(group.get("weight_decay", 0.0)) and not group.get("decoupled_weight_decay", True)
-        return (
-            entry.regularizer is None and not group.get("amsgrad") and not coupled and has_formula(self.rule) and not p.is_complex()
-            and p.is_contiguous()
-        )  # fmt: skip
+        if entry.regularizer is not None or not has_formula(self.rule) or p.is_complex() or not p.is_contiguous():
+            return False
+        # a coupled decay needs the parameter before the step, but that of SGD is linear, and amsgrad the old maximum
+        coupled = number(group.get("weight_decay", 0.0)) and not group.get("decoupled_weight_decay", False)
+        return not group.get("amsgrad") and not (coupled and isinstance(self.rule, Moments | RootMeanSquare))
 
     def _by_formula(
         self,
@@ -237,7 +249,7 @@ class System:
         found = written(stage, column[PARAMETER], along, d_state)
         if found is None:
             raise NotTheRuleError(f"there are no formulas for this step of {type(self.rule).__name__}")
-        predicted, _ = self.rule.update(start, _some(gradient), state, group)
+        predicted, _ = self.rule.update(start, some(gradient), state, group)
         return {PARAMETER: found[0], **d_state, **found[1]}, predicted
 
     def _by_push(
@@ -341,13 +353,13 @@ def _check_parameters(parameters: Sequence[Tensor]) -> None:
             )
 
 
-def _keeps_state(rule: UpdateRule, optimizer: Optimizer) -> bool:
-    """Whether the rule will have a state: asked of a step on one number."""
-    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
-    shape = (1, 1)  # what normalizes matrices needs one
-    like = optimizer.param_groups[0]["params"][0]
-    zero = torch.zeros(shape, dtype=like.dtype)
-    _, state = rule.update(zero, torch.ones_like(zero), {}, group)
+def _keeps_state(rule: UpdateRule, group: dict[str, Any]) -> bool:
+    """Whether the rule will have a state in a group: asked of a step on one number."""
+    like = next((p for p in group["params"] if p.requires_grad), None)
+    if like is None:
+        return False
+    zero = torch.zeros((1, 1), dtype=like.dtype)  # what normalizes matrices needs one
+    _, state = rule.update(zero, torch.ones_like(zero), {}, {k: v for k, v in group.items() if k != "params"})
     return bool(tangent_names(rule, state, zero))
 
 
@@ -369,32 +381,3 @@ def _drawn(rows: int, p: Tensor, generator: torch.Generator) -> Tensor:
 
 def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-class _Check:
-    """Whether the pure update map took parameters where the optimizer did, on some of their numbers."""
-
-    def __init__(self) -> None:
-        self._sums: list[Tensor] = []
-        self._eps = 0.0
-
-    def add(self, start: Tensor, predicted: Tensor, end: Tensor) -> None:
-        norms = [torch.linalg.vector_norm(x) for x in (predicted - end, end - start, end)]
-        self._sums.append(torch.stack(norms).double() ** 2)
-        self._eps = max(self._eps, torch.finfo(end.dtype).eps)
-
-    def agree(self, rule: str) -> None:
-        device = self._sums[0].device
-        wrong, moved, size = torch.stack([s.to(device) for s in self._sums]).sum(0).sqrt().tolist()
-        if not wrong <= math.sqrt(self._eps) * moved + 32.0 * self._eps * size:
-            raise NotTheRuleError(
-                f"the step moved the parameters by {moved:.3g} and ended {wrong:.3g} from where the rule {rule} takes them"
-            )
-
-
-def _some(x: Any) -> Any:
-    """Return copies of evenly spread numbers of a contiguous tensor, of all if there are few."""
-    if not isinstance(x, Tensor):
-        return x
-    x = x.detach()
-    return x.reshape(-1)[:: x.numel() // _CHECKED].clone() if x.numel() >= 2 * _CHECKED else x.clone()

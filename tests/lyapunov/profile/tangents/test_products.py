@@ -132,14 +132,14 @@ def test_another_way_is_taken_where_the_graph_has_no_second_derivative():
     tap, d = GradientTap([w]), [torch.ones(1, 2, dtype=torch.float64)]
     tap.evaluate(closure, d)
     assert tap.gradient.backend == "difference"
-    assert "graph said" in tap.reason
+    assert "the graph is not used" in tap.reason
     assert torch.allclose(tap.gradient.along[0], torch.tensor([[6.0, 12.0]], dtype=torch.float64), rtol=1e-6)
     assert w.grad.tolist() == [3.0, 12.0]
-    with pytest.raises(RuntimeError, match="no second derivative"):
+    with pytest.raises(RuntimeError, match="cannot be used"):
         GradientTap([w], "graph").evaluate(closure, d)
 
 
 def test_a_method_that_evaluates_again_needs_a_closure():
     w = nn.Parameter(torch.ones(1))
-    with pytest.raises(RuntimeError, match="needs a closure"):
+    with pytest.raises(RuntimeError, match="evaluates the loss again"):
         GradientTap([w], "exact").backward(w.square().sum(), [torch.ones(1, 1)])
