@@ -13,16 +13,14 @@ counted, so in a deep model the share is an estimate from below.
 from __future__ import annotations
 
 import functools
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwd
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from stableopt.lyapunov.layers.kinked import functions_of
 from stableopt.lyapunov.layers.readout import Readout
 from stableopt.nn.activations import Abs, GroupSort, NActivation, channelwise
 from stableopt.nn.splines import LinearSpline
@@ -83,53 +81,8 @@ def _(module: LinearSpline, z: Tensor) -> Tensor:
     return (z - place).abs().flatten()
 
 
-def _at(*kinks: float) -> Callable[..., tuple[float, ...]]:
-    return lambda *_args, **_kwargs: kinks
-
-
-def _hardtanh(
-    _z: Tensor, min_val: float = -1.0, max_val: float = 1.0, *_args: Any, **_kwargs: Any
-) -> tuple[float, ...]:
-    return float(min_val), float(max_val)
-
-
-def _softshrink(_z: Tensor, lambd: float = 0.5, *_args: Any, **_kwargs: Any) -> tuple[float, ...]:
-    return -float(lambd), float(lambd)
-
-
-def _threshold(_z: Tensor, threshold: float, *_args: Any, **_kwargs: Any) -> tuple[float, ...]:
-    return (float(threshold),)
-
-
-def _elu(_z: Tensor, alpha: float = 1.0, *_args: Any, **_kwargs: Any) -> tuple[float, ...]:
-    return () if alpha == 1.0 else (0.0,)
-
-
-def _clamp(_z: Tensor, min: Any = None, max: Any = None, *_args: Any, **_kwargs: Any) -> tuple[float, ...]:  # noqa: A002 torch's names
-    return tuple(float(bound) for bound in (min, max) if isinstance(bound, int | float) and math.isfinite(bound))
-
-
-_CLAMPS = frozenset(
-    getattr(home, name + end)
-    for home in (torch, Tensor)
-    for name in ("clamp", "clamp_min", "clamp_max", "clip")
-    for end in ("", "_")
-)
-"""Also applied to weights and to numbers that must not be zero."""
-
-_ZERO, _SIX, _THREE = _at(0.0), _at(0.0, 6.0), _at(-3.0, 3.0)
-_FUNCTIONS: dict[Any, Callable[..., tuple[float, ...]]] = {
-    **dict.fromkeys([F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_], _ZERO),
-    **dict.fromkeys([F.leaky_relu, F.leaky_relu_, F.prelu, torch.prelu, Tensor.prelu, F.rrelu, F.rrelu_], _ZERO),
-    **dict.fromkeys([F.hardtanh, F.hardtanh_], _hardtanh),
-    F.relu6: _SIX,
-    **dict.fromkeys([F.hardsigmoid, F.hardswish], _THREE),
-    **dict.fromkeys([F.softshrink, F.hardshrink, torch.hardshrink, Tensor.hardshrink], _softshrink),
-    **dict.fromkeys([F.selu, torch.selu, torch.selu_], _ZERO),
-    **dict.fromkeys([F.elu, F.elu_], _elu),
-    **dict.fromkeys(_CLAMPS, _clamp),
-    **dict.fromkeys([F.threshold, torch.threshold_], _threshold),
-}
+_ACTIVATIONS = functions_of("activation", "clamp")
+_CLAMPS = frozenset(functions_of("clamp"))
 
 
 class KinkCounter(TorchFunctionMode):
@@ -194,13 +147,18 @@ class KinkCounter(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        kinks = _FUNCTIONS.get(func) if self._path and not self._inside else None
+        row = _ACTIVATIONS.get(func) if self._path and not self._inside else None
         x = args[0] if args else kwargs.get("input")
-        if kinks is not None and isinstance(x, Tensor) and (func not in _CLAMPS or _is_moved(x)):
+        if (
+            row is not None
+            and row.places is not None
+            and isinstance(x, Tensor)
+            and (func not in _CLAMPS or _is_moved(x))
+        ):
             z = _primal(x)
             options = {key: value for key, value in kwargs.items() if key not in {"inplace", "input"}}
             with torch.no_grad():
-                places = kinks(*(args or (x,)), **options)
+                places = row.places(*(args or (x,)), **options)
                 distances = [(z - c).abs() if c else z.abs() for c in places]
                 if distances:
                     self._count(distances[0] if len(distances) == 1 else torch.stack(distances).amin(0), z)

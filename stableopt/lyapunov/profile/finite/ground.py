@@ -142,7 +142,11 @@ def has_kinks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
     Examples:
         >>> x = torch.ones(1)
-        >>> has_kinks(F.elu, (x,), {"alpha": 1.0}), has_kinks(F.elu, (x, 0.5), {}), has_kinks(torch.tanh, (x,), {})
+        >>> (
+        ...     has_kinks(nn.functional.elu, (x,), {"alpha": 1.0}),
+        ...     has_kinks(nn.functional.elu, (x, 0.5), {}),
+        ...     has_kinks(torch.tanh, (x,), {}),
+        ... )
         (False, True, False)
     """
     row = KINKED.get(func)

@@ -234,7 +234,7 @@ def calls_of(model: nn.Module, x: Tensor) -> list[Call]:
         atoms = {id(module): (name, module) for name, module in reversed([*_atoms(model, "")])}
         for name, module in atoms.values():
             stack.callback(module.register_forward_pre_hook(functools.partial(_named, before, name)).remove)
-            stack.callback(module.register_forward_hook(after).remove)
+            stack.callback(module.register_forward_hook(after, prepend=True).remove)
         output = model(x)
     if not isinstance(output, Tensor) or output is not last[0][0] or output._version != last[0][1]:  # noqa: SLF001
         raise NotAChain("the model changes what its last layer returns")
@@ -246,9 +246,10 @@ def _named(function: Callable[..., None], name: str, module: nn.Module, args: tu
 
 
 def _call(name: str, module: nn.Module, z: Tensor) -> Call:
-    part = affine(module)
-    found = None if part is not None or isinstance(module, GroupSort) else pieces(module, z)
-    if part is None and found is None and not isinstance(module, GroupSort):
+    part = affine(module) if _is_known(module) else None
+    sorts = isinstance(module, GroupSort) and _is_known(module)
+    found = pieces(module, z) if part is None and _is_known(module) else None
+    if part is None and found is None and not sorts:
         mode = (
             " in training mode"
             if module.training and affine.dispatch(type(module)) is not affine.dispatch(object)
@@ -258,9 +259,19 @@ def _call(name: str, module: nn.Module, z: Tensor) -> Call:
     return Call(name, module, z, part, found)
 
 
+def _is_known(module: nn.Module) -> bool:
+    """Whether its class is registered, or computes the same as one that is."""
+    if "forward" in vars(module):
+        return False
+    for base in type(module).__mro__:
+        if base is not object and (base is GroupSort or base in affine.registry or base in pieces.registry):
+            return type(module).forward is getattr(base, "forward", None)  # one that overrides it does something else
+    return False
+
+
 def _atoms(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    known = any(table.dispatch(type(module)) is not table.dispatch(object) for table in (affine, pieces))
-    if known or isinstance(module, GroupSort) or next(module.children(), None) is None:
+    known = _is_known(module)
+    if known or next(module.children(), None) is None:
         yield name, module
         return
     for key, child in module.named_children():

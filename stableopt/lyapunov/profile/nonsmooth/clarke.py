@@ -62,7 +62,8 @@ class ClarkeReading:
         product: for each sample an upper bound, the product of the norms of all layers.
         slopes: for each elementwise activation the slopes that automatic differentiation takes, smallest and largest ones, each of
             shape ``(samples, units)``.
-        left: names of what the model has of other kinks; there the set has the derivative of automatic differentiation alone.
+        left: names of all that was done with the input and is not known to be smooth (other kinks, comparisons, ``detach``). Of
+            these only the derivative of automatic differentiation is known: with any, nothing is exact, and no upper end finite.
         reason: why nothing is proved; empty if all is.
 
     Note:
@@ -128,8 +129,8 @@ def clarke_bounds(
     Note:
         Any other model is opened by automatic differentiation: each call of a piecewise-linear function of torch gets the tangents
         between its slopes, what is smooth has its derivative at the point. Then the norms are estimates, since rounding is not
-        counted, and kinks of other functions are named in ``left``. It takes one backward pass for each output and each undecided
-        unit of a sample.
+        counted. All else that is not known to be smooth is named in ``left``, and then there is no upper bound. It takes one
+        backward pass for each output and each undecided unit of a sample.
 
     Raises:
         TypeError: if the input is not floating.
@@ -230,15 +231,17 @@ def _reading(
     left: tuple[str, ...],
     reason: str,
 ) -> ClarkeReading:
-    fine = [(form.interval(), form.entrywise()) for form in forms]
+    fine = [(math.inf, math.inf) if left else (form.interval(), form.entrywise()) for form in forms]
     uppers = [min(*a, *b) for a, b in zip(fine, coarse, strict=True)]
     return ClarkeReading(
         reach=settings.reach,
         kinks=kinks,
         undecided=undecided,
         chosen=tuple(form.chosen() for form in forms),
-        largest=tuple(_largest(form, upper, settings) for form, upper in zip(forms, uppers, strict=True)),
-        exact=tuple(form.vertices <= settings.vertices for form in forms),
+        largest=tuple(
+            _open_above(_largest(form, upper, settings), bool(left)) for form, upper in zip(forms, uppers, strict=True)
+        ),
+        exact=tuple(form.vertices <= settings.vertices and not left for form in forms),
         interval=tuple(interval for interval, _ in fine),
         entrywise=tuple(entrywise for _, entrywise in fine),
         absolute=tuple(absolute for absolute, _ in coarse),
@@ -256,6 +259,11 @@ def _largest(form: Fractional, upper: float, settings: _Settings) -> Bound:
     found = form.search(settings.samples, settings.seed)
     upper = min(upper, form.branched(max(1, settings.vertices // _SHARE)))
     return Bound(found.lower, max(found.lower, upper), found.proved)
+
+
+def _open_above(bound: Bound, unknown: bool) -> Bound:
+    """Return a bound, without its upper end where there are kinks that were not opened."""
+    return Bound(bound.lower, math.inf, False) if unknown else bound
 
 
 def _check(model: nn.Module, x: Tensor, forms: list[tuple[Fractional, float]]) -> None:

@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from stableopt.lyapunov.layers.kinks import kink_distance
 from stableopt.lyapunov.layers.walk import eager, floating
-from stableopt.lyapunov.profile.finite.ground import has_kinks
 from stableopt.lyapunov.profile.nonsmooth.fractional import Block, Fractional
 from stableopt.lyapunov.profile.nonsmooth.slopes import FUNCTIONS, Pieces, slopes_of
+from stableopt.lyapunov.profile.nonsmooth.smooth import Watch
 from stableopt.lyapunov.undisturbed import undisturbed
 
 __all__ = ["Opened", "Opening", "distances_of", "opened"]
@@ -57,16 +58,21 @@ class Opened:
     openings: tuple[Opening, ...]
 
 
+_ESCAPES = frozenset(
+    {"tolist", "numpy", "__array__", "__dlpack__", "register_hook", "register_post_accumulate_grad_hook"}
+)
+"""Methods that let numbers out of torch, or change a derivative on its way back."""
+
+
 class _Openings(TorchFunctionMode):
     """Replace each piecewise-linear function of what depends on the input by its tangent at the middle of its slopes."""
 
-    def __init__(self, reach: float, distances: list[float] | None) -> None:
+    def __init__(self, watch: Watch, reach: float, distances: list[float] | None) -> None:
         super().__init__()
         self.path: list[str] = []
-        self.left: list[str] = []
         self.found: list[Opening] = []
         self.sizes: list[float] = []
-        self._reach, self._distances = reach, distances
+        self._watch, self._reach, self._distances = watch, reach, distances
         self._names: dict[str, int] = {}
 
     def leave(self) -> None:
@@ -74,16 +80,39 @@ class _Openings(TorchFunctionMode):
         self.path.pop()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        kwargs, watch = kwargs or {}, self._watch
         z = args[0] if args else kwargs.get("input")
-        if not isinstance(z, Tensor) or not z.requires_grad or not (func in FUNCTIONS or has_kinks(func, args, kwargs)):
-            return func(*args, **kwargs)
-        rest, options = args[1:], {k: v for k, v in kwargs.items() if k not in {"input", "inplace"}}
-        pieces = FUNCTIONS[func](z, *rest, **options) if func in FUNCTIONS else None
-        if pieces is None:
-            self.left.append(getattr(func, "__name__", str(func)))
-            return func(*args, **kwargs)
-        return self._open(lambda y: func(y, *rest, **options), z, pieces)
+        if func in FUNCTIONS and isinstance(z, Tensor) and z.requires_grad and torch.is_grad_enabled():
+            rest, options = args[1:], {k: v for k, v in kwargs.items() if k not in {"input", "inplace"}}
+            pieces = FUNCTIONS[func](z, *rest, **options)
+            if pieces is not None:
+                return self._opened(lambda y: func(y, *rest, **options), z, pieces, in_place=_in_place(func, kwargs))
+        watch.called = name = _name(func)
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            watch.called = ""
+        used = any(isinstance(t, Tensor) and watch.follows(t) for t in tree_leaves((args, kwargs)))
+        if used and (name in _ESCAPES or any(map(self._is_cut_off, tree_leaves(result)))):
+            watch.leave(name)
+        return result
+
+    def _is_cut_off(self, result: Any) -> bool:
+        """Whether a result depends on the input, and automatic differentiation does not know."""
+        numbers = isinstance(result, Tensor) and (result.is_floating_point() or result.is_complex())
+        return numbers and not result.requires_grad and self._watch.follows(result)
+
+    def _opened(self, function: Any, z: Tensor, pieces: Pieces, *, in_place: bool) -> Tensor:
+        self._watch.paused = True
+        try:
+            kept = z.clone() if in_place else z
+            result = self._open(function, kept, pieces)
+            if in_place and not z.is_leaf:  # what else holds the tensor sees the change
+                result = z.copy_(result)
+        finally:
+            self._watch.paused = False
+        self._watch.follow(result)
+        return result
 
     def _open(self, function: Any, z: Tensor, pieces: Pieces) -> Tensor:
         path = self.path[-1] if self.path else ""
@@ -99,6 +128,17 @@ class _Openings(TorchFunctionMode):
         return function(z.detach().clone()) + middle * (z - z.detach()) + added
 
 
+def _name(func: Any) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name in {"__get__", "__set__"}:  # of an attribute
+        name = getattr(getattr(func, "__self__", None), "__name__", name)
+    return name if name in _ESCAPES else name.strip("_") or name
+
+
+def _in_place(func: Any, kwargs: dict[str, Any]) -> bool:
+    return bool(kwargs.get("inplace")) or getattr(func, "__name__", "").endswith("_")
+
+
 @contextmanager
 def _paths(model: nn.Module, mode: _Openings) -> Iterator[None]:
     with ExitStack() as stack:
@@ -110,16 +150,20 @@ def _paths(model: nn.Module, mode: _Openings) -> Iterator[None]:
         yield
 
 
-def _evaluate(model: nn.Module, x: Tensor, mode: _Openings) -> tuple[Tensor, Tensor]:
+def _evaluate(
+    model: nn.Module, x: Tensor, reach: float, distances: list[float] | None
+) -> tuple[Tensor, Tensor, _Openings, list[str]]:
     fixed = {name: p.detach() for name, p in model.named_parameters(remove_duplicate=False)}
+    leaf = x.detach().clone().requires_grad_()
+    watch = Watch(leaf, reach)
+    mode = _Openings(watch, reach, distances)
     with eager(), undisturbed(model), torch.enable_grad(), _paths(model, mode):
-        leaf = x.detach().clone().requires_grad_()
-        with mode:
+        with watch, mode:
             output = torch.func.functional_call(model, fixed, (leaf,))
         found = floating(output)
         if not found:
             raise ValueError("the model returns no floating-point tensor.")
-        return leaf, found[0]
+        return leaf, found[0], mode, watch.left
 
 
 def distances_of(model: nn.Module, x: Tensor, reach: float) -> tuple[list[float], dict[str, float], tuple[str, ...]]:
@@ -131,15 +175,15 @@ def distances_of(model: nn.Module, x: Tensor, reach: float) -> tuple[list[float]
         reach: relative distance to a kink.
 
     Returns:
-        The distance for each call, the share of its units that it leaves undecided, and the names of other kinks.
+        The distance for each call, the share of its units that it leaves undecided, and the names of all else that is not known to
+        be smooth.
     """
-    mode = _Openings(reach, None)
-    _evaluate(model, x, mode)
+    _, _, mode, left = _evaluate(model, x, reach, None)
     shares = {o.name: float((o.lower < o.upper).double().mean()) for o in mode.found}
     known = kink_distance.dispatch(object)
     modules = [type(m).__name__ for m in model.modules() if kink_distance.dispatch(type(m)) is not known]
     others = [name for name in modules if name != "Abs"]
-    return mode.sizes, shares, tuple(dict.fromkeys([*mode.left, *others]))
+    return mode.sizes, shares, tuple(dict.fromkeys([*left, *others]))
 
 
 def opened(model: nn.Module, x: Tensor, distances: list[float]) -> Opened:
@@ -153,8 +197,7 @@ def opened(model: nn.Module, x: Tensor, distances: list[float]) -> Opened:
     Raises:
         ValueError: if the model calls other functions for one sample than for a batch.
     """
-    mode = _Openings(0.0, distances)
-    leaf, output = _evaluate(model, x, mode)
+    leaf, output, mode, _ = _evaluate(model, x, 0.0, distances)
     if len(mode.found) != len(distances):
         raise ValueError("the model calls other functions for one sample than for a batch.")
     units = [torch.nonzero((o.lower < o.upper).reshape(-1)).reshape(-1) for o in mode.found]

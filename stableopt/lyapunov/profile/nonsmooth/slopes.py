@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stableopt.lyapunov.layers.kinked import Kinked, functions_of
 from stableopt.nn.activations import Abs, GroupSort
 
 __all__ = ["FUNCTIONS", "Pieces", "group_options", "groups_of", "pieces", "slopes_of"]
@@ -45,9 +46,10 @@ class Pieces:
         """
         stored = z.detach()
         z = stored.double()
-        # kinks and slopes are what the dtype of the activation makes of them
+        # kinks and slopes are what the dtype of the activation makes of them, never by way of the default dtype
         kinks, slopes = (
-            [torch.as_tensor(c).to(stored).double() for c in places] for places in (self.kinks, self.slopes)
+            [torch.as_tensor(c, dtype=torch.float64).to(stored).double() for c in places]
+            for places in (self.kinks, self.slopes)
         )
         lower, upper = torch.full_like(z, torch.inf), torch.full_like(z, -torch.inf)
         for i, value in enumerate(slopes):
@@ -62,48 +64,16 @@ class Pieces:
         return lower, upper
 
 
-def _leaky(_z: Tensor, negative_slope: float = 0.01, *_: Any, **__: Any) -> Pieces:
-    return Pieces((0.0,), (float(negative_slope), 1.0))
+def _opened(row: Kinked) -> Callable[..., Pieces | None]:
+    def function(*args: Any, **kwargs: Any) -> Pieces | None:
+        slopes = row.slopes(*args, **kwargs) if row.slopes is not None else None
+        return None if slopes is None or row.places is None else Pieces(row.places(*args, **kwargs), slopes)
+
+    return function
 
 
-def _hardtanh(_z: Tensor, min_val: float = -1.0, max_val: float = 1.0, *_: Any, **__: Any) -> Pieces:
-    return Pieces((float(min_val), float(max_val)), (0.0, 1.0, 0.0))
-
-
-def _softshrink(_z: Tensor, lambd: float = 0.5, *_: Any, **__: Any) -> Pieces:
-    return Pieces((-float(lambd), float(lambd)), (1.0, 0.0, 1.0))
-
-
-def _threshold(_z: Tensor, threshold: float, value: float, *_: Any, **__: Any) -> Pieces | None:
-    return Pieces((float(threshold),), (0.0, 1.0)) if threshold == value else None  # else it jumps
-
-
-def _prelu(z: Tensor, weight: Tensor, *_: Any, **__: Any) -> Pieces:
-    slope = weight.detach().double()
-    if slope.numel() > 1:
-        slope = slope.reshape(-1, *[1] * (z.ndim - 2))
-    return Pieces((0.0,), (slope, 1.0))
-
-
-def _rrelu(_z: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, *_: Any) -> Pieces | None:
-    return None if training else Pieces((0.0,), ((lower + upper) / 2, 1.0))
-
-
-def _is(kinks: tuple[float, ...], slopes: tuple[float, ...]) -> Callable[..., Pieces]:
-    return lambda *_, **__: Pieces(kinks, slopes)
-
-
-_RELU, _ABS = _is((0.0,), (0.0, 1.0)), _is((0.0,), (-1.0, 1.0))
 FUNCTIONS: dict[Any, Callable[..., Pieces | None]] = {
-    **dict.fromkeys([F.relu, torch.relu, torch.relu_, Tensor.relu, Tensor.relu_], _RELU),
-    **dict.fromkeys([F.leaky_relu, F.leaky_relu_], _leaky),
-    **dict.fromkeys([F.prelu, torch.prelu, Tensor.prelu], _prelu),
-    **dict.fromkeys([F.hardtanh, F.hardtanh_], _hardtanh),
-    **dict.fromkeys([F.rrelu, F.rrelu_], _rrelu),
-    **dict.fromkeys([torch.abs, Tensor.abs, torch.absolute, Tensor.absolute], _ABS),
-    F.relu6: _is((0.0, 6.0), (0.0, 1.0, 0.0)),
-    **dict.fromkeys([F.softshrink], _softshrink),
-    **dict.fromkeys([F.threshold, torch.threshold_], _threshold),
+    function: _opened(row) for function, row in functions_of().items() if row.slopes is not None
 }
 """What is piecewise linear among the functions of torch, by the function and its arguments."""
 
@@ -127,44 +97,44 @@ def pieces(module: nn.Module, z: Tensor) -> Pieces | None:  # noqa: ARG001 for c
 
 
 @pieces.register(nn.ReLU)
-def _(module: nn.ReLU, z: Tensor) -> Pieces:
-    return _RELU(module, z)
+def _(module: nn.ReLU, z: Tensor) -> Pieces | None:  # noqa: ARG001 dispatched on
+    return FUNCTIONS[F.relu](z)
 
 
 @pieces.register(nn.LeakyReLU)
-def _(module: nn.LeakyReLU, z: Tensor) -> Pieces:
-    return _leaky(z, module.negative_slope)
+def _(module: nn.LeakyReLU, z: Tensor) -> Pieces | None:
+    return FUNCTIONS[F.leaky_relu](z, module.negative_slope)
 
 
 @pieces.register(nn.PReLU)
-def _(module: nn.PReLU, z: Tensor) -> Pieces:
-    return _prelu(z, module.weight)
+def _(module: nn.PReLU, z: Tensor) -> Pieces | None:
+    return FUNCTIONS[F.prelu](z, module.weight)
 
 
 @pieces.register(nn.Hardtanh)
-def _(module: nn.Hardtanh, z: Tensor) -> Pieces:
-    return _hardtanh(z, module.min_val, module.max_val)
+def _(module: nn.Hardtanh, z: Tensor) -> Pieces | None:
+    return FUNCTIONS[F.hardtanh](z, module.min_val, module.max_val)
 
 
 @pieces.register(nn.Softshrink)
-def _(module: nn.Softshrink, z: Tensor) -> Pieces:
-    return _softshrink(z, module.lambd)
+def _(module: nn.Softshrink, z: Tensor) -> Pieces | None:
+    return FUNCTIONS[F.softshrink](z, module.lambd)
 
 
 @pieces.register(nn.Threshold)
 def _(module: nn.Threshold, z: Tensor) -> Pieces | None:
-    return _threshold(z, module.threshold, module.value)
+    return FUNCTIONS[F.threshold](z, module.threshold, module.value)
 
 
 @pieces.register(nn.RReLU)
 def _(module: nn.RReLU, z: Tensor) -> Pieces | None:
-    return _rrelu(z, module.lower, module.upper, module.training)
+    return FUNCTIONS[F.rrelu](z, module.lower, module.upper, module.training)
 
 
 @pieces.register(Abs)
-def _(module: Abs, z: Tensor) -> Pieces:
+def _(module: Abs, z: Tensor) -> Pieces | None:
     if module.fraction == 1.0:
-        return _ABS(module, z)
+        return FUNCTIONS[torch.abs](z)
     channels = z.shape[1]
     left = torch.where(torch.arange(channels) < round(module.fraction * channels), -1.0, 1.0).double()
     return Pieces((0.0,), (left.reshape(-1, *[1] * (z.ndim - 2)), 1.0))

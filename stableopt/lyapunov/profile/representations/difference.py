@@ -19,17 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from stableopt.lyapunov.layers.forward import relative_step
+from stableopt.lyapunov.layers.kinked import is_kinked
 
 __all__ = ["Operations", "central_differences", "size_of_difference"]
-
-KINKED = frozenset({
-    "relu", "leaky_relu", "prelu", "_prelu_kernel", "rrelu_with_noise", "threshold", "hardtanh", "hardswish", "hardsigmoid", "selu",
-    "softshrink", "hardshrink", "abs", "sgn", "sign", "round", "floor", "ceil", "trunc", "frac", "fmod", "remainder",
-    "clamp", "clamp_min", "clamp_max", "max", "min", "amax", "amin", "aminmax", "maximum", "minimum", "fmax", "fmin",
-    "sort", "topk", "kthvalue", "median", "cummax", "cummin", "max_pool2d_with_indices", "max_pool3d_with_indices",
-    "adaptive_max_pool2d", "adaptive_max_pool3d", "max_pool2d", "max_pool3d", "fractional_max_pool2d", "mkldnn_max_pool2d",
-})  # fmt: skip
-"""Operations with a kink or a jump."""
 
 
 class Operations(TorchDispatchMode):
@@ -57,7 +49,7 @@ class Operations(TorchDispatchMode):
         name = func._schema.name.rpartition("::")[2].rstrip("_")  # noqa: SLF001 torch has no public access
         floats = [t.dtype for t in tree_leaves(results) if isinstance(t, Tensor) and t.is_floating_point()]
         self.dtypes.update(floats)
-        if name in KINKED and floats:
+        if floats and is_kinked(name, args):
             self.kinks.add(name)
         return results
 

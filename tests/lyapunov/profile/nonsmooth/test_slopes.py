@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stableopt.lyapunov.profile.nonsmooth.clarke import clarke_bounds
 from stableopt.lyapunov.profile.nonsmooth.slopes import FUNCTIONS, group_options, groups_of, pieces, slopes_of
 from stableopt.nn.activations import Abs, GroupSort
 
@@ -102,3 +103,31 @@ def test_orders_open_at_the_distance_at_which_two_can_meet(reach: float, count: 
     if count != 2:
         assert len(group_options((1.0, 2.0, 3.0), reach)) == count
     assert len(group_options((0.0,) * 4, 0.0)) == math.factorial(4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    ("module", "place", "slopes"),
+    [
+        (nn.Softshrink(0.1), 0.1, (0.0, 1.0)),
+        (nn.Threshold(0.3, 0.3), 0.3, (0.0, 1.0)),
+        (nn.Hardtanh(-0.3, 0.3), 0.3, (0.0, 1.0)),
+        (nn.LeakyReLU(), 0.0, (0.01, 1.0)),
+    ],
+    ids=lambda x: type(x).__name__,
+)
+def test_kinks_do_not_pass_through_the_default_dtype(
+    module: nn.Module, place: float, slopes: tuple[float, float], dtype: torch.dtype
+) -> None:
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        x = torch.tensor([[place]], dtype=dtype)
+        reading = clarke_bounds(nn.Sequential(module), x)
+    finally:
+        torch.set_default_dtype(default)
+    _, lower, upper = reading.slopes["0"]
+    assert (lower.item(), upper.item()) == tuple(torch.tensor(slopes, dtype=dtype).double().tolist())
+    assert reading.undecided.tolist() == [1]
+    assert reading.proved
+    assert 1.0 in reading.worst
