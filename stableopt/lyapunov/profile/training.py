@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stableopt.lyapunov.hooks import Closure, StepHooks
-from stableopt.lyapunov.profile.finite.twin import Twin
+from stableopt.lyapunov.profile.arguments import check_count, check_surroundings, check_window, twin_of
 from stableopt.lyapunov.profile.reading import FiniteSize, ProfileReading
 from stableopt.lyapunov.profile.representations.looks import Looks, ProbeInput
 from stableopt.lyapunov.profile.tangents.agreement import NotTheRuleError
@@ -25,7 +25,6 @@ from stableopt.lyapunov.profile.tangents.products import GradientTap, NoDerivati
 from stableopt.lyapunov.profile.tangents.recorder import Recorder
 from stableopt.lyapunov.profile.tangents.responses import Responses
 from stableopt.lyapunov.profile.tangents.system import Before, System
-from stableopt.optim import GuardedOptimizer
 
 __all__ = ["Profile"]
 
@@ -127,15 +126,15 @@ class Profile:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"Profile needs a torch.optim.Optimizer as optimizer, got {type(optimizer).__name__}.")
         if directions != "all":
-            _check_count("directions", directions)
+            check_count("directions", directions)
         if cadence != "auto":
-            _check_count("cadence", cadence)
-        _check_count("look_every", look_every)
-        _check_count("start", start, least=0)
+            check_count("cadence", cadence)
+        check_count("look_every", look_every)
+        check_count("start", start, least=0)
         if errors is not None:
-            _check_count("errors", errors)
-        _check_window(window)
-        _check_surroundings(optimizer)
+            check_count("errors", errors)
+        check_window(window)
+        check_surroundings(optimizer)
         if window is not None and (errors is not None or hyper):
             raise ValueError(
                 "errors and hyper follow every step, so they cannot be had with a window: leave one of them out."
@@ -155,7 +154,7 @@ class Profile:
         self._responses = Responses(self._system, errors, self._hyper, seed)
         self._recorder = Recorder(self._system, cadence)
         self._looks = Looks(model, probe, self._system) if probe is not None else None
-        self._twin = _twin_of(model, optimizer, finite_size, seed)
+        self._twin = twin_of(model, optimizer, finite_size, seed)
         self._path = None if run_dir is None else Path(run_dir)
         self._step, self._origin, self._products, self._backend = 0, 0, 0, ""
         self._begun = self._active = self._ended = False
@@ -387,36 +386,3 @@ class Profile:
         several = len(self._optimizer.param_groups) > 1
         units = {(f"{g}/{name}" if several else name): unit for (g, name), unit in self._system.units.items()}
         return {"parameters": 1.0, **units}
-
-
-def _twin_of(model: nn.Module, optimizer: Optimizer, size: float | bool | None, seed: int) -> Twin | None:
-    if size is None or size is False:
-        return None
-    return Twin(model, optimizer, None if size is True else size, seed=seed, finite_size=True)
-
-
-def _check_surroundings(optimizer: Optimizer) -> None:
-    """Refuse what a profile of one process and of one step at a time cannot follow."""
-    if isinstance(optimizer, GuardedOptimizer) and optimizer.param_groups[0]["guard"] == "lazy":
-        raise ValueError(
-            "a lazy guard judges a step by the next one, and may undo it then; use guard='backtrack' for a profile."
-        )
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if distributed and torch.distributed.get_world_size() > 1:
-        raise ValueError(
-            "a profile is of a training in one process, and there are several: their gradients are averaged where it cannot see "
-            "it; profile the same training in one of them, with the whole batch."
-        )
-
-
-def _check_count(name: str, value: Any, least: int = 1) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"Profile needs {name} as an integer >= {least}, got {value!r}.")
-
-
-def _check_window(window: Any) -> None:
-    if window is None:
-        return
-    pair = isinstance(window, tuple) and len(window) == 2 and all(isinstance(n, int) for n in window)
-    if not (pair and 1 <= window[0] <= window[1]):
-        raise ValueError(f"Profile needs window as (W, K) with integers 1 <= W <= K, got {window!r}.")

@@ -322,7 +322,7 @@ class _AfterBackward(TorchFunctionMode):
 
 def _foreign(loss: Tensor) -> str:
     """Return the name of a function in a graph whose backward is somebody's own; empty if there is none."""
-    waiting, seen = [loss.grad_fn], {None}
+    waiting, seen = [loss.grad_fn], set[Any]()
     while waiting:
         node = waiting.pop()
         if node is None or node in seen:
