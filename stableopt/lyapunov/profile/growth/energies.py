@@ -34,65 +34,14 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from stableopt.lyapunov.profile.growth.between import Between
 from stableopt.lyapunov.profile.growth.energy_cells import EnergyCells, bounds, summation
+from stableopt.lyapunov.profile.growth.energy_check import EnergyCheck
 from stableopt.lyapunov.profile.growth.windows import FactorsLike, Windows, measure_windows
 
 __all__ = ["EnergyCheck", "EnergySynthesis", "synthesize"]
 
 Array = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class EnergyCheck:
-    r"""The bounds of an energy beside the measured norms of all windows of a grid.
-
-    Args:
-        holds: whether every bound is at least the measured norm, up to ``rounding`` of the table and of the sums.
-        margin: the smallest log bound - log K + rounding; negative if it does not hold.
-        log_ratio: ``(count,)`` log bound - log K of every window with :math:`K > 0`.
-        start: where the loosest window starts, in training steps.
-        end: where it ends.
-
-    Examples:
-        >>> EnergyCheck(True, 0.0, np.array([0.0, 0.5, 3.0]), 0, 2).median
-        0.5
-    """
-
-    holds: bool
-    margin: float
-    log_ratio: Array
-    start: int
-    end: int
-
-    @property
-    def smallest(self) -> float:
-        """The log ratio of the tightest window.
-
-        Examples:
-            >>> EnergyCheck(True, 0.0, np.array([0.0, 0.5, 3.0]), 0, 2).smallest
-            0.0
-        """
-        return float(self.log_ratio.min())
-
-    @property
-    def median(self) -> float:
-        """The median of the log ratios.
-
-        Examples:
-            >>> EnergyCheck(True, 0.0, np.array([0.0, 0.5]), 0, 2).median
-            0.25
-        """
-        return float(np.median(self.log_ratio))
-
-    @property
-    def largest(self) -> float:
-        """The log ratio of the loosest window.
-
-        Examples:
-            >>> EnergyCheck(True, 0.0, np.array([0.0, 0.5, 3.0]), 0, 2).largest
-            3.0
-        """
-        return float(self.log_ratio.max())
 
 
 @dataclass(frozen=True)
@@ -114,6 +63,7 @@ class EnergySynthesis:
         reference: which growth the weights discount: ``constant``, ``path``, ``leading``,
             ``norms``, ``windows``, or ``given``.
         full: whether the directions span the whole state.
+        between: the norms within the cells, for windows that start or end between the times of the grid.
 
     Examples:
         >>> from stableopt.lyapunov.profile.growth.factors import Factors
@@ -133,6 +83,7 @@ class EnergySynthesis:
     log_scales: Array
     reference: str
     full: bool
+    between: Between
 
     @property
     def smallest(self) -> float:
@@ -158,7 +109,7 @@ class EnergySynthesis:
 
     @property
     def constant(self) -> float:
-        r"""T1's constant :math:`C = \sqrt{M/m}`.
+        r"""T1's constant :math:`C = \sqrt{M/m}`, for windows between the times of the grid.
 
         Examples:
             >>> from stableopt.lyapunov.profile.growth.factors import Factors
@@ -171,13 +122,72 @@ class EnergySynthesis:
     def rate(self) -> float:
         r"""The mean rate of :math:`\sqrt V` per training step, :math:`\prod_j\rho_j^{1/(2T)}`; NaN without a step.
 
+        It bounds the whole run alone, not the windows in it: see :attr:`largest_rate`.
+
         Examples:
             >>> from stableopt.lyapunov.profile.growth.factors import Factors
             >>> round(synthesize(Factors(np.array([[[0.25]]]), np.array([0, 2]), dimension=1)).rate, 12)
             0.5
         """
         horizon = int(self.steps[-1] - self.steps[0])
-        return math.exp(float(self.log_rates.sum()) / (2 * horizon)) if horizon else math.nan
+        return _exp(float(self.log_rates.sum()) / (2 * horizon)) if horizon else math.nan
+
+    @property
+    def largest_rate(self) -> float:
+        r"""The largest rate of :math:`\sqrt V` per training step over all cells; NaN without a step.
+
+        :math:`K(t,s) \le C\rho^{t-s}` with this :math:`\rho`: for the times of the grid with :attr:`constant`, for all boundaries
+        with :attr:`constant_between`.
+
+        Examples:
+            >>> from stableopt.lyapunov.profile.growth.factors import Factors
+            >>> energy = synthesize(Factors(np.array([[[0.5]], [[2.0]]]), np.arange(3), dimension=1))
+            >>> round(energy.largest_rate, 12), round(energy.rate, 12)
+            (2.0, 1.0)
+        """
+        return _exp(self._log_rate) if len(self.log_rates) else math.nan
+
+    @property
+    def constant_between(self) -> float:
+        r"""C' with :math:`K(t,s) \le C'\rho^{t-s}` for all boundaries of the factors, :math:`\rho` the :attr:`largest_rate`.
+
+        Infinite where the rate is 0, or it is no float.
+
+        Examples:
+            >>> from stableopt.lyapunov.profile.growth.factors import Factors
+            >>> spike = Factors(np.array([[[10.0]], [[0.1]]]), np.arange(3), dimension=1)
+            >>> energy = synthesize(spike, grid=1)
+            >>> round(energy.constant, 6), round(energy.largest_rate, 6), round(energy.constant_between, 6)
+            (1.0, 1.0, 10.0)
+        """
+        log_constant = float(self.log_largest.max() - self.log_smallest.min()) / 2
+        log = self.between.constant(log_constant, self._log_rate) if len(self.log_rates) else log_constant
+        return _exp(log)
+
+    @property
+    def _log_rate(self) -> float:
+        return float((self.log_rates / np.diff(self.steps)).max()) / 2
+
+    def window_bound(self, start: int, end: int) -> float:
+        r"""Return the log of the bound on :math:`K(t,s)` for any boundaries of the factors, also between the times of the grid.
+
+        Args:
+            start: s, in training steps.
+            end: t, at least s.
+
+        Raises:
+            ValueError: if no factor begins or ends there, or t is before s.
+
+        Examples:
+            >>> from stableopt.lyapunov.profile.growth.factors import Factors
+            >>> spike = Factors(np.array([[[10.0]], [[0.1]]]), np.arange(3), dimension=1)
+            >>> round(math.exp(synthesize(spike, grid=1).window_bound(0, 1)), 6)
+            10.0
+        """
+        s, t = self.between.place(start), self.between.place(end)
+        if s > t:
+            raise ValueError(f"a window needs start <= end, got {start} and {end}.")
+        return self.between.bound(bounds(self.log_rates, self.log_smallest, self.log_largest), s, t)
 
     def bound(self, i: int, j: int) -> float:
         r"""Return the log of the bound on :math:`K(t_j, t_i)`: :math:`\sqrt{M_i/m_j}\prod_{r=i}^{j-1}\sqrt{\rho_r}`.
@@ -227,7 +237,7 @@ class EnergySynthesis:
         return (largest - smallest + math.fsum(self.log_rates[i:j])) / 2
 
     def check(self, windows: Windows) -> EnergyCheck:
-        r"""Compare the bound of every window with its measured norm.
+        r"""Compare the bound of every window of the grid with its measured norm, and that of the largest window of all.
 
         Args:
             windows: the norms of the same directions, at times that both have.
@@ -253,6 +263,11 @@ class EnergySynthesis:
         j, i = np.nonzero(np.isfinite(table))
         worst = int(log_ratio[j, i].argmax())
         margin = float((log_ratio + slack)[j, i].min())
+        if {windows.start, windows.end} <= set(
+            self.between.steps.tolist()
+        ):  # the largest one, which may be off the grid
+            most = float(slack[np.isfinite(slack)].max())
+            margin = min(margin, self.window_bound(windows.start, windows.end) + most - windows.sup)
         return EnergyCheck(
             margin >= 0,
             margin,
@@ -384,7 +399,17 @@ def synthesize(
         P, rates, smallest, largest = cells.certified(log_weights)
     C, scale = cells.C, cells.log_scale
     return EnergySynthesis(
-        found.steps, P, log_weights, rates, smallest, largest, C, scale, reference, bool(factors.full)
+        found.steps,
+        P,
+        log_weights,
+        rates,
+        smallest,
+        largest,
+        C,
+        scale,
+        reference,
+        bool(factors.full),
+        Between.of(R, found),
     )
 
 
@@ -393,3 +418,7 @@ class _Leading:
     R: Array
     steps: NDArray[np.int64]
     full: bool
+
+
+def _exp(log: float) -> float:
+    return math.exp(log) if log < 709.0 else math.inf
