@@ -26,7 +26,7 @@ from torch import Tensor
 from stableopt.constraints.apportion import exactly_sums_to
 from stableopt.constraints.arguments import check_dims, check_tensor
 from stableopt.constraints.base import Constraint
-from stableopt.constraints.layout import Matrices, Vectors, substitute
+from stableopt.constraints.layout import Matrices, Vectors, carries_derivative, substitute
 from stableopt.constraints.sharding import is_sharded, on_whole
 from stableopt.constraints.threshold import soft_level
 
@@ -142,7 +142,7 @@ def _nearest(A: Tensor) -> Tensor:
     A = A * torch.where(top > _LARGEST, _LARGEST / top, 1.0)
     alpha, beta = _multipliers(A.detach())
     S = A.detach() + alpha + beta
-    if not A.requires_grad:
+    if not carries_derivative(A):
         return S.clamp_min(0.0)
     # One more Newton step on the entries above 0: its derivative is that of the solution.
     mask = (S > 0).double()

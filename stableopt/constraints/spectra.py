@@ -143,7 +143,7 @@ class SpectralNorm(MatrixNorm):
 
     def _prox(self, a: Tensor, threshold: Tensor) -> Tensor:
         level = _Level(a, threshold)
-        clipped = apply_to_singular_values(a, lambda s: (s.clamp_max(level.theta), (s <= level.theta).to(s.dtype)))
+        clipped = apply_to_singular_values(a, lambda s: _clip(s, level.of(s)))
         return torch.where(level.inside, 0.0, clipped + level.moves(a))
 
 
@@ -203,7 +203,7 @@ class NuclearBall(MatrixSet):
 
     def _nearest(self, a: Tensor, scale: Tensor) -> Tensor:
         level = _Level(a, self.radius * scale)
-        shrunk = apply_to_singular_values(a, lambda s: _shrink(s, level.theta))
+        shrunk = apply_to_singular_values(a, lambda s: _shrink(s, level.of(s)))
         return torch.where(level.inside, a, shrunk - level.moves(a))
 
     def _inward(self, nearest: Tensor, dtype: torch.dtype) -> Tensor:
@@ -215,27 +215,45 @@ def _shrink(sigma: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
     return (sigma - theta).clamp_min(0.0), torch.where(theta > 0, (sigma > theta).to(sigma.dtype), 1.0)
 
 
+def _clip(sigma: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+    return sigma.clamp_max(theta), (sigma <= theta).to(sigma.dtype)
+
+
+def _threshold(sigma: Tensor, radius: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Return :math:`\theta` with :math:`\sum_i (\sigma_i - \theta)_+ = r`, and whether the sum of all is at most r, then 0."""
+    count = torch.arange(1, len(sigma) + 1, dtype=sigma.dtype, device=sigma.device)
+    sums = sigma.cumsum(0)
+    inside = sums[-1] <= radius
+    # the last index at which the value still exceeds the level of the values so far; the first always does
+    above = (sigma * count > sums - radius).to(sigma.dtype) * count
+    last = (above.amax().clamp_min(1.0) - 1.0).long()
+    level = ((sums.gather(0, last[None])[0] - radius) / (last + 1)).clamp_min(0.0)
+    return torch.where(inside, 0.0, level), inside
+
+
 class _Level:
     r"""The level of a matrix: :math:`\theta` with :math:`\sum_i (\sigma_i - \theta)_+ = r`, 0 if the sum of all is below r.
 
+    What works on the singular values of another decomposition takes the level of those (:meth:`of`): the two differ in the last
+    bit, and on one side of the level the slope is 1, on the other 0.
+
     Attributes:
-        theta: the level, 0-d, without gradient.
         inside: whether the nuclear norm is at most r, 0-d.
     """
 
     def __init__(self, a: Tensor, radius: Tensor) -> None:
-        U, sigma, Vh = torch.linalg.svd(a.detach(), full_matrices=False)
-        count = torch.arange(1, len(sigma) + 1, dtype=sigma.dtype, device=a.device)
-        sums = sigma.cumsum(0)
-        self.inside = sums[-1] <= radius
-        # the last index at which the value still exceeds the level of the values so far; the first always does
-        above = (sigma * count > sums - radius).to(sigma.dtype) * count
-        last = (above.amax().clamp_min(1.0) - 1.0).long()
-        level = ((sums.gather(0, last[None])[0] - radius) / (last + 1)).clamp_min(0.0)
-        self.theta = torch.where(self.inside, 0.0, level)
-        active = (sigma > self.theta).to(sigma.dtype)
-        self._polar = (U * active) @ Vh
+        self._radius = radius
+        tall = a.shape[0] >= a.shape[1]
+        U, sigma, Vh = torch.linalg.svd(a.detach() if tall else a.detach().mH, full_matrices=False)
+        theta, self.inside = _threshold(sigma, radius)
+        active = (sigma > theta).to(sigma.dtype)
+        polar = (U * active) @ Vh
+        self._polar = polar if tall else polar.mH
         self._count = active.sum().clamp_min(1.0)
+
+    def of(self, sigma: Tensor) -> Tensor:
+        """Return the level of the singular values of another decomposition, 0-d, without gradient."""
+        return _threshold(sigma.detach(), self._radius)[0]
 
     def moves(self, a: Tensor) -> Tensor:
         r"""Return zeros with the derivative :math:`U_a V_a^\top d\theta`."""

@@ -176,3 +176,18 @@ def test_larger_matrices_are_exact(scale: float) -> None:
     A = scale * torch.randn(150, 150)
     for dtype in DTYPES:
         assert sums_are_exact(DoublyStochastic().project(A.to(dtype)))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # inside torch.func
+@pytest.mark.parametrize(
+    "x", [torch.tensor([[0.3, 1.0], [0.2, -0.1]]), torch.tensor([[3.0, 1.0, 0.2], [0.4, 0.3, 0.9], [1.5, 0.1, 0.8]])]
+)
+def test_derivatives_forward_are_those_backward(x: Tensor) -> None:
+    project, x = DoublyStochastic().project, x.double()
+    rows = torch.randn(3, *x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    J = torch.autograd.functional.jacobian(project, x).flatten(2).flatten(0, 1)
+    assert J.norm() > 0.1
+    for v in rows:
+        assert torch.func.jvp(project, (x,), (v,))[1].flatten().allclose(J @ v.flatten(), atol=1e-12)
+    forward = torch.func.vmap(lambda v: torch.func.jvp(project, (x,), (v,))[1])(rows)
+    assert forward.flatten(1).allclose(rows.flatten(1) @ J.T, atol=1e-12)

@@ -212,6 +212,20 @@ def test_derivatives_are_right_at_repeated_and_vanishing_singular_values(x: Tens
         assert torch.autograd.gradcheck(function, x, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # inside torch.func
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+@pytest.mark.parametrize("shape", [(2, 4), (3, 5), (4, 2), (3, 3)])
+def test_the_largest_value_is_at_the_level_where_the_radius_is_zero(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """The level is the largest value; of another decomposition that can be in the last bit above it, with another slope."""
+    for seed in range(20):
+        draw = torch.Generator().manual_seed(seed)
+        x, v = torch.randn(2, *shape, dtype=dtype, generator=draw).unbind(0)
+        x.requires_grad_()
+        assert not torch.autograd.grad(NuclearBall(0.0).map(x), x, v)[0].any()
+        assert torch.autograd.grad(SpectralNorm(0.0).prox(x), x, v)[0].allclose(v, atol=1e-12)
+        assert not torch.func.jvp(NuclearBall(0.0).map, (x.detach(),), (v,))[1].any()
+
+
 @pytest.mark.parametrize("shape", [(3, 2), (2, 3), (1, 1)])
 def test_derivatives_of_complex_matrices_are_those_of_finite_differences(shape: tuple[int, int]) -> None:
     x = torch.randn(shape, dtype=torch.complex128).requires_grad_()
