@@ -225,6 +225,11 @@ class StabilityLedger:
                 "no growth was recorded: make the ledger with smoothness=, and smallest_curvature= if known."
             )
         self._check(same_rates, convex=False)
+        if self.ascents:
+            raise ValueError(
+                f"the recorded growth is that of descent, but {self.ascents} groups' steps maximized: their growth is that of "
+                "curvatures with the other sign."
+            )
         return accumulated_stability(lipschitz, samples, self.drift)
 
     def state_dict(self) -> dict[str, Any]:

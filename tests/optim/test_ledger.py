@@ -311,3 +311,15 @@ def test_ascent_on_a_convex_loss_has_no_bound() -> None:
     optimizer.step()
     with pytest.raises(ValueError, match="maximized"):
         ledger.convex(1.0, 10, smoothness=1.0)
+
+
+@pytest.mark.parametrize("curvature", [None, 0.0, 0.5])
+def test_the_growth_of_descent_is_no_bound_for_ascent(curvature: float | None) -> None:
+    w = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([w], lr=0.1, maximize=True)
+    ledger = StabilityLedger(optimizer, smoothness=1.0, smallest_curvature=curvature)
+    assert ledger.propagated(1.0, 10) == 0.0
+    w.grad = torch.ones(1)
+    optimizer.step()
+    with pytest.raises(ValueError, match="maximized"):
+        ledger.propagated(1.0, 10)

@@ -50,13 +50,13 @@ from stableopt.optim.rules import (
 from stableopt.optim.rules.adaptive import count_of
 from stableopt.optim.rules.base import Group, State, number
 
-__all__ = ["Factors", "Step", "determinant_factors", "log_determinant"]
+__all__ = ["DeterminantFactors", "Step", "determinant_factors", "log_determinant"]
 
 Array: TypeAlias = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Factors:
+class DeterminantFactors:
     r"""What the determinant of a step is made of, for some entries of one parameter.
 
     Args:
@@ -69,7 +69,7 @@ class Factors:
 
     Examples:
         >>> one = np.ones(1)
-        >>> Factors("ln(beta)", math.log(0.9) * one, one, 0 * one).closed
+        >>> DeterminantFactors("ln(beta)", math.log(0.9) * one, one, 0 * one).closed
         True
     """
 
@@ -86,7 +86,7 @@ class Factors:
         return not np.any(self.direct)
 
 
-def log_determinant(parts: list[Factors], H: Array) -> tuple[float, float]:
+def log_determinant(parts: list[DeterminantFactors], H: Array) -> tuple[float, float]:
     r"""Return :math:`\log|\det A|` of a step from what it is made of, and how far rounding can have it off, to first order.
 
     .. math:: \sum\log|\text{decays}|+\sum_i\log|\lambda_i(\kappa-W^{1/2}KW^{1/2})|, \qquad K = \pm H+\omega I,
@@ -99,7 +99,7 @@ def log_determinant(parts: list[Factors], H: Array) -> tuple[float, float]:
         H: the Hessian of the loss in these entries, with the asymmetry that it was computed with.
 
     Examples:
-        >>> gd = Factors("", np.zeros(2), np.ones(2), 0.5 * np.ones(2))
+        >>> gd = DeterminantFactors("", np.zeros(2), np.ones(2), 0.5 * np.ones(2))
         >>> value, _ = log_determinant([gd], np.diag([1.0, 4.0]))
         >>> round(value - math.log(0.5 * 1.0), 12)
         0.0
@@ -145,7 +145,7 @@ class Step:
 
 
 @singledispatch
-def determinant_factors(rule: UpdateRule, step: Step) -> Factors | str:  # noqa: ARG001 - for those that know more
+def determinant_factors(rule: UpdateRule, step: Step) -> DeterminantFactors | str:  # noqa: ARG001 - for those that know more
     """Return what the determinant of a step is made of, or why that is not known.
 
     Args:
@@ -160,7 +160,7 @@ def determinant_factors(rule: UpdateRule, step: Step) -> Factors | str:  # noqa:
 
 
 @determinant_factors.register
-def _(rule: HeavyBall, step: Step) -> Factors:
+def _(rule: HeavyBall, step: Step) -> DeterminantFactors:
     group = step.group
     beta, lr, omega = rule.momentum(group), number(group["lr"]), number(group.get("weight_decay", 0.0))
     if beta and not group.get("nesterov"):
@@ -171,7 +171,7 @@ def _(rule: HeavyBall, step: Step) -> Factors:
     return _factors(name, step, [beta] if beta else [], direct=lr, coupled=omega)
 
 
-def _adam(step: Step) -> Factors:
+def _adam(step: Step) -> DeterminantFactors:
     group = step.group
     decays, name = list(group["betas"]), "d ln(beta1 beta2)"
     if group.get("amsgrad"):
@@ -182,17 +182,17 @@ def _adam(step: Step) -> Factors:
 
 
 @determinant_factors.register
-def _(rule: Adaptive, step: Step) -> Factors:  # noqa: ARG001 - dispatched on
+def _(rule: Adaptive, step: Step) -> DeterminantFactors:  # noqa: ARG001 - dispatched on
     return _adam(step)
 
 
 @determinant_factors.register
-def _(rule: Rectified, step: Step) -> Factors:  # noqa: ARG001 - dispatched on
+def _(rule: Rectified, step: Step) -> DeterminantFactors:  # noqa: ARG001 - dispatched on
     return _adam(step)
 
 
 @determinant_factors.register
-def _(rule: AdaptiveNesterov, step: Step) -> Factors:  # noqa: ARG001 - dispatched on
+def _(rule: AdaptiveNesterov, step: Step) -> DeterminantFactors:  # noqa: ARG001 - dispatched on
     group, after = step.group, step.after
     beta1, beta2 = group["betas"]
     t, product = count_of(after["step"]), count_of(after["mu_product"])
@@ -206,7 +206,7 @@ def _(rule: AdaptiveNesterov, step: Step) -> Factors:  # noqa: ARG001 - dispatch
 
 
 @determinant_factors.register
-def _(rule: RootMeanSquare, step: Step) -> Factors:
+def _(rule: RootMeanSquare, step: Step) -> DeterminantFactors:
     group = step.group
     alpha, beta = group["alpha"], rule.momentum(group)
     decays = [alpha, alpha] if group.get("centered") else [alpha]
@@ -219,12 +219,12 @@ def _(rule: RootMeanSquare, step: Step) -> Factors:
 
 
 @determinant_factors.register
-def _(rule: SignDescent, step: Step) -> Factors:  # noqa: ARG001 - dispatched on
+def _(rule: SignDescent, step: Step) -> DeterminantFactors:  # noqa: ARG001 - dispatched on
     return _factors("d ln(beta2)", step, [step.group["betas"][1]], decoupled=True)
 
 
 @determinant_factors.register
-def _(rule: SpectralDescent, step: Step) -> Factors | str:  # noqa: ARG001 - dispatched on
+def _(rule: SpectralDescent, step: Step) -> DeterminantFactors | str:  # noqa: ARG001 - dispatched on
     if step.group.get("nesterov", True):
         return (
             "no identity is known for Muon with Nesterov's momentum, whose step sees the gradient of one matrix both ways; "
@@ -241,7 +241,7 @@ def _factors(
     direct: float | Tensor = 0.0,
     coupled: float = 0.0,
     decoupled: bool = False,
-) -> Factors:
+) -> DeterminantFactors:
     kept, group, entries = 1.0, step.group, step.entries
     if decoupled and number(group.get("weight_decay", 0.0)):
         kept = 1.0 - number(group["lr"]) * number(group["weight_decay"])
@@ -250,7 +250,7 @@ def _factors(
         logs = sum((np.log(np.abs(_each(x, entries))) for x in decays), np.zeros(entries))
     each = _each(direct.double().cpu().numpy() if isinstance(direct, Tensor) else direct, entries)
     sign = -1.0 if group.get("maximize") else 1.0
-    return Factors(name, logs, _each(kept, entries), each, coupled, sign)
+    return DeterminantFactors(name, logs, _each(kept, entries), each, coupled, sign)
 
 
 def _each(x: float | Array | Tensor, entries: int) -> Array:

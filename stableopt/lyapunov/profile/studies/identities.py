@@ -13,27 +13,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Self, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter as same_version
 from torch.optim import Optimizer
 
-from stableopt.constraints.sharding import is_sharded
 from stableopt.lyapunov.curvature import apart
 from stableopt.lyapunov.profile.plain import plain
-from stableopt.lyapunov.profile.studies.determinants import Factors, Step, determinant_factors, log_determinant
-from stableopt.lyapunov.profile.tangents.push import push, tangent_names
+from stableopt.lyapunov.profile.studies.determinants import DeterminantFactors, determinant_factors, log_determinant
+from stableopt.lyapunov.profile.studies.slices import Slice
 from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.optim import rule_for
-from stableopt.optim.curvature import Choice, Curvature, gradients
-from stableopt.optim.regularize import regularizer_of
-from stableopt.optim.rules import SpectralDescent, UpdateRule
-from stableopt.optim.rules.base import State
-from stableopt.optim.trial import loss_with_graph
 
 __all__ = ["IdentityCheck", "check_identities"]
 
@@ -134,6 +126,7 @@ def check_identities(
         used alike; where the closed form contains H (SGD without momentum), that they are symmetric.
 
     Examples:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double()
         >>> x = torch.ones(5, 3, dtype=torch.float64)
         >>> found = check_identities(
@@ -153,7 +146,7 @@ def check_identities(
     if determinant_factors.dispatch(type(rule)) is determinant_factors.dispatch(object):
         return IdentityCheck(name, reason=f"no identity is known for the determinant of {type(rule).__name__}")
     with undisturbed(model), apart(model, loss):
-        system = _Slice(rule, loss, optimizer, entries, seed)
+        system = Slice(rule, loss, optimizer, entries, seed)
         if not system.parts:
             return IdentityCheck(
                 name,
@@ -163,7 +156,7 @@ def check_identities(
             return replace(_summed(system, steps), optimizer=name)
 
 
-def _summed(system: _Slice, steps: int) -> IdentityCheck:
+def _summed(system: Slice, steps: int) -> IdentityCheck:
     """Sum logarithms over steps."""
     expected = measured = tolerance = 0.0
     Q = np.eye(system.dimension)
@@ -174,7 +167,7 @@ def _summed(system: _Slice, steps: int) -> IdentityCheck:
         refused = next((law for law in laws if isinstance(law, str)), "")
         if refused:
             return IdentityCheck("", entries=system.entries, reason=refused)
-        law, rough = log_determinant([part for part in laws if isinstance(part, Factors)], H)
+        law, rough = log_determinant([part for part in laws if isinstance(part, DeterminantFactors)], H)
         value, spread = _log_abs_det(A)
         expected, measured = expected + law, measured + value
         tolerance += (
@@ -185,197 +178,22 @@ def _summed(system: _Slice, steps: int) -> IdentityCheck:
         with np.errstate(divide="ignore"):
             growth += np.log(np.abs(np.diag(R)))
     error = 0.0 if expected == measured else abs(expected - measured)
-    closed = " and ".join(dict.fromkeys(part.name for part in laws if isinstance(part, Factors)))
-    said = "" if tolerance < 0.1 else f"rounding is {tolerance:.1g}: the check says little"
+    closed = " and ".join(dict.fromkeys(part.name for part in laws if isinstance(part, DeterminantFactors)))
+    holds, said = _judged(expected, measured, error, tolerance)
     return IdentityCheck(
         "", closed, system.entries, steps, expected, measured, error, tolerance, tuple(np.sort(growth / steps)[::-1].tolist()),
-        bool(error <= tolerance), system.backend, said,
+        holds, system.backend, said,
     )  # fmt: skip
 
 
-class _Part:
-    """Entries of one parameter that move: a line of numbers with its state, or, where a rule needs it, the whole parameter."""
-
-    def __init__(
-        self, parameter: Tensor, group: dict[str, Any], index: tuple[Tensor, ...], count: int, whole: bool
-    ) -> None:
-        self.parameter, self.group, self.index, self.count, self.whole = parameter, group, index, count, whole
-        self.state: State = {}
-
-    def of(self, x: Tensor) -> Tensor:
-        """Return the entries of a tensor as a line, or a copy of all of it."""
-        return x.detach().clone() if self.whole else x.detach()[self.index].reshape(-1)
-
-    def picked(self, x: Tensor) -> Tensor:
-        """Return the entries of what :meth:`of` gave, or of many such."""
-        return x[(..., *self.index)] if self.whole else x
-
-    def picked_now(self) -> Tensor:
-        """Return the present values of the entries."""
-        return self.parameter.detach()[self.index].reshape(-1).clone()
-
-    def spread(self, rows: Tensor) -> Tensor:
-        """Return ``(k, d)`` in the form of what :meth:`of` gives, zero elsewhere."""
-        if not self.whole:
-            return rows
-        full = rows.new_zeros(rows.shape[0], *self.parameter.shape)
-        full[(slice(None), *self.index)] = rows
-        return full
-
-    def lines(self, state: State) -> State:
-        """Return a state with the entries only."""
-        return {k: self.picked(v) if self.whole and _shaped(v, self.parameter) else v for k, v in state.items()}
-
-    def frozen(self, new: State) -> State:
-        """Return a state after a step, in which nothing but the entries has changed."""
-        if not self.whole:
-            return new
-        mask = torch.zeros_like(self.parameter, dtype=torch.bool)
-        mask[self.index] = True
-        return {k: torch.where(mask, v, self.state[k]) if _shaped(v, self.parameter) else v for k, v in new.items()}
-
-    def write(self, values: Tensor) -> None:
-        """Set the entries; nobody's graph takes it for a change."""
-        with torch.no_grad(), same_version(self.parameter):
-            self.parameter[self.index] = values.reshape(self.parameter[self.index].shape)
-
-
-class _Slice:
-    """A training of a few entries. As a context it puts the entries back at its end."""
-
-    def __init__(
-        self, rule: UpdateRule, loss: Callable[[], Tensor], optimizer: Optimizer, entries: int, seed: int
-    ) -> None:
-        self.rule, self.loss, self.optimizer = rule, loss, optimizer
-        self.choice, self.backend = Choice(loss), ""
-        self.parts = _drawn(self._candidates(), entries, seed, whole=isinstance(rule, SpectralDescent))
-        self.entries = sum(part.count for part in self.parts)
-        self.eps = max((torch.finfo(part.parameter.dtype).eps for part in self.parts), default=0.0)
-        self._moved = False
-
-    def __enter__(self) -> Self:
-        self._kept = [part.picked_now() for part in self.parts]
-        for part, g in zip(self.parts, self._gradients(), strict=True):
-            held = self.optimizer.state.get(part.parameter, {})
-            part.state = {k: part.of(v) if _shaped(v, part.parameter) else _copied(v) for k, v in held.items()}
-            if not part.state:  # a first step is imagined, of which only the state is taken
-                with torch.no_grad():
-                    part.state = self.rule.update(part.of(part.parameter), part.of(g), {}, part.group)[1]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._moved:
-            for part, kept in zip(self.parts, self._kept, strict=True):
-                part.write(kept)
-
-    @property
-    def dimension(self) -> int:
-        """How many numbers move, with their state."""
-        return sum(part.count * (1 + len(self._names(part))) for part in self.parts)
-
-    @torch.no_grad()
-    def step(self, *, move: bool) -> tuple[Array, Array, list[Factors | str]]:
-        """Do one step, and return its derivative, the Hessian, and what is known of each part."""
-        grads, H = self._gradients(), self._hessian()
-        N, start, columns, begun, laws, after = self.dimension, 0, [], 0, [], []
-        identity = torch.eye(N, dtype=torch.float64)
-        along = torch.cat([torch.from_numpy(H), torch.zeros(N - len(H), len(H), dtype=torch.float64)])
-        order = self._positions()
-        along = along[order]  # row i: what the i-th number of the state does to the gradient
-        for part, g in zip(self.parts, grads, strict=True):
-            names, d = self._names(part), part.count
-            rows = {
-                name: part.spread(identity[:, start + j * d : start + (j + 1) * d].to(g))
-                for j, name in enumerate(("", *names))
-            }
-            pushed = push(
-                self.rule, part.group, part.of(part.parameter), part.of(g), part.state, rows.pop(""),
-                part.spread(along[:, begun : begun + d].to(g)), rows,
-            )  # fmt: skip
-            start, begun = start + d * (1 + len(names)), begun + d
-            columns += [part.picked(x) for x in (pushed.d_parameter, *(pushed.d_state[name] for name in names))]
-            done = Step(part.group, part.lines(part.state), part.lines(pushed.state), d)
-            laws.append(determinant_factors(self.rule, done))
-            after.append((part.picked(pushed.parameter), part.frozen(pushed.state)))
-        if move:
-            self._moved = True
-            for part, (value, state) in zip(self.parts, after, strict=True):
-                part.write(value)
-                part.state = state
-        return torch.cat([c.double().cpu() for c in columns], dim=1).numpy().T, H, laws
-
-    def _candidates(self) -> list[tuple[Tensor, dict[str, Any]]]:
-        """Return the parameters of which entries can move."""
-        found = []
-        for group in self.optimizer.param_groups:
-            for i, p in enumerate(group["params"]):
-                free = "prox" not in group or regularizer_of(group, i) is None
-                kind = p.requires_grad and not is_sharded(p) and p.dtype in {torch.float32, torch.float64}
-                if free and kind and p.numel():
-                    found.append((p, {k: v for k, v in group.items() if k != "params"}))
-        if not found:
-            return []
-        with torch.enable_grad():
-            grads = gradients(loss_with_graph(self.loss), [p for p, _ in found])
-        return [pair for pair, g in zip(found, grads, strict=True) if g is not None]
-
-    def _gradients(self) -> list[Tensor]:
-        parameters = [part.parameter for part in self.parts]
-        with torch.enable_grad():
-            grads = gradients(loss_with_graph(self.loss), parameters)
-        return [torch.zeros_like(p) if g is None else g.detach() for p, g in zip(parameters, grads, strict=True)]
-
-    def _hessian(self) -> Array:
-        """Return the Hessian in the entries, column by column."""
-        parameters = [part.parameter for part in self.parts]
-
-        def task(product: Curvature) -> tuple[str, list[Array]]:
-            columns = []
-            for i, part in enumerate(self.parts):
-                for e in range(part.count):
-                    v = [torch.zeros_like(p) for p in parameters]
-                    v[i][tuple(x[e] for x in part.index)] = 1.0
-                    Hv = zip(self.parts, product(v), strict=True)
-                    columns.append(torch.cat([h[other.index].double().cpu() for other, h in Hv]).numpy())
-            return product.name, columns
-
-        with torch.enable_grad():
-            self.backend, columns = self.choice.run(parameters, task)
-        return np.stack(columns, axis=1)
-
-    def _positions(self) -> Tensor:
-        """Return, for each number of the state, the row of its entry in the Hessian padded with zeros."""
-        found: list[int] = []
-        entry, zero = 0, self.entries
-        for part in self.parts:
-            found += range(entry, entry + part.count)
-            others = part.count * len(self._names(part))
-            found += range(zero, zero + others)
-            entry, zero = entry + part.count, zero + others
-        return torch.tensor(found)
-
-    def _names(self, part: _Part) -> tuple[str, ...]:
-        return tangent_names(self.rule, part.state, part.of(part.parameter))
-
-
-def _drawn(candidates: list[tuple[Tensor, dict[str, Any]]], entries: int, seed: int, *, whole: bool) -> list[_Part]:
-    """Draw entries of all parameters alike."""
-    sizes = [p.numel() for p, _ in candidates]
-    total = sum(sizes)
-    if not total:
-        return []
-    generator = torch.Generator().manual_seed(seed)
-    chosen = set()
-    while len(chosen) < min(entries, total):  # no permutation of all entries, of which there may be very many
-        chosen |= set(torch.randint(total, (min(entries, total) - len(chosen),), generator=generator).tolist())
-    parts, start = [], 0
-    for (p, group), size in zip(candidates, sizes, strict=True):
-        mine = torch.tensor(sorted(i - start for i in chosen if start <= i < start + size), device=p.device)
-        start += size
-        if len(mine):
-            shape = p.shape or (1,)
-            parts.append(_Part(p, group, torch.unravel_index(mine, shape) if p.shape else (), len(mine), whole))
-    return parts
+def _judged(expected: float, measured: float, error: float, tolerance: float) -> tuple[bool | None, str]:
+    """Return whether an identity holds, None if that cannot be said, and the reason or what limits the check."""
+    if expected == -math.inf < measured:
+        return None, (
+            "the closed form is minus infinity, as the step takes a direction to zero, and rounding leaves a finite "
+            f"determinant ({measured:.3g})"
+        )
+    return bool(error <= tolerance), "" if tolerance < 0.1 else f"rounding is {tolerance:.1g}: the check says little"
 
 
 def _log_abs_det(A: Array) -> tuple[float, float]:
@@ -409,11 +227,3 @@ def _units(A: Array) -> Array:
 
 def _balanced(A: Array, units: Array) -> Array:
     return A * units / units[:, None]
-
-
-def _shaped(value: object, like: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == like.shape and like.ndim > 0
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value

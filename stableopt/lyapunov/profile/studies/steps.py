@@ -19,21 +19,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stableopt.lyapunov.profile.studies.descent import DENSE, Descent, column_of
 from stableopt.lyapunov.profile.studies.flow import Flow, FlowEnd, follow, jacobian
 from stableopt.lyapunov.profile.studies.limit import LimitStudy, limit_study
-from stableopt.lyapunov.profile.tangents.products import GradientTap
-from stableopt.lyapunov.profile.tangents.system import PARAMETER, System
-from stableopt.optim import RandomState
-from stableopt.optim.curvature import Choice
-from stableopt.optim.rules import HeavyBall, rule_for
-from stableopt.optim.rules.base import number
 
 __all__ = ["StepStudy", "depth_study", "lr_study"]
 
 Array: TypeAlias = NDArray[np.float64]
-
-_DENSE = 512
-"""Numbers of a state up to which its derivative is written down."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +138,11 @@ def depth_study(
     """
     steps = _steps(time, counts)
     size = inputs.numel()
-    if size > _DENSE:
+    if size > DENSE:
         raise ValueError(
-            f"the derivative of a state of {size} numbers is not written down, {_DENSE} are the limit: study one sample."
+            f"the derivative of a state of {size} numbers is not written down, {DENSE} are the limit: study one sample."
         )
-    columns = np.eye(size) if direction is None else _column(direction, size)
+    columns = np.eye(size) if direction is None else column_of(direction, size)
     eps = torch.finfo(inputs.dtype).eps
     ends: dict[float, tuple[Array, float]] = {}
     for count, step in zip(counts, steps, strict=True):
@@ -217,7 +209,7 @@ def lr_study(
         (-2.0, 1.0, 0.135, True)
     """
     steps = _steps(time, counts)
-    runs = [_Run(make_model, make_optimizer, loss, step, direction) for step in steps]
+    runs = [Descent(make_model, make_optimizer, loss, step, direction) for step in steps]
     if any(not np.array_equal(run.start, runs[0].start) for run in runs):
         raise ValueError("make_model must return the same parameters each time: seed it inside.")
     ends: dict[float, tuple[Array, float]] = {}
@@ -234,86 +226,6 @@ def lr_study(
     eps = runs[0].eps
     states, rates = _studies(ends, lambda step: 4.0 * eps * round(time / step), steps, time, None, runs[0].columns)
     return StepStudy(time, tuple(counts), states, rates, bound, error, largest, reason)
-
-
-class _Run:
-    """One training, with its derivative by its start."""
-
-    def __init__(
-        self,
-        make_model: Callable[[], nn.Module],
-        make_optimizer: Callable[[nn.Module, float], Optimizer],
-        loss: Callable[[nn.Module], Tensor],
-        step: float,
-        direction: Sequence[Tensor] | None,
-    ) -> None:
-        random = RandomState.capture()
-        self.model, self.loss = make_model(), loss
-        random.restore()
-        self.optimizer = make_optimizer(self.model, step)
-        self.system = System(self.optimizer)
-        self.parameters = self.system.parameters
-        self.size = sum(p.numel() for p in self.parameters)
-        self.eps = max((torch.finfo(p.dtype).eps for p in self.parameters), default=0.0)
-        if direction is None and self.size > _DENSE:
-            raise ValueError(
-                f"{self.size} parameters are too many for a dense derivative, {_DENSE} are the limit: give a direction."
-            )
-        flat = None if direction is None else torch.cat([v.detach().reshape(-1) for v in direction])
-        self.columns = np.eye(self.size) if flat is None else _column(flat, self.size)
-        self.start = self._flat(self.parameters)
-        self.gain, self.momentum = _gain(self.optimizer)
-        self.tap, self.choice = GradientTap(self.parameters), Choice(lambda: loss(self.model))
-        rows = torch.from_numpy(self.columns.T.copy())
-        parts = rows.split([p.numel() for p in self.parameters], dim=1)
-        self.system.columns = [
-            {PARAMETER: part.to(p).reshape(-1, *p.shape)} for part, p in zip(parts, self.parameters, strict=True)
-        ]
-
-    def train(self, count: int, *, log_norms: bool) -> list[float]:
-        """Train, and return the logarithmic norm of the gradient flow at each step if that is asked for."""
-
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            value = self.loss(self.model)
-            value.backward()
-            return value
-
-        random, found = RandomState.capture(), []
-        for _ in range(count):
-            if log_norms:
-                found.append(self._log_norm())
-            before = self.system.before()
-            random.restore()
-            self.tap.evaluate(closure, self.system.directions())
-            used = [p.grad for p in self.parameters]
-            self.optimizer.step()
-            if self.tap.gradient is None:
-                raise RuntimeError("the gradient of the loss could not be differentiated.")
-            self.system.advance(before, self.tap.gradient, used)
-        if log_norms:
-            found.append(self._log_norm())
-        random.restore()
-        return found
-
-    def end(self) -> tuple[Array, Array]:
-        """Return the parameters and their derivative ``(d, k)``."""
-        rows = [column[PARAMETER].reshape(self.columns.shape[1], -1) for column in self.system.columns]
-        return self._flat(self.parameters), torch.cat(rows, dim=1).double().cpu().numpy().T
-
-    def _log_norm(self) -> float:
-        r"""Return :math:`-\lambda_{\min}` of the Hessian."""
-        basis = torch.eye(self.size, dtype=torch.float64).split([p.numel() for p in self.parameters], dim=1)
-        vectors = [
-            [part[i].to(p).reshape(p.shape) for part, p in zip(basis, self.parameters, strict=True)]
-            for i in range(self.size)
-        ]
-        H = self.choice.run(self.parameters, lambda product: np.stack([self._flat(product(v)) for v in vectors]))
-        return -float(np.linalg.eigvalsh(0.5 * (H + H.T))[0])
-
-    @staticmethod
-    def _flat(tensors: Sequence[Tensor]) -> Array:
-        return torch.cat([t.detach().reshape(-1).double().cpu() for t in tensors]).numpy()
 
 
 def _studies(
@@ -351,38 +263,18 @@ def _steps(time: float, counts: Sequence[int]) -> list[float]:
     return [time / n for n in counts]
 
 
-def _column(direction: Tensor, size: int) -> Array:
-    column = direction.detach().double().cpu().numpy().reshape(-1, 1)
-    if column.size != size or not np.any(column):
-        raise ValueError(f"a direction must have the {size} numbers of the state, not all zero, got {column.size}.")
-    return column
-
-
 def _rate(X: Array, columns: Array, time: float) -> float:
     r"""Return :math:`\frac1T\log(\|X\|_2/\|X_0\|_2)`, minus infinity for zero."""
     grown = float(np.linalg.norm(X, 2)) if np.isfinite(X).all() else math.nan
     return math.log(grown / float(np.linalg.norm(columns, 2))) / time if grown != 0.0 else -math.inf
 
 
-def _gain(optimizer: Optimizer) -> tuple[float, float]:
-    r"""Return :math:`\eta(1-\delta)/(1-\beta)` of SGD and :math:`\beta`; NaN for others, and where groups differ."""
-    if not isinstance(rule_for(optimizer), HeavyBall):
-        return math.nan, math.nan
-    gains = set()
-    for group in optimizer.param_groups:
-        beta = float(group.get("momentum", 0.0))
-        damping = float(group.get("dampening", 0.0)) if beta else 0.0
-        plain = not (group.get("weight_decay") or group.get("maximize") or group.get("prox") or group.get("constraint"))
-        gains.add((number(group["lr"]) * (1 - damping) / (1 - beta) if plain and beta < 1 else math.nan, beta))
-    return gains.pop() if len(gains) == 1 else (math.nan, math.nan)
-
-
-def _no_log_norm(runs: Sequence[_Run], gains: Sequence[float]) -> str:
+def _no_log_norm(runs: Sequence[Descent], gains: Sequence[float]) -> str:
     if math.isnan(gains[0]):
         return f"the limit of {type(runs[0].optimizer).__name__} with these settings is no gradient flow"
     if max(gains) - min(gains) > 1e-9 * abs(gains[0]) or len({run.momentum for run in runs}) > 1:
         return "the learning rate is not proportional to the step at one momentum: the limit is no gradient flow"
-    if runs[0].size > _DENSE:
+    if runs[0].size > DENSE:
         return f"the Hessian of {runs[0].size} parameters is not written down"
     return ""
 

@@ -217,6 +217,7 @@ def test_growth_enters_the_bound() -> None:
     [
         (lambda m: O.SGD(m.parameters(), lr=0.1, momentum=0.5), "without momentum"),
         (lambda m: O.Adam(m.parameters(), lr=0.1), "the bounds are for SGD"),
+        (lambda m: O.SGD(m.parameters(), lr=0.1, maximize=True), "maximized"),
     ],
 )
 def test_where_the_theorem_does_not_speak_the_bound_is_not_given(make: Callable[[nn.Module], Any], said: str) -> None:

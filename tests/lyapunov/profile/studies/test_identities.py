@@ -18,8 +18,8 @@ from torch.optim import Optimizer
 import stableopt as so
 from stableopt.constraints import L1
 from stableopt.lyapunov.doctor import diagnose
-from stableopt.lyapunov.profile.studies import identities
-from stableopt.lyapunov.profile.studies.determinants import Factors, log_determinant
+from stableopt.lyapunov.profile.studies import slices
+from stableopt.lyapunov.profile.studies.determinants import DeterminantFactors, log_determinant
 from stableopt.lyapunov.profile.studies.identities import _balanced, _units, check_identities
 from stableopt.lyapunov.profile.tangents.push import Pushed, push
 from tests.optim.test_sharpness import everything, same
@@ -174,15 +174,50 @@ def test_a_derivative_that_is_wrong_does_not_pass(monkeypatch: pytest.MonkeyPatc
     for optimizer in (O.SGD(model.parameters(), lr=0.1, momentum=0.9), O.Adam(model.parameters(), lr=0.1)):
         assert check_identities(model, loss, optimizer).holds
         with monkeypatch.context() as patch:
-            patch.setattr(identities, "push", forgets_momentum)
+            patch.setattr(slices, "push", forgets_momentum)
             found = check_identities(model, loss, optimizer)
         assert found.holds is False
         assert "FAILS" in str(found)
     with monkeypatch.context() as patch:
-        patch.setattr(identities, "push", loses_a_millionth)
+        patch.setattr(slices, "push", loses_a_millionth)
         found = check_identities(model, loss, optimizer)
     assert found.holds is False
     assert found.error == pytest.approx(8e-6, rel=1e-3)
+
+
+def test_a_step_that_takes_a_direction_to_zero_says_nothing() -> None:
+    """lr times decay is 1: the closed form is minus infinity, what is computed some power of the rounding."""
+    model, loss = net()
+    found = check_identities(model, loss, O.AdamW(model.parameters(), lr=0.1, weight_decay=10.0))
+    assert found.holds is None
+    assert found.expected == -math.inf
+    assert "takes a direction to zero" in found.reason
+    assert "not checked" in str(found)
+    near = check_identities(model, loss, O.AdamW(model.parameters(), lr=0.1, weight_decay=10.0 * (1 - 1e-6)))
+    assert near.holds
+    w = nn.Parameter(torch.ones(1))
+    model.w = w
+    exact = check_identities(model, lambda: 0.5 * w.square().sum(), O.SGD([w], lr=1.0))
+    assert exact.holds
+    assert exact.measured == -math.inf
+
+
+@pytest.mark.parametrize("warm", [0, 3])
+@pytest.mark.parametrize("case", ["momentum", "AdamW", "ours"])
+def test_a_parameter_that_is_one_number_moves_too(case: str, warm: int) -> None:
+    make, each = CLOSED[case]
+    model = nn.Module()
+    model.a, model.b = nn.Parameter(torch.tensor(0.7)), nn.Parameter(torch.tensor([0.3, -1.0]))
+
+    def loss() -> Tensor:
+        return (model.a * model.b).sin().square().sum()
+
+    optimizer = make(model.parameters())
+    train(loss, optimizer, warm)
+    found = check_identities(model, loss, optimizer, steps=2)
+    assert found.entries == 3
+    assert found.holds
+    assert found.expected == pytest.approx(2 * 3 * each, rel=1e-12)
 
 
 def test_single_precision_holds_to_what_is_computed_for_it() -> None:
@@ -257,7 +292,7 @@ def test_the_determinant_is_that_of_a_matrix_written_down() -> None:
     H = generator.normal(size=(3, 3))
     H = H + H.T
     kept, direct = np.array([0.9, 1.0, 0.8]), np.array([0.0, 0.3, 0.7])
-    part = Factors("", np.zeros(3), kept, direct, coupled=0.2)
+    part = DeterminantFactors("", np.zeros(3), kept, direct, coupled=0.2)
     value, rough = log_determinant([part], H)
     exact = np.linalg.slogdet(np.diag(kept) - direct[:, None] * (H + 0.2 * np.eye(3)))[1]
     assert value == pytest.approx(exact, abs=1e-13)
