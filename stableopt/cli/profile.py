@@ -13,7 +13,7 @@ from stableopt.cli.data import Dataset
 from stableopt.cli.subject import load_subject
 from stableopt.cli.train import train_again
 from stableopt.lyapunov import Profile
-from stableopt.report.profile_tables import Table, as_json, profile_tables
+from stableopt.report.profile_tables import Table, profile_tables
 from stableopt.report.profile_words import remarks, verdict_sentence
 from stableopt.report.profiles import ARRAYS, NUMBERS, ProfileSummary
 from stableopt.report.runs import read_run
@@ -138,13 +138,13 @@ def profile_text(profile: ProfileSummary) -> str:
 
 
 def profile_json(profile: ProfileSummary) -> dict[str, Any]:
-    """Return ``profile.json`` with the window of the largest growth.
+    """Return what ``profile.json`` says.
 
     Examples:
         >>> profile_json(ProfileSummary({"schema": 1}))
-        {'schema': 1, 'largest_window': None}
+        {'schema': 1}
     """
-    return as_json(profile)
+    return profile.content
 
 
 def _table_text(table: Table) -> str:

@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 from stableopt.report.profile_words import (
+    UNKNOWN,
     as_text,
     forward_blocks,
     interval_text,
@@ -17,7 +18,7 @@ from stableopt.report.profile_words import (
 )
 from stableopt.report.profiles import ProfileSummary
 
-__all__ = ["Table", "as_json", "profile_tables"]
+__all__ = ["Table", "profile_tables"]
 
 _WIDE = 12  # layers of a table with a column for each
 
@@ -52,25 +53,10 @@ def profile_tables(profile: ProfileSummary) -> list[Table]:
         _gains(profile),
         _finite_size(profile),
         _determinant(profile),
-        _pairs(
-            "Distance to kinks, and the other derivatives that could have been taken there.", profile.table("kinks")
-        ),
         *_forward(profile),
         _about(profile),
     ]
     return [table for table in made if table.rows]
-
-
-def as_json(profile: ProfileSummary) -> dict[str, Any]:
-    """Return ``profile.json`` with the window of the largest growth, if it does not name it itself.
-
-    Examples:
-        >>> as_json(ProfileSummary({"schema": 1}))
-        {'schema': 1, 'largest_window': None}
-    """
-    found = sup_window(profile)
-    window = None if found is None else {"log_norm": found[0], "start": found[1], "end": found[2]}
-    return profile.content if "largest_window" in profile.content else profile.content | {"largest_window": window}
 
 
 def _exponents(profile: ProfileSummary) -> Table:
@@ -84,7 +70,7 @@ def _exponents(profile: ProfileSummary) -> Table:
             as_text(row.get("count")),
             as_text(row.get("burn_in")),
             as_text(row.get("kind")),
-            time_text(number_of(row, "value")),
+            time_text(number_of(row, "value")) if _decided(row) else UNKNOWN,
         )
         for number, row in enumerate(profile.rows("exponents"), 1)
     )
@@ -101,6 +87,8 @@ def _transients(profile: ProfileSummary) -> Table:
         rows.append(("growth from the first to the last step", power_text(path[-1][0]), f"at step {path[-1][1]:g}"))
     if window := sup_window(profile):
         rows.append(("largest growth of all windows", power_text(window[0]), f"from step {window[1]} to {window[2]}"))
+        if (most := profile.number("largest_window", "at_most")) > window[0] + 1e-9:
+            rows.append(("no window grows by more than", power_text(most), "not all were looked at"))
     if not math.isnan(peak := profile.number("errors", "peak")):
         count = as_text(profile.table("errors").get("count"))
         rows.append(("largest response to an error of one update", power_text(peak), f"of {count} errors"))
@@ -117,21 +105,24 @@ def _transients(profile: ProfileSummary) -> Table:
 
 
 def _energy(profile: ProfileSummary) -> Table:
-    energy = profile.table("energy")
     words = {
         "weight": "weight w of the future",
         "smallest": "smallest eigenvalue m of all P",
         "largest": "largest eigenvalue M of all P",
-        "constant": "constant √(M/m)",
-        "rate": "mean rate of √V per step",
+        "constant": "constant √(M/m), between the times of the grid",
+        "constant_between": "constant C of C ρ^(t − s), for all windows",
+        "largest_rate": "rate ρ of C ρ^(t − s): the largest of √V per step",
+        "rate": "mean rate of √V per step, of the whole run alone",
         "reference": "growth that the weights discount",
         "smallest_ratio": "bound over measured growth, smallest",
         "median_ratio": "bound over measured growth, median",
         "worst_ratio": "bound over measured growth, largest",
-        "holds": "the bound holds on every window",
+        "holds": "the bound holds on every window of the grid, and on the largest of all",
     }
     return _pairs(
-        "Lyapunov energy V = δᵀPδ synthesized from the profile, and the bound √(M/m) ∏√ρ that it gives.", energy, words
+        "Lyapunov energy V = δᵀPδ synthesized from the profile, and the bound √(M/m) ∏√ρ that it gives.",
+        profile.table("energy"),
+        words,
     )
 
 
@@ -146,6 +137,7 @@ def _gains(profile: ProfileSummary) -> Table:
         "rate": "rate of growth that the matrix bounds",
         "joint_rate": "the same with the best weights",
         "verdict": "small-gain condition",
+        "exact": "the gains are exact (else estimates from below)",
     }
     return _pairs("Small gain of the coupled system of representations and parameters.", profile.table("gains"), words)
 
@@ -154,12 +146,9 @@ def _finite_size(profile: ProfileSummary) -> Table:
     found = profile.table("finite_size")
     if not found:
         return Table("", (), ())
-    size = found.get("size", found.get("epsilon"))
-    nested = found.get("exponent")
-    exponent = nested if isinstance(nested, dict) else found
-    rows = [
-        ("perturbation of finite size", as_text(size, 3), as_text(exponent.get("value"), 4), interval_text(exponent))
-    ]
+    exponent = profile.table("finite_size", "exponent")
+    size, value = as_text(found.get("size"), 3), as_text(exponent.get("value"), 4)
+    rows = [("perturbation of finite size", size, value, interval_text(exponent))]
     if beside := (profile.rows("exponents") or [{}])[0]:
         rows.append(("infinitesimal perturbation", "0", as_text(beside.get("value"), 4), interval_text(beside)))
     caption = "The exponent of a perturbation of finite size, relative to the parameters, beside the infinitesimal one."
@@ -171,25 +160,11 @@ def _finite_size(profile: ProfileSummary) -> Table:
 
 
 def _determinant(profile: ProfileSummary) -> Table:
-    found = profile.table("determinant")
-    measured, expected = number_of(found, "measured"), number_of(found, "expected")
-    if math.isnan(measured) and math.isnan(expected):
-        return Table("", (), ())
-    every = profile.content.get("full") is True
-    rows = [
-        (
-            "sum of all exponents, measured" if every else "sum of the exponents that were followed",
-            as_text(measured, 12),
-        )
-    ]
-    if not math.isnan(expected):
-        rows.append(("sum of all exponents, from the settings of the optimizer", as_text(expected, 12)))
-    if not math.isnan(measured + expected):
-        rows.append(("difference", f"{abs(measured - expected):.2g}"))
+    measured = profile.number("determinant", "measured")
+    which = "all exponents" if profile.content.get("full") is True else "the exponents that were followed"
+    rows = () if math.isnan(measured) else ((f"sum of {which}, measured", as_text(measured, 12)),)
     return Table(
-        "Growth of volumes: the logarithm of the determinant of the update map, per step.",
-        ("what", "value"),
-        tuple(rows),
+        "Growth of volumes: the logarithm of the determinant of the update map, per step.", ("what", "value"), rows
     )
 
 
@@ -217,14 +192,11 @@ def _about(profile: ProfileSummary) -> Table:
         (words, as_text(content[key]))
         for key, words in (
             ("backend", "tangents"),
-            ("epsilon", "size of the perturbations"),
             ("directions", "directions"),
             ("dimension", "dimension of the state"),
             ("full", "all directions"),
             ("steps", "steps"),
             ("followed", "steps that were followed"),
-            ("cadence", "steps between orthogonalizations"),
-            ("burn_in", "steps left out at first"),
             ("seed", "seed of the directions"),
             ("optimizer", "optimizer"),
         )
@@ -234,9 +206,6 @@ def _about(profile: ProfileSummary) -> Table:
         rows.append(
             ("metric of the state", ", ".join(f"{as_text(weight)} · {name}" for name, weight in metric.items()))
         )
-    cost = profile.number("cost", "forward_backward_per_direction")
-    if not math.isnan(cost):
-        rows.append(("cost of a direction and step", f"{cost:.3g} times forward and backward"))
     if not math.isnan(products := profile.number("cost", "products")):
         each = profile.number("cost", "products_per_step")
         per_step = "" if math.isnan(each) else f", {each:.3g} per step"
@@ -251,6 +220,11 @@ def _pairs(caption: str, found: dict[str, Any], words: dict[str, str] | None = N
     return Table(
         caption, ("what", "value"), tuple((words.get(key, key.replace("_", " ")), as_text(found[key])) for key in keys)
     )
+
+
+def _decided(row: dict[str, Any]) -> bool:
+    """Whether an exponent has an interval."""
+    return not (math.isnan(number_of(row, "lower")) and math.isnan(number_of(row, "upper")))
 
 
 def _says(value: object) -> bool:

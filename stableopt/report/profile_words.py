@@ -42,8 +42,7 @@ _BACKENDS = {
     "graph": "exact tangents on the graph of the training",
     "exact": "exact tangents, reverse over reverse",
     "forward": "exact tangents, forward over reverse",
-    "difference": "finite differences of the gradient",
-    "twin": "a second run beside the first",
+    "difference": "finite differences of the gradient: an estimate, no derivative",
 }
 
 
@@ -82,12 +81,13 @@ def remarks(profile: ProfileSummary) -> list[str]:
     """Return what a reader has to know beside the numbers: reasons, refusals, and how far the numbers reach.
 
     Examples:
-        >>> remarks(ProfileSummary({"backend": "twin", "epsilon": 0.001, "directions": 1, "dimension": 10}))[0]
-        'Measured with a second run beside the first, perturbations of size 0.001: it is a finite-size estimate, no derivative.'
+        >>> remarks(ProfileSummary({"backend": "graph"}))
+        ['Measured with exact tangents on the graph of the training.']
     """
     if not profile:
         return []
-    found = [_backend(profile)]
+    backend = profile.text("backend")
+    found = [f"Measured with {_BACKENDS.get(backend, backend)}."] if backend else []
     k, n = profile.number("directions"), profile.number("dimension")
     if profile.content.get("full") is not True and not math.isnan(k + n):
         found.append(
@@ -102,7 +102,17 @@ def remarks(profile: ProfileSummary) -> list[str]:
     if reason := profile.text("verdict", "reason"):
         found.append(f"The verdict: {reason}")
     if reason := profile.text("reason"):
-        found.append(f"The profile ended early: {reason}")
+        found.append(reason if reason.startswith("the profile ended early") else f"The profile ended early: {reason}")
+    missing = [row for row in profile.rows("missing") if row.get("reason")]
+    if missing:
+        others = f" (and {len(missing) - 1} more looks)" if len(missing) > 1 else ""
+        found.append(
+            f"The look at step {as_text(missing[0].get('step'))} lacks something{others}: {as_text(missing[0]['reason'])}"
+        )
+    if profile.text("gains", "verdict") == "not excluded":
+        found.append(
+            "Small gain: the gains are estimates from below, so that a contraction is not excluded and not shown either."
+        )
     refused = [(k, row["reason"]) for k, row in enumerate(profile.rows("exponents"), 1) if row.get("reason")]
     if refused:
         number, reason = refused[0]
@@ -112,47 +122,27 @@ def remarks(profile: ProfileSummary) -> list[str]:
 
 
 def sup_window(profile: ProfileSummary) -> tuple[float, int, int] | None:
-    r"""Return the largest :math:`\log K(t, s)` of all the windows that were measured, with :math:`s` and :math:`t`.
-
-    It is the one that ``profile.json`` names, or else the largest of the grid of windows.
-
-    Returns:
-        None if there is no window of more than no steps.
+    r"""Return the largest :math:`\log K(t, s)` of all windows, with :math:`s` and :math:`t`; None if it is not named.
 
     Examples:
-        >>> windows = {
-        ...     "windows/steps": np.array([0, 5, 9]),
-        ...     "windows/log_norms": np.array([[0, np.nan, np.nan], [-1, 0, np.nan], [0.5, 2, 0]]),
-        ... }
-        >>> sup_window(ProfileSummary({"schema": 1}, windows))
+        >>> sup_window(ProfileSummary({"largest_window": {"log_norm": 2.0, "start": 5, "end": 9}}))
         (2.0, 5, 9)
     """
     sup, start, end = (profile.number("largest_window", key) for key in ("log_norm", "start", "end"))
-    if not math.isnan(sup + start + end):
-        return sup, int(start), int(end)
-    steps, norms = profile.array("windows/steps", 1), profile.array("windows/log_norms", 2)
-    if len(steps) < 2 or norms.shape != (len(steps), len(steps)):
-        return None
-    below = np.where(np.tri(len(steps), k=-1, dtype=bool), norms, np.nan)
-    if np.isnan(below).all():
-        return None
-    end, start = np.unravel_index(int(np.nanargmax(below)), below.shape)
-    return float(below[end, start]), int(steps[start]), int(steps[end])
+    return (sup, int(start), int(end)) if not math.isnan(sup) and math.isfinite(start + end) else None
 
 
 def forward_blocks(profile: ProfileSummary) -> list[tuple[str, str, tuple[str, ...], NDArray[np.float64]]]:
     r"""Return the forward block of the first and of the last step at which it was measured.
 
-    Both triangles are understood, and norms as well as their logarithms: the diagonal, :math:`D_{h_k}h_k = I`, tells them apart.
-
     Returns:
         For each the step, how it was measured, the names of the representations, and :math:`\log\|D_{h_k}h_l\|` at ``[l, k]``.
 
     Examples:
-        >>> content = {"forward": [{"step": 9, "how": "exact", "table_key": "f"}], "layers": ["0"]}
-        >>> forward_blocks(ProfileSummary(content, {"f": np.array([[1.0, 2.0], [np.nan, 1.0]])}))
-        [('9', 'exact', ('input', '0'), array([[0.        ,        nan],
-               [0.69314718, 0.        ]]))]
+        >>> content = {"forward": [{"step": 9, "how": "jacobian", "table_key": "f", "names": ["input", "0"]}]}
+        >>> forward_blocks(ProfileSummary(content, {"f": np.array([[0.0, np.nan], [0.5, 0.0]])}))
+        [('9', 'exact', ('input', '0'), array([[0. , nan],
+               [0.5, 0. ]]))]
     """
     found = []
     rows = profile.rows("forward")
@@ -161,16 +151,10 @@ def forward_blocks(profile: ProfileSummary) -> list[tuple[str, str, tuple[str, .
         if not table.size or table.shape[0] != table.shape[1]:
             continue
         size = len(table)
-        upper = np.triu(np.ones((size, size), dtype=bool), 1)
-        if np.isfinite(table[upper]).sum() > np.isfinite(table.T[upper]).sum():
-            table = table.T
-        if abs(table[0, 0] - 1.0) < 1e-6:
-            with np.errstate(divide="ignore", invalid="ignore"):
-                table = np.log(table)
-        own = row.get("names")
-        names = layer_names([str(name) for name in own] if isinstance(own, list) else profile.names("layers"), size)
-        how = "exact" if row.get("how") in {"exact", "jacobian"} else "estimates from below"
-        found.append((as_text(row.get("step")), how, tuple(names), np.where(upper, np.nan, table)))
+        names = layer_names(ProfileSummary(row).names("names"), size)
+        how = "exact" if row.get("how") == "jacobian" else "estimates from below"
+        below = np.tri(size, dtype=bool)
+        found.append((as_text(row.get("step")), how, tuple(names), np.where(below, table, np.nan)))
     return found
 
 
@@ -191,16 +175,6 @@ def _horizon(profile: ProfileSummary) -> str:
     steps = profile.content.get("steps")
     span = f", {steps[0]} to {steps[1]}" if isinstance(steps, list) and len(steps) == 2 else ""
     return "" if math.isnan(horizon) else f" on {horizon:.0f} step{'s' * (horizon != 1)}{span}"
-
-
-def _backend(profile: ProfileSummary) -> str:
-    backend, epsilon = profile.text("backend"), profile.number("epsilon")
-    if not backend:
-        return ""
-    words = f"Measured with {_BACKENDS.get(backend, backend)}"
-    if math.isnan(epsilon):
-        return f"{words}."
-    return f"{words}, perturbations of size {epsilon:.4g}: it is a finite-size estimate, no derivative."
 
 
 def number_of(row: dict[str, Any], key: str) -> float:
@@ -246,6 +220,8 @@ def time_text(exponent: float) -> str:
     """
     if math.isnan(exponent):
         return UNKNOWN
+    if math.isinf(exponent):
+        return "vanishes within the run" if exponent < 0 else "leaves the range of numbers"
     if abs(exponent) < 1e-12:
         return "neither grows nor shrinks"
     return f"{'doubles' if exponent > 0 else 'halves'} in {math.log(2) / abs(exponent):.3g} steps"

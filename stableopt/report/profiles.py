@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stableopt.files import decode_safetensors
+from stableopt.lyapunov.profile.files import ARRAYS, KINDS, NUMBERS, SCHEMA
+
 __all__ = ["ARRAYS", "NUMBERS", "ProfileSummary", "read_arrays", "read_numbers"]
-
-NUMBERS, ARRAYS = "profile.json", "profile.safetensors"
-"""The two files of a profile: what it says, and the curves and tables that it rests on."""
-
-SCHEMA = 1
-_KINDS = {"F64": "<f8", "F32": "<f4", "I64": "<i8", "I32": "<i4"}
-_LARGEST_HEADER = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class ProfileSummary:
         return found if isinstance(found, dict) else {}
 
     def number(self, *keys: str) -> float:
-        """Return a number of ``profile.json``; NaN if it is absent, null or something else."""
+        """Return a number of ``profile.json``; the texts "inf" and "-inf" are one, anything else is NaN."""
         return _number(self.table(*keys[:-1]).get(keys[-1]))
 
     def text(self, *keys: str) -> str:
@@ -78,6 +73,17 @@ class ProfileSummary:
             return np.empty((0,) * dimensions)
         return found.astype(np.float64)
 
+    def times(self, name: str) -> NDArray[np.float64]:
+        """Return the steps that an array names; empty if one of them is not finite.
+
+        Examples:
+            >>> profile = ProfileSummary(arrays={"a": np.array([0, 5]), "b": np.array([0.0, np.inf])})
+            >>> profile.times("a"), profile.times("b"), profile.times("c")
+            (array([0., 5.]), array([], dtype=float64), array([], dtype=float64))
+        """
+        found = self.array(name, 1)
+        return found if np.isfinite(found).all() else np.empty(0)
+
     def series(self, places: str, values: str) -> list[tuple[float, float]]:
         """Return the pairs of two arrays; values that belong to the intervals between places stand at the ends of these.
 
@@ -91,7 +97,7 @@ class ProfileSummary:
             >>> profile.series("steps", "path"), profile.series("steps", "growth"), profile.series("growth", "path")
             ([(0.0, 0.0), (5.0, 1.5)], [(5.0, 1.5)], [])
         """
-        x, y = self.array(places, 1), self.array(values, 1)
+        x, y = self.times(places), self.array(values, 1)
         x = x[1:] if len(x) == len(y) + 1 else x
         return list(zip(x.tolist(), y.tolist(), strict=True)) if len(x) == len(y) else []
 
@@ -122,11 +128,11 @@ def read_numbers(path: Path) -> dict[str, Any]:
 
 
 def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
-    """Read ``profile.safetensors``: a length, a header in JSON, and the numbers.
+    """Read ``profile.safetensors``.
 
     Raises:
         OSError: if the file cannot be opened.
-        ValueError: if the file is cut, or its header does not describe it.
+        ValueError: if the file is cut, or its header does not describe it (:func:`stableopt.files.decode_safetensors`).
 
     Examples:
         >>> import tempfile
@@ -136,34 +142,17 @@ def read_arrays(path: Path) -> dict[str, NDArray[np.generic]]:
         Traceback (most recent call last):
         ValueError: it ends within its header, after 5 bytes.
     """
-    data = path.read_bytes()
-    size = struct.unpack("<Q", data[:8])[0] if len(data) >= 8 else _LARGEST_HEADER
-    if size >= _LARGEST_HEADER or 8 + size > len(data):
-        raise ValueError(f"it ends within its header, after {len(data)} bytes.")
-    header = json.loads(data[8 : 8 + size])
-    if not isinstance(header, dict):
-        raise ValueError("its header is no JSON object.")  # noqa: TRY004 - content of a file
-    body = memoryview(data)[8 + size :]
-    return {name: _array(name, entry, body) for name, entry in header.items() if name != "__metadata__"}
-
-
-def _array(name: str, entry: Any, body: memoryview) -> NDArray[np.generic]:
-    try:
-        kind = np.dtype(_KINDS[entry["dtype"]])
-        shape = tuple(int(length) for length in entry["shape"])
-        start, end = (int(offset) for offset in entry["data_offsets"])
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise ValueError(f"its header does not describe '{name}' ({error!r}).") from error
-    if (
-        min(shape, default=0) < 0
-        or not 0 <= start <= end <= len(body)
-        or end - start != kind.itemsize * math.prod(shape)
-    ):
-        raise ValueError(f"the numbers of '{name}' are not all there.")
-    return np.frombuffer(body[start:end], kind).reshape(shape)
+    found: dict[str, NDArray[np.generic]] = {}
+    for name, (kind, shape, numbers) in decode_safetensors(path.read_bytes()).items():
+        if kind not in KINDS:
+            raise ValueError(f"its header does not describe '{name}': {kind} is none of {', '.join(KINDS)}.")
+        found[name] = np.frombuffer(numbers, KINDS[kind]).reshape(shape)
+    return found
 
 
 def _number(value: object) -> float:
+    if isinstance(value, str) and value in {"inf", "-inf"}:
+        return float(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
     try:

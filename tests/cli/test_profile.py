@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 from stableopt.cli import train as train_module
 from stableopt.cli.app import app
 from stableopt.cli.train import Settings, train_again
+from stableopt.lyapunov.profile.growth.factors import Factors
+from stableopt.lyapunov.profile.reading import ProfileReading
 from tests.report.profiled import exponent_entry, numbers, system, write_profile
 
 RUN = CliRunner()
@@ -47,7 +50,7 @@ def test_a_profile_is_printed_with_its_verdict_and_all_tables(tmp_path: Path) ->
         "largest eigenvalue M of all P",
         "small-gain condition",
         "Forward block at step 200",
-        "steps between orthogonalizations",
+        "constant C of C ρ^(t − s), for all windows",
     ):
         assert part in result.output
     rows = [line for line in result.output.splitlines() if "almost sure" in line]
@@ -59,8 +62,20 @@ def test_the_numbers_are_printed_as_json(tmp_path: Path) -> None:
     content = numbers(growth=0.02)
     folder = write_profile(tmp_path, content, system(growth=0.02))
     found = json.loads(RUN.invoke(app, ["profile", str(folder), "--json"]).output)
-    assert found.pop("largest_window").keys() == {"log_norm", "start", "end"}
     assert found == content
+
+
+def test_an_annihilated_perturbation_is_printed_as_one(tmp_path: Path) -> None:
+    R = np.full((200, 1, 1), 0.5)
+    R[-1] = 0.0
+    factors = Factors(R, np.arange(201), dimension=1)
+    ProfileReading(pieces=(factors,), theta=(np.ones((201, 1, 1)),)).save(tmp_path)
+    assert json.loads((tmp_path / "profile.json").read_text())["exponents"][0]["value"] == "-inf"
+    result = RUN.invoke(app, ["profile", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "-inf … -inf" in result.output
+    assert "vanishes within the run" in result.output
+    assert "refused" not in result.output
 
 
 def test_a_refused_interval_is_said_in_words(tmp_path: Path) -> None:

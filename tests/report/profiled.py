@@ -59,10 +59,12 @@ def system(steps: int = 200, growth: float = -0.02, seed: int = 0) -> dict[str, 
         "path": path,
         "windows/log_norms": norms,
         "windows/steps": grid.astype(np.int64),
+        "running/steps": count,
         "running/exponent": mean,
         "running/lower": mean - half,
         "running/upper": mean + half,
-        "energy/log_value": 2 * path + 1.0,
+        "energy/steps": grid.astype(np.int64),
+        "energy/log_value": 2 * path[grid] + 1.0,
         "energy/bound": norms + 0.3 + 0.01 * (grid[:, None] - grid[None, :]),
         "mixed/steps": grid.astype(np.int64),
         "mixed/log_norms": path[grid][:, None] + np.linspace(0.0, 1.0, LAYERS)[None, :],
@@ -81,37 +83,40 @@ def numbers(steps: int = 200, growth: float = -0.02, **changes: Any) -> dict[str
     stable = growth < 0
     verdict = {"kind": kind, "horizon": steps, "constant": 3.5 if stable else None, "rate": 0.985 if stable else None}
     verdict |= {"terminal_decay": stable, "peak": 0.75, "reason": "the interval of the exponent excludes zero"}
+    names = ["input", *(str(k) for k in range(LAYERS))]
     gains = {"a": 0.5, "b": 0.25, "c": 0.1, "d": 0.9, "radius": 0.95, "weights": [1.0, 0.3], "verdict": "holds"}
+    gains |= {"rate": 0.95, "joint_rate": 0.94, "exact": True}
     energy = {"weight": 1.02, "smallest": 1.0, "largest": 60.0, "rate": 0.97, "worst_ratio": 9.3, "median_ratio": 1.4}
+    energy |= {"constant": 7.75, "constant_between": 8.5, "largest_rate": 0.99, "reference": "path"}
     return {
         "schema": 1,
         "backend": "graph",
-        "epsilon": None,
         "directions": N,
         "dimension": N,
         "full": True,
         "metric": {"parameters": 1.0, "momentum_buffer": 0.1},
         "steps": [0, steps],
-        "cadence": 1,
-        "burn_in": 20,
+        "followed": steps,
+        "windowed": False,
         "seed": 0,
         "optimizer": "SGD",
         "reason": "",
-        "cost": {"forward_backward_per_direction": 1.75, "products": steps * N},
+        "cost": {"products": steps * N, "products_per_step": N},
         "exponents": [exponent_entry(growth - 0.01 * k) for k in range(N)],
-        "determinant": {"measured": -21.0721031315653, "expected": -21.0721031315652},
+        "determinant": {"measured": -21.0721031315653, "full": True},
         "verdict": verdict | {"exponent": exponent_entry(growth)},
+        "largest_window": {"log_norm": 0.9, "start": 10, "end": 17, "at_most": 0.9},
         "energy": energy | {"holds": True},
         "gains": gains,
         "errors": {"count": 3, "peak": 0.2},
         "hyper": [{"name": "lr", "start": 0, "last": math.log(steps)}],
         "layers": [str(k) for k in range(LAYERS)],
         "forward": [
-            {"step": 0, "how": "exact", "table_key": "forward/0"},
-            {"step": steps, "how": "estimate", "table_key": "forward/1"},
+            {"step": 0, "how": "jacobian", "table_key": "forward/0", "names": names},
+            {"step": steps, "how": "lanczos", "table_key": "forward/1", "names": names},
         ],
-        "kinks": {"fraction": 0.02, "element": 0.437, "upper": 1.287},
-        "finite_size": {"epsilon": 1e-3, "exponent": exponent_entry(growth + 0.003)},
+        "missing": [],
+        "finite_size": {"size": 1e-3, "exponent": exponent_entry(growth + 0.003), "kinks": [], "stopped": ""},
     } | changes
 
 
@@ -131,8 +136,8 @@ def _forward(rng: np.random.Generator, gain: float) -> np.ndarray:
     norms = np.full((LAYERS + 1, LAYERS + 1), np.nan)
     for k in range(LAYERS + 1):
         J = np.eye(3)
-        norms[k, k] = 1.0
+        norms[k, k] = 0.0
         for l in range(k, LAYERS):
             J = layers[l] @ J
-            norms[k, l + 1] = np.linalg.norm(J, 2)
+            norms[l + 1, k] = math.log(np.linalg.norm(J, 2))
     return norms

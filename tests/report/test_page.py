@@ -364,7 +364,7 @@ def test_a_profile_with_words_of_any_kind_is_text(tmp_path):
         "schema": 1,
         "layers": [EVIL] * 5,
         "metric": {EVIL: EVIL},
-        "kinks": {EVIL: [EVIL]},
+        "missing": [{"step": EVIL, "reason": EVIL}],
     }
     evil |= {
         "verdict": {"kind": EVIL, "reason": EVIL, "horizon": 1},

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
 import pytest
 
 from stableopt.report.profile_words import MEANINGS, power_text, remarks, sup_window, verdict_sentence
 from stableopt.report.profiles import ProfileSummary
-from tests.report.profiled import exponent_entry, numbers, system
+from tests.report.profiled import exponent_entry, numbers
 
 
 def test_every_verdict_has_its_meaning_horizon_and_interval():
@@ -50,10 +49,10 @@ def test_a_profile_that_says_nothing_is_said_to(content):
 
 def test_limits_of_the_measurement_are_remarks():
     content = numbers(
-        backend="twin", epsilon=1e-4, directions=2, dimension=100, full=False, windowed=True, reason="step 7: NaN"
+        backend="difference", directions=2, dimension=100, full=False, windowed=True, reason="step 7: NaN"
     )
     found = remarks(ProfileSummary(content))
-    assert "perturbations of size 0.0001: it is a finite-size estimate" in found[0]
+    assert "an estimate, no derivative" in found[0]
     assert found[1].startswith("2 of 100 directions were followed")
     assert found[2].startswith("Only windows of the run were followed")
     assert "The profile ended early: step 7: NaN." in found
@@ -61,19 +60,30 @@ def test_limits_of_the_measurement_are_remarks():
     assert remarks(ProfileSummary()) == []
 
 
-def test_the_largest_window_is_the_named_one_and_else_that_of_the_grid():
-    arrays = system()
-    grid = ProfileSummary(numbers(), arrays)
-    found = sup_window(grid)
-    assert found is not None
-    value, start, end = found
-    steps = arrays["windows/steps"].tolist()
-    table = arrays["windows/log_norms"]
-    assert value == table[steps.index(end), steps.index(start)] == np.nanmax(table[np.tril_indices(len(steps), -1)])
+def test_a_profile_that_ended_early_says_so_once():
+    found = remarks(ProfileSummary(numbers(reason="the profile ended early: step 7: NaN")))
+    assert "the profile ended early: step 7: NaN." in found
+
+
+def test_looks_that_lack_something_are_named():
+    missing = [{"step": 3, "reason": "the forward block: not today"}, {"step": 6, "reason": "the mixed block: no"}]
+    found = remarks(ProfileSummary(numbers(missing=missing)))
+    assert "The look at step 3 lacks something (and 1 more looks): the forward block: not today." in found
+    for odd in ([{}], [{"reason": [1]}], [None], 3):
+        remarks(ProfileSummary(numbers(missing=odd)))
+
+
+def test_gains_from_below_are_said_to_exclude_nothing():
+    gains = numbers()["gains"] | {"verdict": "not excluded", "exact": False}
+    assert any("estimates from below" in text for text in remarks(ProfileSummary(numbers(gains=gains))))
+    assert not any("estimates from below" in text for text in remarks(ProfileSummary(numbers())))
+
+
+def test_the_largest_window_is_the_named_one():
     named = {"log_norm": 9.0, "start": 3, "end": 17, "at_most": 9.5}
-    assert sup_window(ProfileSummary(numbers(largest_window=named), arrays)) == (9.0, 3, 17)
-    assert sup_window(ProfileSummary(numbers())) is None
-    assert sup_window(ProfileSummary(numbers(), arrays | {"windows/steps": np.arange(3)})) is None
+    assert sup_window(ProfileSummary(numbers(largest_window=named))) == (9.0, 3, 17)
+    for odd in (None, {}, named | {"end": "inf"}, named | {"log_norm": None}):
+        assert sup_window(ProfileSummary(numbers(largest_window=odd))) is None
 
 
 @pytest.mark.parametrize("log", [-1e6, -800.0, -690.0, -1.0, 0.0, 3.0, 689.0, 691.0, 5000.0])

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from stableopt.lyapunov.profile.files import arrays_of, numbers_of
+from stableopt.lyapunov.profile.growth.factors import Factors
+from stableopt.lyapunov.profile.reading import ProfileReading
 from stableopt.report import read_run
 from stableopt.report.profiles import ProfileSummary, read_arrays, read_numbers
 from tests.report.folders import run_folder
@@ -19,7 +22,6 @@ from tests.report.profiled import numbers, system, write_profile
 def test_arrays_are_read_bit_for_bit(tmp_path):
     arrays = system(20) | {
         "small": np.array([5e-324, -0.0, np.nan, np.inf]),
-        "single": np.float32([1.5]),
         "none": np.empty((0, 3)),
     }
     write_profile(tmp_path, arrays=arrays)
@@ -50,6 +52,7 @@ def _file(header: object, body: bytes = b"\0" * 8) -> bytes:
         (_file({"a": None}), "does not describe 'a'"),
         (_file({"a": {"dtype": "F64", "shape": [1]}}), "does not describe 'a'"),
         (_file({"a": {"dtype": "X", "shape": [1], "data_offsets": [0, 8]}}), "does not describe 'a'"),
+        (_file({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}), "F32 is none of F64, I64"),
         (_file({"a": {"dtype": "F64", "shape": ["x"], "data_offsets": [0, 8]}}), "does not describe 'a'"),
         (_file({"a": {"dtype": "F64", "shape": [1], "data_offsets": [0, 8, 9]}}), "does not describe 'a'"),
         (_file({"a": {"dtype": "F64", "shape": [2], "data_offsets": [0, 16]}}), "'a' are not all there"),
@@ -78,7 +81,27 @@ def test_numbers_of_another_layout_are_refused(tmp_path, text):
         read_numbers(tmp_path / "profile.json")
 
 
-@pytest.mark.parametrize("value", [None, True, "1", [], {}, 10**400])
+def test_what_the_profile_writes_is_what_the_report_reads(tmp_path):
+    R = np.triu(np.random.default_rng(0).normal(size=(60, 2, 2)))
+    R[:, range(2), range(2)] = np.abs(R[:, range(2), range(2)])
+    theta = np.tile(np.eye(2), (61, 1, 1))
+    reading = ProfileReading(pieces=(Factors(R, np.arange(61), dimension=2),), theta=(theta,))
+    reading.save(tmp_path)
+    run = read_run(tmp_path)
+    assert not run.problems
+    arrays = arrays_of(reading)
+    assert run.profile.arrays.keys() == arrays.keys()
+    for key, value in arrays.items():
+        assert run.profile.arrays[key].tobytes() == np.ascontiguousarray(value).tobytes()
+    assert run.profile.content == json.loads(json.dumps(numbers_of(reading)))
+
+
+@pytest.mark.parametrize(("value", "number"), [("inf", math.inf), ("-inf", -math.inf), (-1.5, -1.5), (3, 3.0)])
+def test_infinite_numbers_are_texts(value, number):
+    assert ProfileSummary({"a": {"b": value}}).number("a", "b") == number
+
+
+@pytest.mark.parametrize("value", [None, True, "1", "nan", "infinity", [], {}, 10**400])
 def test_what_is_no_number_is_nan(value):
     profile = ProfileSummary(
         {"verdict": {"peak": value}, "energy": value, "exponents": value, "layers": value, "backend": value}

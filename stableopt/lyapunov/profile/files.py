@@ -17,15 +17,21 @@ from stableopt.lyapunov.profile.growth.energies import EnergySynthesis
 from stableopt.lyapunov.profile.growth.exponents import exponent
 from stableopt.lyapunov.profile.growth.gains import CoupledGains
 from stableopt.lyapunov.profile.growth.windows import Windows
+from stableopt.lyapunov.profile.plain import plain
 from stableopt.lyapunov.profile.representations.depth import ForwardProfile
 
 if TYPE_CHECKING:
     from stableopt.lyapunov.profile.reading import ProfileReading
 
-__all__ = ["SCHEMA", "arrays_of", "numbers_of", "write_reading"]
+__all__ = ["ARRAYS", "KINDS", "NUMBERS", "SCHEMA", "arrays_of", "numbers_of", "write_reading"]
+
+NUMBERS, ARRAYS = "profile.json", "profile.safetensors"
+"""The two files of a profile: what it says, and the curves and tables that it rests on."""
 
 SCHEMA = 1
-_KINDS = {"f": ("F64", "<f8"), "i": ("I64", "<i8")}
+KINDS = {"F64": "<f8", "I64": "<i8"}
+"""The types of the numbers in them, as safetensors and as numpy names them."""
+
 _RUNNING = 64
 """How many points the curve of running exponents has at most."""
 
@@ -44,15 +50,15 @@ def write_reading(reading: ProfileReading, folder: str | os.PathLike[str]) -> No
     place.mkdir(parents=True, exist_ok=True)
     arrays = {}
     for name, value in arrays_of(reading).items():
-        kind, code = _KINDS[value.dtype.kind]
-        arrays[name] = kind, value.shape, np.ascontiguousarray(value, dtype=code).tobytes()
-    write_atomically(place / "profile.safetensors", encode_safetensors(arrays))
+        kind = "I64" if value.dtype.kind == "i" else "F64"
+        arrays[name] = kind, value.shape, np.ascontiguousarray(value, dtype=KINDS[kind]).tobytes()
     text = json.dumps(numbers_of(reading), indent=1, allow_nan=False)
-    write_atomically(place / "profile.json", text.encode())
+    write_atomically(place / ARRAYS, encode_safetensors(arrays))
+    write_atomically(place / NUMBERS, text.encode())
 
 
 def numbers_of(reading: ProfileReading) -> dict[str, Any]:
-    """Return what ``profile.json`` holds; what is not finite is None there.
+    """Return what ``profile.json`` holds, as plain data (:func:`~stableopt.lyapunov.profile.plain.plain`).
 
     Args:
         reading: of a profile.
@@ -67,7 +73,7 @@ def numbers_of(reading: ProfileReading) -> dict[str, Any]:
     factors, steps = reading.factors, [int(reading.pieces[0].steps[0]), int(reading.pieces[-1].steps[-1])]
     windows, energy = reading.windows, reading.energy
     followed = sum(int(piece.spacing.sum()) for piece in reading.pieces)
-    return _plain(
+    return plain(
         {
             "schema": SCHEMA,
             "backend": reading.backend,
@@ -104,12 +110,13 @@ def numbers_of(reading: ProfileReading) -> dict[str, Any]:
                 {"name": h.name, "start": h.start, "last": float(h.log_norms[-1]) if len(h.log_norms) else None}
                 for h in reading.hyper
             ],
-            "layers": list(reading.looks[-1].grams) if reading.looks else [],
+            "layers": list(reading.mixed[1]),
             "forward": [
                 {"step": look.step, "table_key": f"forward/{i}", **_forward_facts(look.forward)}
                 for i, look in enumerate(reading.looks)
                 if look.forward is not None
             ],
+            "missing": [{"step": look.step, "reason": look.reason} for look in reading.looks if look.reason],
         }
     )
 
@@ -167,13 +174,15 @@ def _energy_facts(energy: EnergySynthesis, windows: Windows) -> dict[str, Any]:
     ratios = {"worst_ratio": check.largest, "median_ratio": check.median, "smallest_ratio": check.smallest}
     return {
         "reference": energy.reference,
-        "weight": math.exp(float(np.median(energy.log_weights))) if len(energy.log_weights) else None,
+        "weight": _exp(float(np.median(energy.log_weights))) if len(energy.log_weights) else None,
         "smallest": energy.smallest,
         "largest": energy.largest,
         "constant": energy.constant,
+        "constant_between": energy.constant_between,
+        "largest_rate": energy.largest_rate,
         "rate": energy.rate,
         "holds": check.holds,
-        **{name: math.exp(min(value, 700.0)) for name, value in ratios.items()},
+        **{name: _exp(value) for name, value in ratios.items()},
     }
 
 
@@ -186,34 +195,18 @@ def _gain_facts(gains: CoupledGains) -> dict[str, Any]:
     (a, b), (c, d) = gains.matrix.tolist()
     return {
         "a": a, "b": b, "c": c, "d": d, "radius": gains.radius, "weights": list(gains.weights), "rate": gains.rate,
-        "joint_rate": gains.joint_rate, "verdict": gains.verdict,
+        "joint_rate": gains.joint_rate, "verdict": gains.verdict, "exact": gains.exact,
     }  # fmt: skip
 
 
 def _running(reading: ProfileReading) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Return the leading exponent with its interval as it was known after each of some steps."""
-    factors = reading.factors
-    ends = (
-        np.unique(np.linspace(1, factors.count, min(_RUNNING, factors.count)).astype(np.int64)) if factors.count else []
-    )
-    rows = []
-    for end in ends:
-        known = exponent(factors.growth[:end], spacing=factors.spacing[:end])
-        rows.append((known.value, known.lower, known.upper))
-    places = factors.steps[np.asarray(ends, dtype=np.int64)] if rows else np.zeros(0, dtype=np.int64)
-    return places, np.array(rows).reshape(-1, 3)
+    """Return the leading exponent with its interval as it was known after each of some steps, over all pieces."""
+    growth, spacing = (np.concatenate([getattr(p, name) for p in reading.pieces]) for name in ("growth", "spacing"))
+    steps = np.concatenate([piece.steps[1:] for piece in reading.pieces])
+    ends = np.unique(np.linspace(1, len(growth), min(_RUNNING, len(growth))).astype(np.int64))
+    known = [exponent(growth[:end], spacing=spacing[:end]) for end in ends]
+    return steps[ends - 1], np.array([(e.value, e.lower, e.upper) for e in known]).reshape(-1, 3)
 
 
-def _plain(value: Any) -> Any:
-    """Return what JSON has, with None for what is not finite."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, np.generic):
-        value = value.item()
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def _exp(log: float) -> float:
+    return math.exp(log) if log < 709.0 else math.inf

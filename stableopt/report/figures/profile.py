@@ -43,8 +43,9 @@ def _running(runs: Sequence[Run]) -> Picture | None:
     """Draw the leading exponent of the first steps up to each step, within its interval."""
     lines, bands, settled = [], [], []
     for style, run in enumerate(runs):
-        steps = "running/steps" if "running/steps" in run.profile.arrays else "factors/steps"
-        value, low, high = (run.profile.series(steps, f"running/{name}") for name in ("exponent", "lower", "upper"))
+        value, low, high = (
+            run.profile.series("running/steps", f"running/{name}") for name in ("exponent", "lower", "upper")
+        )
         if not value:
             continue
         lines.append(Line(run.name, _curve(value), style))
@@ -112,7 +113,7 @@ def _spectrum(run: Run) -> list[Picture]:
 
 def _windows(run: Run) -> list[Picture]:
     """Draw log K(t, s) of all windows."""
-    steps, norms = run.profile.array("windows/steps", 1), run.profile.array("windows/log_norms", 2)
+    steps, norms = run.profile.times("windows/steps"), run.profile.array("windows/log_norms", 2)
     if len(steps) < 2 or norms.shape != (len(steps), len(steps)):
         return []
     below = np.where(np.tri(len(steps), k=-1, dtype=bool) & np.isfinite(norms), norms, -math.inf)
@@ -131,8 +132,7 @@ def _windows(run: Run) -> list[Picture]:
 
 def _energy(run: Run) -> list[Picture]:
     """Draw the energy of the leading direction along the training."""
-    steps = "energy/steps" if "energy/steps" in run.profile.arrays else "factors/steps"
-    curve = _curve(run.profile.series(steps, "energy/log_value"))
+    curve = _curve(run.profile.series("energy/steps", "energy/log_value"))
     if not curve.count:
         return []
     caption = (
@@ -146,10 +146,10 @@ def _bound(run: Run) -> list[Picture]:
     """Draw the bound of the energy against what was measured, from the first step and from the middle."""
     tables = {}
     for name, steps, norms in (
-        ("bound", "energy/steps" if "energy/steps" in run.profile.arrays else "windows/steps", "energy/bound"),
+        ("bound", "energy/steps", "energy/bound"),
         ("measured", "windows/steps", "windows/log_norms"),
     ):
-        places, table = run.profile.array(steps, 1), run.profile.array(norms, 2)
+        places, table = run.profile.times(steps), run.profile.array(norms, 2)
         if len(places) < 2 or table.shape != (len(places), len(places)):
             return []
         tables[name] = places, table
@@ -172,7 +172,7 @@ def _bound(run: Run) -> list[Picture]:
 
 def _mixed(run: Run) -> list[Picture]:
     """Draw how far each representation moves with the initial parameters."""
-    steps, norms = run.profile.array("mixed/steps", 1), run.profile.array("mixed/log_norms", 2)
+    steps, norms = run.profile.times("mixed/steps"), run.profile.array("mixed/log_norms", 2)
     if not norms.size or len(steps) != len(norms):
         return []
     names = layer_names(run.profile.names("layers"), norms.shape[1])
@@ -207,7 +207,7 @@ def _forward(run: Run) -> list[Picture]:
 
 def _updates(run: Run) -> list[Picture]:
     """Draw what becomes of an error in the update of a step."""
-    starts, norms = run.profile.array("update/starts", 1), run.profile.array("update/log_norms", 2)
+    starts, norms = run.profile.times("update/starts"), run.profile.array("update/log_norms", 2)
     if not norms.size or len(starts) != len(norms):
         return []
     lines = [
@@ -236,7 +236,7 @@ def _hyper(run: Run) -> list[Picture]:
         name, start = str(row.get("name")), ProfileSummary(row).number("start")
         norms = run.profile.array(f"hyper/{name}", 1)
         if norms.size and len(lines) < _SHOWN:
-            first = 1.0 + (0.0 if math.isnan(start) else start)
+            first = 1.0 + (start if math.isfinite(start) else 0.0)
             lines.append(Line(name, _curve((first + k, y) for k, y in enumerate(norms.tolist())), len(lines)))
     if not lines:
         return []

@@ -89,11 +89,10 @@ def test_windows_are_drawn_with_the_largest_framed_also_where_there_are_many():
     steps = np.arange(101)
     norms = np.where(np.tri(101, dtype=bool), 0.01 * (steps[:, None] - steps[None, :]), np.nan)
     norms[57, 43] = 9.0
-    drawn = next(
-        p
-        for p in profile_figures([with_arrays(**{"windows/steps": steps, "windows/log_norms": norms})])
-        if p.title == TITLES[4]
-    )
+    content = numbers(largest_window={"log_norm": 9.0, "start": 43, "end": 57, "at_most": 9.0})
+    arrays = ARRAYS | {"windows/steps": steps, "windows/log_norms": norms}
+    run = Run("a", profile=ProfileSummary(content, arrays))
+    drawn = next(p for p in profile_figures([run]) if p.title == TITLES[4])
     assert f"{math.exp(9.0):.4g} times, is from step 43 to 57" in drawn.caption
     assert 'class="frame"' in drawn.svg
     assert "highest 9, step t 57, start s 43" in drawn.svg
@@ -132,15 +131,29 @@ def test_layers_updates_and_hyper_parameters_have_their_names():
 
 
 def test_the_forward_block_is_the_logarithm_of_its_norms_from_a_layer_to_a_later_one():
-    norms = ARRAYS["forward/0"]
-    k, l = np.unravel_index(int(np.nanargmax(norms)), norms.shape)
+    logs = ARRAYS["forward/0"]
+    l, k = np.unravel_index(int(np.nanargmax(logs)), logs.shape)
     names = ["input", "0", "1", "2", "3", "4"]
-    said = f"highest {np.log(norms[k, l]):.4g}, to layer l {names[l]}, from layer k {names[k]}."
-    for table in (norms, np.log(norms), norms.T, np.log(norms.T)):
-        svg = next(
-            p for p in profile_figures([with_arrays(**{"forward/0": table})]) if p.title == "Forward block at step 0"
-        ).svg
-        assert said in svg
+    said = f"highest {logs[l, k]:.4g}, to layer l {names[l]}, from layer k {names[k]}."
+    full = np.where(np.isnan(logs), 99.0, logs)  # above the diagonal there is nothing, whatever stands there
+    for table in (logs, full):
+        pictures = profile_figures([with_arrays(**{"forward/0": table})])
+        assert said in next(p for p in pictures if p.title == "Forward block at step 0").svg
+
+
+@pytest.mark.parametrize("name", ["factors", "windows", "running", "energy", "mixed"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_steps_that_are_no_numbers_leave_figures_out(name, value):
+    steps = ARRAYS[f"{name}/steps"].astype(np.float64)
+    steps[3] = value
+    found = profile_figures([with_arrays(**{f"{name}/steps": steps})])
+    assert len(found) < len(profile_figures([RUN]))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_errors_at_steps_that_are_no_numbers_leave_their_figure_out(value):
+    found = profile_figures([with_arrays(**{"update/starts": np.array([0.0, value, 100.0])})])
+    assert TITLES[10] not in [p.title for p in found]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e308, 0.0])

@@ -115,7 +115,7 @@ class Looks:
             reasons.append(f"the mixed block: {_sentence(error)}")
         self._made.append(Look(step, piece, forward, grams, self._system.gram(rows), "; ".join(reasons), how))
 
-    def _tangents(self, directions: list[list[Tensor]]) -> RepresentationTangents:
+    def _tangents(self, directions: list[Tensor]) -> RepresentationTangents:
         if self._chain is not None:
             try:
                 return self._along(directions, self._chain)
@@ -126,7 +126,7 @@ class Looks:
         self._chain = chain
         return found
 
-    def _along(self, directions: list[list[Tensor]], chain: Chain) -> RepresentationTangents:
+    def _along(self, directions: list[Tensor], chain: Chain) -> RepresentationTangents:
         return representation_tangents(
             self._model, self._probe, directions, parameters=self._system.parameters, chain=chain
         )
