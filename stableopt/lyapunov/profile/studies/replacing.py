@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 from torch.utils.data import default_collate
 
 from stableopt.lyapunov.profile.offline import Loss
+from stableopt.lyapunov.profile.tangents.agreement import NotTheRuleError
 from stableopt.lyapunov.profile.tangents.products import GradientTap
-from stableopt.lyapunov.profile.tangents.system import PARAMETER, NotTheRuleError, System
+from stableopt.lyapunov.profile.tangents.system import PARAMETER, System
 from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.optim import GuardedOptimizer, RandomState
 from stableopt.optim.curvature import dot, gradients
