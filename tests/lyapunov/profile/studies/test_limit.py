@@ -85,6 +85,33 @@ def test_intervals_hold_what_they_say_they_hold(dimension: int, noise: float) ->
     assert strict == 0  # an interval never reaches the next integer order
 
 
+@pytest.mark.parametrize(
+    ("apart", "orders", "limits"), [((1.0, 2.0), 0.01, 0.01), ((0.5, 2.0), 0.04, 0.01), ((0.25, 1.0), 0.18, 0.03)]
+)
+def test_powers_close_together_are_missed_as_often_as_is_said(
+    apart: tuple[float, float], orders: float, limits: float
+) -> None:
+    generator, decided, missed, off = np.random.default_rng(0), 0, 0, 0
+    for trial in range(200):
+        p = generator.uniform(0.5, 3.0)
+        q = p + generator.uniform(*apart)
+        r = q + generator.uniform(*apart)
+        a, b, d = generator.normal(size=3)
+        study = limit_study(
+            lambda h, p=p, q=q, r=r, a=a, b=b, d=d: 3.0 + a * h**p + b * h**q + d * h**r,
+            [0.2 * 2.0**-k for k in range(5 + trial % 4)],
+        )
+        if study.verdict == "converges":
+            decided += 1
+            missed += not study.interval[0] <= p <= study.interval[1]
+            off += abs(float(study.limit) - 3.0) > study.limit_error
+            assert "within about" in str(study)
+    assert decided >= 150
+    assert missed <= orders * decided
+    assert off <= limits * decided
+    assert apart[0] >= 0.5 or missed >= 0.05 * decided  # or the docstring says too much
+
+
 def test_an_interval_is_not_wider_than_need_be() -> None:
     study = limit_study(math.exp, HALVED, predicted=1.0)
     assert study.order_error < 0.02
