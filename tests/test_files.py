@@ -10,9 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load
 
 from stableopt import files
-from stableopt.files import write_atomically
+from stableopt.files import decode_safetensors, encode_safetensors, write_atomically
 
 
 def test_content_replaces_the_old_file_and_keeps_its_mode(tmp_path: Path) -> None:
@@ -57,3 +58,21 @@ def test_kill_during_writing_never_leaves_a_torn_file(tmp_path: Path) -> None:
         content = path.read_bytes()
         assert len(content) == 2**20
         assert len(set(content)) == 1
+
+
+def test_what_is_encoded_is_decoded_and_what_safetensors_reads() -> None:
+    arrays = {"b": ("F64", (2, 1), bytes(range(16))), "a": ("I32", (), b"\1\2\3\4"), "c": ("I64", (0, 3), b"")}
+    data = encode_safetensors(arrays)
+    found = decode_safetensors(data)
+    assert {name: (kind, shape, bytes(body)) for name, (kind, shape, body) in found.items()} == arrays
+    theirs = load(data)
+    assert {name: (value.shape, value.tobytes()) for name, value in theirs.items()} == {
+        name: (shape, body) for name, (_, shape, body) in arrays.items()
+    }
+
+
+@pytest.mark.parametrize("cut", [0, 7, 8, 40, -8, -1])
+def test_a_cut_file_is_not_decoded(cut: int) -> None:
+    data = encode_safetensors({"a": ("F64", (3,), bytes(24))})
+    with pytest.raises(ValueError, match=r"within its header|not all there|control character|Unterminated|Expecting"):
+        decode_safetensors(data[:cut])

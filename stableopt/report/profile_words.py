@@ -46,6 +46,10 @@ _BACKENDS = {
 }
 
 
+_STRETCHES = 3
+"""How many stretches of a run are named."""
+
+
 def verdict_sentence(profile: ProfileSummary) -> str:
     """Return the verdict with its horizon, its exponent and its constant.
 
@@ -97,7 +101,7 @@ def remarks(profile: ProfileSummary) -> list[str]:
     if profile.content.get("windowed") is True:
         found.append(
             "Only windows of the run were followed: growth within them is biased by transients, and nothing is known about what "
-            "lasts longer than a window."
+            "lasts longer than a window. Paths, windows, the energy and the small gain are those of the last one."
         )
     if reason := profile.text("verdict", "reason"):
         found.append(f"The verdict: {reason}")
@@ -171,10 +175,16 @@ def layer_names(names: Sequence[str], count: int) -> list[str]:
 
 
 def _horizon(profile: ProfileSummary) -> str:
-    horizon = profile.number("verdict", "horizon")
-    steps = profile.content.get("steps")
-    span = f", {steps[0]} to {steps[1]}" if isinstance(steps, list) and len(steps) == 2 else ""
-    return "" if math.isnan(horizon) else f" on {horizon:.0f} step{'s' * (horizon != 1)}{span}"
+    horizon, spans = profile.number("verdict", "horizon"), profile.table("verdict").get("spans")
+    whole = profile.content.get("steps")
+    stretches = [
+        s for s in (spans if isinstance(spans, list) else []) or [whole] if isinstance(s, list) and len(s) == 2
+    ]
+    words = [f"{as_text(first)} to {as_text(last)}" for first, last in stretches]
+    if len(words) > _STRETCHES:
+        words = [*words[: _STRETCHES - 1], f"{len(words) - _STRETCHES} more stretches", words[-1]]
+    where = f", {' and '.join(words)}" if words else ""
+    return "" if math.isnan(horizon) else f" on {horizon:.0f} step{'s' * (horizon != 1)}{where}"
 
 
 def number_of(row: dict[str, Any], key: str) -> float:

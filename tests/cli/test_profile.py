@@ -18,6 +18,8 @@ from stableopt.cli.app import app
 from stableopt.cli.train import Settings, train_again
 from stableopt.lyapunov.profile.growth.factors import Factors
 from stableopt.lyapunov.profile.reading import ProfileReading
+from stableopt.report import read_run
+from stableopt.report.figures import profile_figures
 from tests.report.profiled import exponent_entry, numbers, system, write_profile
 
 RUN = CliRunner()
@@ -76,6 +78,37 @@ def test_an_annihilated_perturbation_is_printed_as_one(tmp_path: Path) -> None:
     assert "-inf … -inf" in result.output
     assert "vanishes within the run" in result.output
     assert "refused" not in result.output
+
+
+ODD = {
+    "no step": np.zeros((0, 1, 1)),
+    "one step": np.full((1, 1, 1), 0.5),
+    "one step to zero": np.zeros((1, 1, 1)),
+    "two steps": np.full((2, 2, 2), 0.5) * np.triu(np.ones((2, 2))),
+    "strong contraction": np.full((80, 1, 1), 1e-200),
+    "denormal": np.full((80, 1, 1), 5e-324),
+    "explosion": np.full((80, 1, 1), 1e308),
+    "annihilated at first": np.r_[0.0, np.full(79, 2.0)][:, None, None],
+    "annihilated at last": np.r_[np.full(79, 0.5), 0.0][:, None, None],
+    "zero": np.zeros((60, 2, 2)),
+    "rank one": np.tile(np.diag([1.0, 0.0]), (60, 1, 1)),
+    "apart": np.tile(np.diag([1e100, 1e-100]), (60, 1, 1)),
+    "shear": np.tile([[1.0, 1e150], [0.0, 1.0]], (60, 1, 1)),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_runs_are_saved_printed_and_drawn(name: str, tmp_path: Path) -> None:
+    R = ODD[name]
+    k = R.shape[-1]
+    factors = Factors(R, np.arange(len(R) + 1), dimension=k)
+    reading = ProfileReading(pieces=(factors,), theta=(np.tile(np.eye(k), (len(R) + 1, 1, 1)),))
+    assert str(reading)
+    reading.save(tmp_path)
+    result = RUN.invoke(app, ["profile", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "nan" not in result.output.replace("determinant", "").split()
+    assert profile_figures([read_run(tmp_path)])
 
 
 def test_a_refused_interval_is_said_in_words(tmp_path: Path) -> None:

@@ -20,6 +20,19 @@ def test_every_verdict_has_its_meaning_horizon_and_interval():
         assert words.endswith("exponent -0.02 per step (95 % interval -0.024 … -0.016).")
 
 
+def test_the_stretches_that_were_judged_are_named():
+    def horizon(spans):
+        verdict = numbers()["verdict"] | {"horizon": 400, "spans": spans}
+        return verdict_sentence(ProfileSummary(numbers(verdict=verdict))).split(":")[0].split(" on ")[1]
+
+    assert horizon([[0, 200], [1000, 1200]]) == "400 steps, 0 to 200 and 1000 to 1200"
+    many = horizon([[100 * k, 100 * k + 50] for k in range(9)])
+    assert many == "400 steps, 0 to 50 and 100 to 150 and 6 more stretches and 800 to 850"
+    for odd in (None, [], "x", 3):
+        assert horizon(odd) == "400 steps, 0 to 200"
+    horizon([[1], None, [None, "x"], [[], {}]])
+
+
 def test_the_constant_is_said_with_the_verdict_that_has_one():
     stable = verdict_sentence(ProfileSummary(numbers()))
     assert "‖Φ(t, s)‖ ≤ 3.5 · 0.985^(t − s)" in stable
