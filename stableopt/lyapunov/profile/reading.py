@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 
@@ -16,7 +16,9 @@ from stableopt.lyapunov.profile.growth.energies import EnergySynthesis, synthesi
 from stableopt.lyapunov.profile.growth.exponents import Exponent, exponent, spectrum
 from stableopt.lyapunov.profile.growth.factors import Factors
 from stableopt.lyapunov.profile.growth.gains import CoupledGains, coupled_gains
-from stableopt.lyapunov.profile.growth.verdicts import Verdict, judge
+from stableopt.lyapunov.profile.growth.judged import judge_factors
+from stableopt.lyapunov.profile.growth.observed import observed, products
+from stableopt.lyapunov.profile.growth.verdicts import Verdict
 from stableopt.lyapunov.profile.growth.windows import Windows, measure_windows
 from stableopt.lyapunov.profile.representations.looks import Look
 from stableopt.lyapunov.profile.tangents.responses import ErrorResponses, HyperResponse
@@ -24,6 +26,9 @@ from stableopt.lyapunov.profile.tangents.responses import ErrorResponses, HyperR
 __all__ = ["ProfileReading"]
 
 Array = NDArray[np.float64]
+
+_HUGE = 1e100
+"""A gain beyond is cut off: it fails by far anyway, and squares have to stay floats."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,16 @@ class FiniteSize:
     stopped: str
 
     @classmethod
-    def of(cls, twin: Twin) -> FiniteSize:
+    def of(cls, twin: Twin, first: int = 0) -> FiniteSize:
         """Return what a twin has found.
 
         Args:
             twin: of a run.
+            first: how many steps of its growth to leave out.
         """
-        return cls(math.nan if twin.size is None else twin.size, exponent(twin.growth), twin.kinks, twin.stopped)
+        return cls(
+            math.nan if twin.size is None else twin.size, exponent(twin.growth[first:]), twin.kinks, twin.stopped
+        )
 
 
 @dataclass(frozen=True)
@@ -120,8 +128,8 @@ class ProfileReading:
 
     @cached_property
     def verdict(self) -> Verdict:
-        """One of the four verdicts or inconclusive, on the horizon that was seen."""
-        return _judged(self.windows.path, self.factors.steps, self.windows)
+        """One of the four verdicts or inconclusive, on all pieces of the run that were seen."""
+        return judge_factors(self.pieces, windows=self.windows, **_effort(self.factors.directions))
 
     @cached_property
     def energy(self) -> EnergySynthesis | None:
@@ -135,7 +143,7 @@ class ProfileReading:
         Where the profile began with a fresh optimizer its directions are those of the parameters, and this is
         :math:`\log\|D_{\theta_0}\theta_t\|` on them.
         """
-        return _observed(self.factors, self.theta[-1])
+        return observed(products(self.factors), self.theta[-1])
 
     @property
     def determinant(self) -> float:
@@ -148,13 +156,24 @@ class ProfileReading:
 
     @cached_property
     def mixed(self) -> tuple[NDArray[np.int64], dict[str, Array]]:
-        r"""The mixed block: steps ``(m,)`` and, per layer, :math:`\log\|D_\theta h_l\,\Pi_\theta\Phi(t, t_0)\|` there, ``(m,)``."""
-        looks = [look for look in self.looks if look.piece == len(self.pieces) - 1]
+        r"""The mixed block: steps ``(m,)`` and, per layer, :math:`\log\|D_\theta h_l\,\Pi_\theta\Phi(t, t_0)\|` there, ``(m,)``.
+
+        Looks without the block are left out; a layer that one of them lacks, or where it is not finite, is NaN there.
+        """
+        places, looks = self._looked
         steps = np.array([look.step for look in looks], dtype=np.int64)
-        places = np.searchsorted(self.factors.steps, steps)
-        names = list(looks[0].grams) if looks else []
-        grams = {name: np.array([look.grams[name] for look in looks]) for name in names}
-        return steps, {name: _observed(self.factors, grams[name], places) for name in names}
+        made, unknown = products(self.factors, places), np.full((self.factors.directions,) * 2, np.nan)
+        names = dict.fromkeys(name for look in looks for name in look.grams)
+        grams = {name: np.array([look.grams.get(name, unknown) for look in looks]) for name in names}
+        return steps, {name: observed(made, gram) for name, gram in grams.items()}
+
+    @property
+    def _looked(self) -> tuple[NDArray[np.int64], list[Look]]:
+        """The looks at the (last) piece that have the mixed block, and at which boundaries they were taken."""
+        where = {int(step): place for place, step in enumerate(self.factors.steps)}
+        last = len(self.pieces) - 1
+        looks = [look for look in self.looks if look.piece == last and look.grams and look.step in where]
+        return np.array([where[look.step] for look in looks], dtype=np.int64), looks
 
     @cached_property
     def gains(self) -> CoupledGains | None:
@@ -162,23 +181,29 @@ class ProfileReading:
 
         Per look: a is :math:`\|D_{h_0}h_L\|`, b the norm of :math:`D_\theta h_L` on the directions for the whole probe, c is zero
         (no batch depends on a representation of the step before), d the largest norm of a step on the directions since the look
-        before.
+        before. Looks that failed are passed over.
+
+        All that may be an estimate from below: the directions are not all of them, a factor of several steps is their geometric
+        mean, or a block of a look was estimated. Small gains then exclude nothing, and the verdict says so.
         """
-        looks = [
-            look
-            for look in self.looks
-            if look.piece == len(self.pieces) - 1 and look.forward is not None and look.grams
+        places, looks = self._looked
+        found = [
+            (i, look, look.forward) for i, look in zip(places.tolist(), looks, strict=True) if look.forward is not None
         ]
-        places = np.searchsorted(self.factors.steps, [look.step for look in looks])
-        sizes = np.array([np.linalg.norm(R, 2) for R in self.factors.R]) ** (1.0 / self.factors.spacing)
-        spans = [(i, j) for i, j in pairwise(places) if j > i]
-        if not spans or len(spans) != len(looks) - 1:
+        found = [
+            (i, look, f) for i, look, f in found if math.isfinite(look.gain) and not math.isnan(f.log_norms[-1, 0])
+        ]
+        spans = [(i, j, look, f) for (i, _, _), (j, look, f) in pairwise(found) if j > i]
+        if not spans:
             return None
+        sizes = np.array([np.linalg.norm(R, 2) for R in self.factors.R]) ** (1.0 / self.factors.spacing)
+        known = self.factors.full and self.backend != "difference" and bool((self.factors.spacing == 1).all())
         return coupled_gains(
-            a=[math.exp(look.forward.log_norms[-1, 0]) for look in looks[1:] if look.forward is not None],
-            b=[look.gain for look in looks[1:]],
+            a=[math.exp(min(f.log_norms[-1, 0], math.log(_HUGE))) for _, _, _, f in spans],
+            b=[min(look.gain, _HUGE) for _, _, look, _ in spans],
             c=[0.0] * len(spans),
-            d=[float(sizes[i:j].max()) for i, j in spans],
+            d=[min(float(sizes[i:j].max()), _HUGE) for i, j, _, _ in spans],
+            exact=known and all(f.exact and look.how == "forward" for _, _, look, f in spans),
         )
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -212,7 +237,10 @@ class ProfileReading:
             if self.factors.full
             else f"{self.factors.directions} directions of {self.factors.dimension}"
         )
-        lines.append(f"largest window: K({w.end}, {w.start}) = {math.exp(min(w.sup, 700.0)):.4g} on {which}")
+        above = f", none above {math.exp(min(w.sup_upper, 700.0)):.4g}" if w.sup_upper > w.sup else ""
+        last = " (of the last piece)" if len(self.pieces) > 1 else ""
+        largest = f"K({w.end}, {w.start}) = {math.exp(min(w.sup, 700.0)):.4g}"
+        lines.append(f"largest window{last}: {largest}{above} on {which}")
         if self.finite_size is not None:
             lines.append(f"at the finite size {self.finite_size.size:.3g}: {self.finite_size.exponent}")
         if self.reason:
@@ -223,48 +251,4 @@ class ProfileReading:
 def _effort(directions: int) -> dict[str, int]:
     """Return how closely windows are looked at, so that some seconds suffice: norms of k directions take the cube of k."""
     grid = int(max(20.0, min(200.0, math.sqrt(2e9 / directions**3))))
-    return {"grid": grid, "refine": 400 if directions <= 8 else 40}
-
-
-def _judged(path: Array, steps: NDArray[np.int64], windows: Windows) -> Verdict:
-    """Judge a path that is known at some steps, as one of equal steps of the largest distance between them."""
-    start, horizon = int(steps[0]), int(steps[-1] - steps[0])
-    if horizon < 1:
-        return judge(np.zeros(2))
-    stride = int(np.diff(steps).max())
-    if horizon // stride < 2:
-        stride = 1
-    times = start + stride * np.arange(horizon // stride + 1)
-    even = np.interp(times, steps, path) if np.isfinite(path).all() else path
-    table = windows.log_norms if stride == 1 and np.isfinite(windows.log_norms[-1]).all() else None
-    found = judge(even, windows=table)
-    if stride == 1:
-        return found
-    e = found.exponent
-    per_step = replace(e, value=e.value / stride, lower=e.lower / stride, upper=e.upper / stride)
-    return replace(found, horizon=horizon, exponent=per_step, rate=found.rate ** (1.0 / stride))
-
-
-def _observed(factors: Factors, grams: Array, places: NDArray[np.int64] | None = None) -> Array:
-    r"""Return :math:`\log\|G_j^{1/2} R_{j-1}\cdots R_0\|_2` at some boundaries, whatever its size.
-
-    Args:
-        factors: n of them.
-        grams: the positive semidefinite :math:`G_j`, one for each place.
-        places: boundaries j, increasing; None for all.
-    """
-    wanted = np.arange(factors.count + 1) if places is None else places
-    found = np.full(len(wanted), -math.inf)
-    product, log_scale, at = np.eye(factors.directions), 0.0, 0
-    for i, j in enumerate(wanted):
-        for R in factors.R[at:j]:
-            product = R @ product
-            size = float(np.abs(product).max())
-            if size > 0.0:
-                product, log_scale = product / size, log_scale + math.log(size)
-        at = int(j)
-        seen = product.T @ grams[i] @ product
-        largest = float(np.linalg.eigvalsh((seen + seen.T) / 2)[-1])
-        if largest > 0.0:
-            found[i] = 0.5 * math.log(largest) + log_scale
-    return found
+    return {"grid": grid, "refine": int(max(40.0, min(400.0, 4e5 / directions**3)))}

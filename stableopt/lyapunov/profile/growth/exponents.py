@@ -183,7 +183,8 @@ def exponent(
     Returns:
         The exponent per step. The interval is NaN, with the reason, where fewer than 30 effective values are left, or where
         the growth drifts along the run, so that its mean estimates no limit. It is never narrower than the rounding of the
-        numbers it is made from, :math:`\epsilon(1 + \max|x|)`.
+        numbers it is made from, :math:`\epsilon(1 + \max|x|)`, nor than the range of :math:`\sum_{i \le j}(x_i - \hat\lambda)`
+        over n: the mean of what goes to and fro, as of directions that turn, depends by so much on where it ends.
 
     Raises:
         ValueError: if growth is not a sequence, the level is not in (0, 1), the burn-in leaves nothing, or windows have no steps.
@@ -226,6 +227,9 @@ def _without_numbers(x: NDArray[np.float64], bad: NDArray[np.intp], level: float
         return Exponent(nan, nan, nan, level, 0.0, 0, 0, "finite time", "there are no values")
     k = int(bad[0])
     count = x.size - first
+    if x[k] == -math.inf and np.isfinite(x[k:]).any():
+        why = f"the perturbation is annihilated in window {k}; what is measured later enters there"
+        return Exponent(-math.inf, nan, nan, level, 0.0, count, first, "finite time", why)
     if x[k] == -math.inf:
         why = f"the perturbation is annihilated in window {k}"
         return Exponent(-math.inf, -math.inf, -math.inf, level, float(count), count, first, "almost sure", why)
@@ -259,7 +263,8 @@ def _from_numbers(x: NDArray[np.float64], steps: NDArray[np.float64], level: flo
     if reason:
         return Exponent(value, math.nan, math.nan, level, effective, n, first, kind, reason)
     wide = student_quantile(0.5 + level / 2.0, round(freedom, 1)) * math.sqrt(variance / n) if variance else 0.0
-    half = max(wide, rounding)
+    beyond = np.cumsum(g - value)  # the path about its line: where it ends by chance moves the mean by as much
+    half = max(wide, rounding, float(np.ptp(beyond)) / n)
     return Exponent(value, value - half, value + half, level, effective, n, first, kind, reason)
 
 

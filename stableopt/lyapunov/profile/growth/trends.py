@@ -18,6 +18,8 @@ POWERS = np.round(np.arange(-2.0, 2.001, 0.05), 2)
 r"""The powers :math:`\gamma` of the laws of growth that are tried."""
 TURNS = np.array([0.0, 1.0, 2.0, 3.0, 4.5, 6.0, 8.0, 11.0, 15.0, 20.0, 28.0, 40.0, 60.0, 100.0, 300.0, 1e4])
 r"""The :math:`\kappa` that are tried: the frequency below which the spectrum of a path is flat; 0 is a random walk."""
+SHARES = np.array([0.0, *np.geomspace(0.03, 1e5, 22)])
+"""The variances of a random walk beneath the noise that are tried, in those of the noise at the lowest frequency."""
 POINTS = 4096
 """Longer paths are looked at in so many places."""
 LINES, NEIGHBORS = 8, 16
@@ -274,16 +276,38 @@ class Path:
             float(POWERS[high]) if high < POWERS.size else math.inf,
         )
 
-    def scatter(self) -> float:
-        """The standard deviation of the path about the law that fits it best.
+    def walk(self, level: float) -> float:
+        r"""Return the largest standard deviation, over the part that is judged, of a random walk that is not excluded.
+
+        The noise is taken as the sum of one that forgets and a walk: the coefficient j has the variance
+        :math:`A/(\kappa^2 + s_j^2) + B/s_j^2`, and a walk with steps of variance :math:`\sigma^2` has
+        :math:`B = \sigma^2 n^2/\pi^2`. Not excluded is what has a likelihood within :math:`\frac12\chi^2_1` of the largest.
+
+        Args:
+            level: one-sided, of the likelihood.
+
+        Returns:
+            At least the truth in about eight of ten paths: a law of growth that fits a walk takes some of it.
 
         Examples:
             >>> noise = np.random.default_rng(0).standard_normal(1001)
-            >>> round(Path(noise + np.sqrt(np.arange(1001.0)), 100).scatter(), 1)
-            1.0
+            >>> round(Path(0.3 * noise, 100).walk(0.95), 1), round(Path(0.3 * noise.cumsum(), 100).walk(0.95)) > 5
+            (0.1, True)
         """
-        d = self.design
-        best = int(self._rest(self.level, d.level, d.weights[-1:])[0].argmin())
-        laws = d.level[:, best]
-        b = float(self.level @ laws / (laws @ laws))
-        return float((self.path - b * _law(self.times, POWERS[best])).std())
+        d, n = self.design, self.path.size
+        s2 = d.weights[0] ** 2
+        kappa2 = TURNS[2:-1:2, None, None] ** 2
+        variance = 1.0 / (kappa2 + s2) + SHARES[:, None] / (kappa2 + s2[0]) * s2[0] / s2
+        weights = 1.0 / np.sqrt(variance.reshape(-1, s2.size))
+        rest = self._rest(self.level, d.level, weights)
+        # the likelihood of what the law leaves, and the mean over the laws: none of them is known
+        squares = (weights**2 @ d.level**2) / (d.level**2).sum(0)
+        freedom = s2.size - 1.0
+        scores = np.log(weights).sum(1, keepdims=True) - 0.5 * np.log(squares) - 0.5 * freedom * np.log(rest)
+        best = scores.max(1, keepdims=True)
+        shares = np.exp(scores - best)
+        total = best[:, 0] + np.log(shares.mean(1))
+        left = (shares * rest).sum(1) / shares.sum(1) / freedom
+        B = left.reshape(kappa2.size, -1) * (SHARES * s2[0] / (kappa2[:, 0] + s2[0]))
+        allowed = total >= total.max() - 0.5 * student_quantile(level, freedom) ** 2
+        return math.pi * math.sqrt(float(B.ravel()[allowed].max()) / n)

@@ -261,3 +261,25 @@ def test_intervals_of_the_mean_square_cover(eta: float) -> None:
     found = [mean_square_exponent(scalar(r, eta, 100, 64), window=1) for _ in range(1000)]
     assert np.mean([e.known for e in found]) > 0.95
     assert 0.90 < np.mean([e.lower <= mean_square(eta) <= e.upper for e in found if e.known]) < 0.985
+
+
+@pytest.mark.parametrize(("unit", "cadence", "seed"), [(1.0, 4, 4), (0.5, 1, 3), (0.5, 4, 2), (2.0, 4, 4), (1.0, 1, 1)])
+def test_intervals_of_directions_that_turn_hold_the_exponents(unit: float, cadence: int, seed: int) -> None:
+    # heavy ball, momentum 0.5 and rate 0.5, on curvatures 1, 0.5 and 0.1: complex and real pairs, all in closed form
+    h, units = np.diag([1.0, 0.5, 0.1]), np.array([1.0] * 3 + [unit] * 3)
+    A = np.block([[np.eye(3) - 0.5 * h, -0.25 * np.eye(3)], [h, 0.5 * np.eye(3)]]) * units[:, None] / units
+    Q, growth = np.linalg.qr(np.random.default_rng(seed).standard_normal(A.shape))[0], []
+    for _ in range(1000 // cadence):
+        Q, R = np.linalg.qr(np.linalg.matrix_power(A, cadence) @ Q)
+        growth.append(np.log(np.abs(np.diag(R))))
+    truth = np.sort(np.log(np.abs(np.linalg.eigvals(A))))[::-1]
+    for found, exact in zip(spectrum(growth, spacing=cadence), truth, strict=True):
+        assert found.lower - 1e-14 <= exact <= found.upper + 1e-14
+        assert found.upper - found.lower < 0.01
+
+
+def test_after_an_annihilation_what_is_measured_entered_later() -> None:
+    growth = np.r_[-np.inf, np.full(300, 2.0)]
+    found = exponent(growth)
+    assert (found.value, found.known, found.sign) == (-math.inf, False, 0)
+    assert "enters there" in found.reason

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from stableopt.lyapunov.profile.growth.verdicts import MATERIAL, judge
-from tests.benchmarks.verdicts import Paths, ar, design
+from stableopt.lyapunov.profile.growth.findings import MATERIAL
+from stableopt.lyapunov.profile.growth.verdicts import judge
+from stableopt.lyapunov.profile.growth.windows import Windows
+from tests.benchmarks.verdicts import Paths, ar, design, slow
 
 T = np.arange(1001.0)
 
@@ -97,7 +99,7 @@ def test_what_does_not_move_is_bounded_by_one(steps: int) -> None:
 
 def test_both_sides_of_forgetting() -> None:
     # the same innovations: worth 53 independent values, and one
-    assert judge(noise(3, 0.9, 0.5)).kind == "profile-bounded"
+    assert judge(noise(3, 0.9, 0.2)).kind == "profile-bounded"
     r = np.random.default_rng(3)
     kinds = {judge(0.3 * r.standard_normal(1001).cumsum()).kind for _ in range(20)}
     assert "subexponential" in kinds
@@ -194,9 +196,20 @@ def table(path: NDArray[np.float64], every: int) -> NDArray[np.float64]:
     return out
 
 
+def seen(path: NDArray[np.float64], log_norms: NDArray[np.float64]) -> Windows:
+    """The windows of a run of which this table is known."""
+    steps = np.linspace(0, len(path) - 1, len(log_norms)).astype(np.int64)
+    end, start = np.unravel_index(int(np.nanargmax(log_norms)), log_norms.shape)
+    sup = float(np.nanmax(log_norms))
+    zero = np.zeros_like(log_norms)
+    return Windows(
+        steps, steps, log_norms, zero, path, np.arange(len(path)), sup, sup, int(steps[start]), int(steps[end]), True
+    )
+
+
 def test_windows_that_agree_change_nothing() -> None:
     for path in (-0.05 * T + 0.2 * noise(), 0.3 * noise(1)):
-        alone, both = judge(path), judge(path, windows=table(path, 20))
+        alone, both = judge(path), judge(path, windows=seen(path, table(path, 20)))
         assert (alone.kind, alone.rate) == pytest.approx((both.kind, both.rate), nan_ok=True)
         assert both.constant == pytest.approx(alone.constant)
 
@@ -206,33 +219,103 @@ def test_windows_that_start_late_and_grow_take_a_verdict_back() -> None:
     late = table(path, 20)
     i = np.arange(51)
     late[:, 30] = np.where(i >= 30, 0.4 * (i - 30.0), np.nan)  # a direction that K(t, 0) does not see
-    found = judge(path, windows=late)
+    found = judge(path, windows=seen(path, late))
     assert found.kind == "inconclusive"
-    assert "grid step 30" in found.reason
+    assert "training step 600" in found.reason
     assert found.peak == pytest.approx(8.0)
     longer = table(path, 5)
     i = np.arange(201)
     longer[:, 60] = np.where(i >= 60, 0.1 * (i - 60.0), np.nan)
-    assert judge(path, windows=longer).kind == "exponentially unstable"
+    assert judge(path, windows=seen(path, longer)).kind == "exponentially unstable"
 
 
 def test_transients_in_late_windows_only_raise_the_constant() -> None:
     path = -0.05 * T
     late = table(path, 20)
     late[11:13, 10] = 3.0
-    found = judge(path, windows=late)
+    found = judge(path, windows=seen(path, late))
     assert found.kind == "exponentially stable"
     assert math.log(found.constant) >= 3.0 + 0.05 * 20
     # just below what counts
     late[11:13, 10] = MATERIAL * 0.99
-    assert "windows" not in judge(path, windows=late).reason
+    assert "window" not in judge(path, windows=seen(path, late)).reason
+
+
+@pytest.mark.parametrize("stride", [1, 3, 8])
+def test_words_and_numbers_are_in_training_steps_whatever_the_cadence(stride: int) -> None:
+    path, steps = -0.05 * T[:201] * stride, 300 + stride * np.arange(201)
+    found = judge(path, steps=steps)
+    assert (found.kind, found.horizon, found.spans) == (
+        "exponentially stable",
+        200 * stride,
+        ((300, 300 + 200 * stride),),
+    )
+    assert str(found).startswith(f"exponentially stable on [300, {300 + 200 * stride}]")
+    assert found.rate == pytest.approx(math.exp(-0.05))
+    assert found.exponent.value == pytest.approx(-0.05)
+    few = judge(path[:26], steps=steps[:26]).reason
+    assert f"at 23 boundaries after training step {300 + 2 * stride}" in few
+    turns = judge(0.05 * stride * np.abs(T - 500.0), steps=300 + stride * np.arange(1001))
+    assert turns.kind == "exponentially unstable"
+    assert f"from step {300 + 550 * stride} on" in turns.reason
+    steep = judge(100.0 * stride * T, steps=stride * np.arange(1001))
+    assert math.log(steep.rate) == pytest.approx(100.0)  # e^(100 stride) is beyond the floats from stride 8 on
+    walk = judge((0.3 * np.random.default_rng(0).standard_normal(1001)).cumsum(), steps=stride * np.arange(1001))
+    rate = float(walk.reason.split("by ")[1].split(" ")[0])
+    assert rate == pytest.approx(judge(walk_of(0)).exponent.value / stride, rel=0.02)
+
+
+def walk_of(seed: int) -> NDArray[np.float64]:
+    return (0.3 * np.random.default_rng(seed).standard_normal(1001)).cumsum()
+
+
+@pytest.mark.parametrize("steps", [240, 1000])
+def test_terminal_decay_does_not_depend_on_the_cadence(steps: int) -> None:
+    t = np.arange(steps + 1)
+    for seed in range(3):
+        for slope, ends in ((-0.02, True), (0.02, False)):
+            path = slope * t + noise(seed, 0.5, 0.1, steps)
+            assert [judge(path[::k], steps=t[::k]).terminal_decay for k in (1, 2, 5, 8)] == [ends] * 4
+
+
+def test_a_last_factor_of_another_length_is_judged_too() -> None:
+    steps = np.r_[np.arange(1001) * 8, 8007]
+    path = -0.001 * np.arange(1002.0)
+    assert judge(path, steps=steps).kind == "exponentially stable"
+    path[-1] += 92.0  # grows at the very end
+    found = judge(path, steps=steps)
+    assert found.kind == "inconclusive"
+    assert found.peak == pytest.approx(92.0, abs=1e-2)
+
+
+def test_growth_that_the_end_makes_much_larger_is_not_settled() -> None:
+    path = -0.001 * T
+    for rise, kind in ((1.0, "inconclusive"), (0.6, "exponentially stable")):
+        late = table(path, 5)
+        late[-1, -2] = rise
+        found = judge(path, windows=seen(path, late))
+        assert found.kind == kind
+        assert ("not settled" in found.reason) == (kind == "inconclusive")
+
+
+@pytest.mark.parametrize("kind", slow()[:7], ids=lambda k: k.name)
+def test_slow_growth_in_noise_is_not_called_bounded(kind: Paths) -> None:
+    r = np.random.default_rng(3)
+    found = [judge(kind.draw(r, 1000)) for _ in range(15)]
+    assert sum(f.kind in {"profile-bounded", "exponentially stable"} for f in found) <= 1
+    assert any("not excluded" in f.reason for f in found)
+
+
+def test_noise_that_leaves_no_room_for_growth_is_bounded() -> None:
+    r = np.random.default_rng(3)
+    assert sum(judge(ar(r, 0.9, 1000, 0.1)).kind == "profile-bounded" for _ in range(10)) >= 9
 
 
 def test_annihilation_and_overflow() -> None:
     path = np.concatenate([-np.arange(5.0), np.full(96, -np.inf)])
-    found = judge(path)
-    assert (found.kind, found.rate, found.terminal_decay) == ("exponentially stable", 0.0, True)
-    assert "step 5" in found.reason
+    found = judge(path)  # of what enters later nothing is known
+    assert (found.kind, found.terminal_decay) == ("inconclusive", True)
+    assert "annihilated at training step 5" in found.reason
     assert found.exponent.value == -math.inf
     for bad in (np.inf, np.nan):
         path = 0.1 * np.arange(101.0)
@@ -244,11 +327,12 @@ def test_annihilation_and_overflow() -> None:
 
 def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="log_norms"):
-        judge([0.0])
+        judge([])
     with pytest.raises(ValueError, match="log_norms"):
         judge(np.zeros((3, 3)))
-    with pytest.raises(ValueError, match="square"):
-        judge(np.zeros(100), windows=np.zeros((3, 4)))
+    for steps in (np.arange(99), np.zeros(100)):
+        with pytest.raises(ValueError, match="steps are as many"):
+            judge(np.zeros(100), steps=steps)
 
 
 def test_every_verdict_says_its_horizon_and_its_reason() -> None:
