@@ -20,7 +20,6 @@ from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.optim import evaluate_again
 
 __all__ = [
-    "KINKED",
     "LARGEST",
     "RESOLUTION",
     "WITH_KINKS",
@@ -39,7 +38,7 @@ LARGEST = 1e-2
 WITH_KINKS = 1e-6
 """The largest one in float64 with kinks: at 1e-4 the distance grows five times too fast, at 1e-6 as the derivative says."""
 
-KINKED = functions_of("activation", "pool", "loss")
+_ROUGH = functions_of("activation", "pool", "loss")
 """What makes the size of a perturbation matter: not clamps and comparisons, which are also applied to weights and losses."""
 
 
@@ -149,7 +148,7 @@ def has_kinks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         ... )
         (False, True, False)
     """
-    row = KINKED.get(func)
+    row = _ROUGH.get(func)
     if row is None or row.places is None or not args:
         return row is not None
     return bool(row.places(*args, **{key: value for key, value in kwargs.items() if key not in {"inplace", "input"}}))

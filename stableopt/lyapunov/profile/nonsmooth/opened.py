@@ -82,7 +82,8 @@ class _Openings(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, watch = kwargs or {}, self._watch
         z = args[0] if args else kwargs.get("input")
-        if func in FUNCTIONS and isinstance(z, Tensor) and z.requires_grad and torch.is_grad_enabled():
+        known = func in FUNCTIONS and isinstance(z, Tensor) and z.is_floating_point()
+        if known and z.requires_grad and torch.is_grad_enabled():
             rest, options = args[1:], {k: v for k, v in kwargs.items() if k not in {"input", "inplace"}}
             pieces = FUNCTIONS[func](z, *rest, **options)
             if pieces is not None:
@@ -183,7 +184,8 @@ def distances_of(model: nn.Module, x: Tensor, reach: float) -> tuple[list[float]
     known = kink_distance.dispatch(object)
     modules = [type(m).__name__ for m in model.modules() if kink_distance.dispatch(type(m)) is not known]
     others = [name for name in modules if name != "Abs"]
-    return mode.sizes, shares, tuple(dict.fromkeys([*left, *others]))
+    hooked = any(m._backward_hooks or m._backward_pre_hooks for m in model.modules())  # noqa: SLF001 no other way to see them
+    return mode.sizes, shares, tuple(dict.fromkeys([*left, *others, *["backward hook"] * hooked]))
 
 
 def opened(model: nn.Module, x: Tensor, distances: list[float]) -> Opened:

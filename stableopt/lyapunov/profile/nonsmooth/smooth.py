@@ -92,6 +92,7 @@ class Watch(TorchDispatchMode):
         self.called, self.paused = "", False
         self._reach = reach
         self._followed: dict[int, Any] = {}  # storages, kept alive so that no other one gets their address
+        self._detached: dict[int, Tensor] = {}  # autograd makes some for itself, which nothing is done with
         self.follow(source)
 
     def follow(self, tensor: Tensor) -> None:
@@ -127,9 +128,13 @@ class Watch(TorchDispatchMode):
         space, _, name = func._schema.name.rpartition("::")  # noqa: SLF001 torch has no public access
         name = name.removesuffix("_") if not name.endswith("__") else name
         used = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and self.follows(t)]
+        if not self.paused and any(id(t) in self._detached for t in used):
+            self.leave("detach")
         results = func(*args, **kwargs)
         if not used or name in _FACTORIES:
             return results
+        if name == "detach":
+            self._detached[id(results)] = results
         found = [t for t in tree_leaves(results) if isinstance(t, Tensor)]
         if not self.paused and not (space == "aten" and self._smooth(func, name, args, kwargs, found)):
             self.leave(name)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from stableopt.errors import UncertifiableError
@@ -52,6 +53,11 @@ def within_no_grad(z: Tensor) -> Tensor:
     return z * scale
 
 
+def out_of_sight(z: Tensor) -> Tensor:
+    with torch._C.DisableTorchFunction():
+        return z * z.detach()
+
+
 def hooked(z: Tensor) -> Tensor:
     y = z * 1.0
     y.register_hook(lambda g: 3.0 * g)
@@ -84,6 +90,10 @@ KINKED: dict[str, Callable[[Tensor], Tensor]] = {
     "rnn_relu": lambda z: torch.ops.aten.relu(z),
     "detach": lambda z: z * z.detach(),
     "data": lambda z: z * z.data,
+    "detach out of sight": out_of_sight,
+    "abs of complex numbers": lambda z: torch.complex(z, z).abs(),
+    "gumbel": lambda z: F.gumbel_softmax(z, hard=True),
+    "checkpoint": lambda z: torch.utils.checkpoint.checkpoint(torch.sort, z, use_reentrant=False)[0],
     "tolist": lambda z: z * (z.detach().tolist()[0][0] + 1.0),
     "exp": within_no_grad,
     "register_hook": hooked,
@@ -194,6 +204,15 @@ def test_what_works_in_place_is_seen_by_all_that_hold_it() -> None:
     assert reading.left == ()
     assert 2.0 in reading.worst
     assert reading.undecided.tolist() == [1]
+
+
+def test_what_changes_a_derivative_on_its_way_back_is_named() -> None:
+    model = nn.Sequential(nn.Linear(1, 1), nn.Tanh())
+    assert clarke_bounds(model, torch.zeros(1, 1)).left == ()
+    model[0].register_full_backward_hook(lambda _module, grads, _outputs: (5.0 * grads[0],))
+    reading = clarke_bounds(model, torch.zeros(1, 1))
+    assert "backward hook" in reading.left
+    assert reading.worst.upper == math.inf
 
 
 class Kinky(nn.Linear):
