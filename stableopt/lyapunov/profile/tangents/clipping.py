@@ -7,7 +7,7 @@ r"""What a training does to its gradients between backward and step, and the der
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,38 +74,47 @@ class Clipping:
             NotTheGradientError: if that is not the gradient of the loss, clipped as stated.
         """
         values, along = list(gradient.values), list(gradient.along)
-        if not all(bool(torch.isfinite(g).all()) for g in values if g is not None):
+        total = math.sqrt(math.fsum(size**2 for size in _norms(g for g in values if g is not None)))
+        if not math.isfinite(total):
             raise NotTheGradientError("the gradient is not finite")
-        total = math.sqrt(math.fsum(float(torch.linalg.vector_norm(g.flatten())) ** 2 for g in values if g is not None))
         if self.norm is not None:
-            values, along = _by_norm(values, along, self.norm)
+            values, along = _by_norm(values, along, self.norm, total)
         if self.value is not None:
             values, along = _by_value(values, along, self.value)
-        for mine, theirs in zip(values, used, strict=True):
-            if not _same(mine, theirs, total):
-                raise NotTheGradientError(
-                    "the gradients that the optimizer found are not those of the loss: say clip_norm= or clip_value= if they are "
-                    "clipped; gradients that are scaled or changed otherwise have no derivative here"
-                )
+        if not _same(values, used, total):
+            raise NotTheGradientError(
+                "the gradients that the optimizer found are not those of the loss: say clip_norm= or clip_value= if they are "
+                "clipped; gradients that are scaled or changed otherwise have no derivative here"
+            )
         return along
 
 
-def _same(x: Tensor | None, y: Tensor | None, total: float) -> bool:
-    """Whether two gradients are equal up to rounding: their own, and what is left of terms of the size of all of them."""
-    if x is None:
-        return y is None or not bool(y.any())
-    if y is None:
+def _norms(tensors: Iterable[Tensor]) -> list[float]:
+    """Return the norms of some tensors, with one wait for the device."""
+    found = [torch.linalg.vector_norm(t.flatten()).double() for t in tensors]
+    return torch.stack([norm.to(found[0].device) for norm in found]).tolist() if found else []
+
+
+def _same(mine: Sequence[Tensor | None], theirs: Sequence[Tensor | None], total: float) -> bool:
+    """Whether gradients are equal up to rounding: their own, and what is left of terms of the size of all of them.
+
+    None is as good as zeros: ``zero_grad`` may leave zeros where the loss does not reach.
+    """
+    pairs = [(x, y) for x, y in zip(mine, theirs, strict=True) if x is not None or y is not None]
+    if any(y is None for _, y in pairs):
         return False
-    eps = torch.finfo(x.dtype).eps
-    difference, size = torch.linalg.vector_norm((x - y).flatten()), torch.linalg.vector_norm(x.flatten())
-    return bool(difference <= 64.0 * eps * size + 8.0 * eps * total)
+    apart = _norms(y if x is None else x - y for x, y in pairs if y is not None)
+    sizes = _norms(y if x is None else x for x, y in pairs if y is not None)
+    allowed = [
+        0.0 if x is None else torch.finfo(x.dtype).eps * (64.0 * size + 8.0 * total)
+        for (x, _), size in zip(pairs, sizes, strict=True)
+    ]
+    return all(difference <= most for difference, most in zip(apart, allowed, strict=True))
 
 
 def _by_norm(
-    values: list[Tensor | None], along: list[Tensor], limit: float
+    values: list[Tensor | None], along: list[Tensor], limit: float, total: float
 ) -> tuple[list[Tensor | None], list[Tensor]]:
-    square = math.fsum(float(torch.linalg.vector_norm(g.flatten())) ** 2 for g in values if g is not None)
-    total = math.sqrt(square)
     if not limit / (total + _SMALL) < 1.0:
         return values, along
     factor = limit / (total + _SMALL)
