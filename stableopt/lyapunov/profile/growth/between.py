@@ -16,14 +16,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stableopt.lyapunov.profile.growth.scaled import Scaled
+from stableopt.lyapunov.profile.growth.scaled import HALF_ULP, Scaled
 from stableopt.lyapunov.profile.growth.windows import Windows
 
 __all__ = ["Between"]
 
 Array = NDArray[np.float64]
 
-_HALF_ULP = float(np.finfo(np.float64).eps) / 2
 _LOWEST = -1e4
 """In sums of logarithms for what vanishes: far below every float, and such sums stay exact enough."""
 
@@ -77,7 +76,7 @@ class Between:
         before, after = (_inside(step, size, windows.index, turned=turned) for turned in (True, False))
         single = _upper(step, size, 1)
         off = windows.rounding[np.isfinite(windows.rounding)].max(initial=0.0)
-        sup = windows.sup_upper + off + 8 * _HALF_ULP * abs(windows.sup_upper)
+        sup = windows.sup_upper + off + 8 * HALF_ULP * abs(windows.sup_upper)
         return cls(np.asarray(windows.path_steps), windows.index, before, after, single, float(sup))
 
     def place(self, step: int) -> int:
@@ -116,7 +115,7 @@ class Between:
         i, j = int(np.searchsorted(self.index, s)), int(np.searchsorted(self.index, t, side="right")) - 1
         if i > j:
             logs = np.maximum(self.single[s:t], _LOWEST)
-            return min(float(logs.sum() + len(logs) * _HALF_ULP * np.abs(logs).sum()), self.sup)
+            return min(float(logs.sum() + len(logs) * HALF_ULP * np.abs(logs).sum()), self.sup)
         return float(self.before[s] + table[j, i] + self.after[t])
 
     def constant(self, log_constant: float, log_rate: float) -> float:
@@ -148,9 +147,7 @@ class Between:
             part = lost[start : end + 1]
             inside = max(inside, float((part - np.minimum.accumulate(part)).max()))
         longest = float(np.diff(self.steps[self.index]).max())
-        inside = min(
-            inside + len(lost) * _HALF_ULP * float(np.abs(lost).max()), self.sup - longest * min(log_rate, 0.0)
-        )
+        inside = min(inside + len(lost) * HALF_ULP * float(np.abs(lost).max()), self.sup - longest * min(log_rate, 0.0))
         return max(log_constant + max(sides, 0.0), inside)
 
 
@@ -177,7 +174,7 @@ def _inside(step: Scaled, size: Scaled, index: NDArray[np.int64], *, turned: boo
 def _upper(product: Scaled, moduli: Scaled, count: int) -> Array:
     """Return log norms of products of some factors, above what rounding may have taken from them."""
     k = product.unit.shape[-1]
-    roundings = count * k * _HALF_ULP
+    roundings = count * k * HALF_ULP
     size, most = product.log_norm(), moduli.log_frobenius()
-    highest = np.logaddexp(size, most + np.log(roundings / (1 - roundings) + k * k * _HALF_ULP))
-    return highest + 8 * _HALF_ULP * np.where(np.isfinite(highest), np.abs(highest) + 1.0, 0.0)
+    highest = np.logaddexp(size, most + np.log(roundings / (1 - roundings) + k * k * HALF_ULP))
+    return highest + 8 * HALF_ULP * np.where(np.isfinite(highest), np.abs(highest) + 1.0, 0.0)

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from stableopt.lyapunov.profile.growth.scaled import HALF_ULP
 from stableopt.lyapunov.profile.growth.windows import Windows, cell_products
 
 __all__ = ["EnergyCells", "bounds", "fitting_growth", "summation"]
 
 Array = NDArray[np.float64]
-
-_HALF_ULP = float(np.finfo(np.float64).eps) / 2
 
 
 @dataclass(frozen=True)
@@ -58,7 +57,7 @@ class EnergyCells:
         """
         product, moduli = cell_products(R, windows.index)
         C, log_scale = product.scaled_by_one()
-        roundings = (np.diff(windows.index) - 1) * R.shape[-1] * _HALF_ULP
+        roundings = (np.diff(windows.index) - 1) * R.shape[-1] * HALF_ULP
         error = roundings / (1 - roundings) * np.exp(moduli.log_frobenius() - log_scale)
         return cls(C, log_scale, np.where(roundings > 0, error, 0.0), np.diff(windows.steps).astype(np.float64))
 
@@ -146,7 +145,7 @@ class EnergyCells:
                 X = self.C[j].T @ P @ self.C[j]
                 w = np.exp(log_weights[:, j] + 2 * self.log_scale[j])
                 P = np.eye(k) + w[:, None, None] * X
-                sane = np.isfinite(P).all(axis=(1, 2)) & (np.trace(P, axis1=1, axis2=2) < k + _HALF_ULP**-0.5)
+                sane = np.isfinite(P).all(axis=(1, 2)) & (np.trace(P, axis1=1, axis2=2) < k + HALF_ULP**-0.5)
                 P[~sane], X[~sane], w[~sane] = np.nan, np.nan, np.nan
                 values = np.full((count, k), np.nan)
                 values[sane] = np.linalg.eigvalsh(X[sane])
@@ -187,7 +186,7 @@ class EnergyCells:
         m, k = self.C.shape[:2]
         P, rates = np.tile(np.eye(k), (m + 1, 1, 1)), np.empty(m)
         smallest, largest = np.zeros((2, m + 1))
-        gamma = 2 * (k + 1) * _HALF_ULP / (1 - 2 * (k + 1) * _HALF_ULP)
+        gamma = 2 * (k + 1) * HALF_ULP / (1 - 2 * (k + 1) * HALF_ULP)
         for j in reversed(range(m)):
             C, P_next = self.C[j], P[j + 1]
             X = C.T @ P_next @ C
@@ -196,9 +195,9 @@ class EnergyCells:
             low, top = max(float(values[0]), 0.0), max(float(values[-1]), 0.0)
             moduli = np.abs(C).T @ np.abs(P_next) @ np.abs(C)
             off = float(np.linalg.norm(C, 2) * self.error[j] * 2 + self.error[j] ** 2) * math.exp(largest[j + 1])
-            e1 = gamma * float(np.linalg.norm(moduli)) + off + k * k * _HALF_ULP * top
+            e1 = gamma * float(np.linalg.norm(moduli)) + off + k * k * HALF_ULP * top
             w = math.exp(log_weights[j] + 2 * self.log_scale[j])
-            e2 = 2 * k * _HALF_ULP * (1 + w * top) + w * k * k * _HALF_ULP * top
+            e2 = 2 * k * HALF_ULP * (1 + w * top) + w * k * k * HALF_ULP * top
             if not w * e1 + e2 < 0.5:
                 raise ValueError(
                     f"the weight of the cell {j} is so large that the energies leave the precision of floats."
@@ -243,7 +242,7 @@ def fitting_growth(log_norms: Array) -> Array:
         np.fill_diagonal(edges, 0.0)
         for k in range(m):
             np.minimum(edges, edges[:, k, None] + edges[None, k], out=edges)
-        if (np.diag(edges) < -m * _HALF_ULP * np.abs(measured).max(initial=1.0)).any():
+        if (np.diag(edges) < -m * HALF_ULP * np.abs(measured).max(initial=1.0)).any():
             low, high = c, (2 * high if sigma is None else high)
         else:
             high, sigma = c, edges.min(axis=0)
@@ -252,7 +251,7 @@ def fitting_growth(log_norms: Array) -> Array:
 
 def _up(x: float, term: float) -> float:
     """Return x rounded up beyond the roundings of a logarithm, a product and a sum."""
-    return x + 4 * _HALF_ULP * (abs(x) + abs(term))
+    return x + 4 * HALF_ULP * (abs(x) + abs(term))
 
 
 def bounds(log_rates: Array, log_smallest: Array, log_largest: Array) -> Array:
@@ -290,4 +289,4 @@ def summation(log_rates: Array, log_smallest: Array, log_largest: Array) -> floa
         True
     """
     sizes = np.abs(np.where(np.isneginf(log_rates), 0.0, log_rates)).sum() + log_smallest.max() + log_largest.max()
-    return float((len(log_rates) + 4) * _HALF_ULP * sizes)
+    return float((len(log_rates) + 4) * HALF_ULP * sizes)

@@ -21,14 +21,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stableopt.linalg.bound import upper
+from stableopt.lyapunov.profile.growth.scaled import HALF_ULP
 from stableopt.theory import small_gain_holds, small_gain_radius, small_gain_weights
 
 __all__ = ["CoupledGains", "GainCheck", "coupled_gains"]
 
 Array = NDArray[np.float64]
 Verdict = Literal["holds", "triangular", "not excluded", "fails"]
-
-_HALF_ULP = float(np.finfo(np.float64).eps) / 2
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ class CoupledGains:
         if math.isnan(v1):
             raise ValueError("these gains have no positive weights: there is no energy to check.")
         V = v1 * h + v2 * theta
-        allowance = 1 + 16 * _HALF_ULP  # products and sums on either side, the rate, and the weights themselves
+        allowance = 1 + 16 * HALF_ULP  # products and sums on either side, the rate, and the weights themselves
         exceeding = (h[1:] > (self.a * h[:-1] + self.b * theta[:-1]) * allowance) | (
             theta[1:] > (self.c * h[:-1] + self.d * theta[:-1]) * allowance
         )

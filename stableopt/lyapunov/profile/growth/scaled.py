@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Scaled"]
+__all__ = ["HALF_ULP", "Scaled"]
+
+HALF_ULP = float(np.finfo(np.float64).eps) / 2
+"""The unit of rounding of float64."""
 
 _NO_ROW = -(1 << 40)
 """The exponent of a row of zeros: below every other."""
