@@ -144,9 +144,8 @@ class Watch(TorchDispatchMode):
 
     def _smooth(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], found: list[Tensor]) -> bool:
         """Whether an operation is, by its name, with its arguments, and for what it gave."""
-        if not torch.is_grad_enabled() or not all(
-            t.is_floating_point() or t.is_complex() or not t.numel() for t in found
-        ):
+        result = found[0] if found else None  # what else comes may be a seed, or room for the way back
+        if result is None or not (result.is_floating_point() or result.is_complex()) or not torch.is_grad_enabled():
             return False  # nothing that automatic differentiation sees
         if name in SMOOTH:
             return True
@@ -157,7 +156,7 @@ class Watch(TorchDispatchMode):
         if name in {"elu", "mkldnn_rnn_layer"}:
             return not is_kinked(name, args) if name == "elu" else args[9] == 2  # the cells of an LSTM
         order = args[1] if len(args) > 1 else kwargs.get("ord", kwargs.get("p", 2))
-        return name in _ROOTS and (name in {"sqrt", "std"} or order in {None, 2}) and self._away(found[0])
+        return name in _ROOTS and (name in {"sqrt", "std"} or order in {None, 2}) and self._away(result)
 
     def _is_smooth_power(self, overload: str, args: tuple[Any, ...]) -> bool:
         if overload == "Scalar":

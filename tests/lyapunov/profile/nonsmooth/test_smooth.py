@@ -157,8 +157,9 @@ def test_what_is_smooth_has_its_derivative(name: str) -> None:
     assert reading.worst.upper == pytest.approx(float(torch.linalg.matrix_norm(J, 2)), rel=1e-9)
 
 
-def test_modules_with_gates_are_smooth_and_those_with_relu_are_not() -> None:
-    x = torch.randn(1, 3, 2, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_modules_with_gates_are_smooth_and_those_with_relu_are_not(dtype: torch.dtype) -> None:
+    x = torch.randn(1, 3, 2, generator=torch.Generator().manual_seed(0), dtype=dtype)
     for cell, known in (
         (nn.LSTM, True),
         (nn.GRU, True),
@@ -166,7 +167,7 @@ def test_modules_with_gates_are_smooth_and_those_with_relu_are_not() -> None:
         (lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k), False),
     ):
         torch.manual_seed(0)
-        cell = cell(2, 2, batch_first=True)
+        cell = cell(2, 2, batch_first=True).to(dtype)
         assert (clarke_bounds(Calls(lambda z, cell=cell: cell(z)[0]), x).left == ()) is known
 
 
@@ -265,3 +266,25 @@ def test_what_does_not_come_from_the_source_is_not_looked_at() -> None:
     assert watch.left == ["abs"]
     assert watch.follows(view)
     assert not watch.follows(other)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "transformer": (lambda: nn.TransformerEncoderLayer(4, 2, 4, batch_first=True), (1, 2, 4)),
+    "convolutions": (
+        lambda: nn.Sequential(
+            nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.GroupNorm(1, 2), nn.AvgPool2d(2), nn.Flatten()
+        ),
+        (2, 1, 4, 4),
+    ),
+    "norms": (lambda: nn.Sequential(nn.Linear(4, 4), nn.RMSNorm(4), nn.ReLU(), nn.LayerNorm(4), nn.Softmax(1)), (1, 4)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_of_every_day_have_bounds(name: str) -> None:
+    make, shape = MODELS[name]
+    torch.manual_seed(0)
+    reading = clarke_bounds(make().eval().float(), torch.randn(shape, dtype=torch.float32), reach=1e-3)
+    assert reading.left == ()
+    assert all(reading.exact)
+    assert reading.worst.upper < 100.0
