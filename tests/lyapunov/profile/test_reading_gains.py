@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from stableopt.lyapunov.profile.growth.factors import Factors
+from stableopt.lyapunov.profile.growth.gains import CoupledGains
 from stableopt.lyapunov.profile.reading import ProfileReading
 from stableopt.lyapunov.profile.representations.depth import ForwardProfile
 from stableopt.lyapunov.profile.representations.forward import forward_profile
@@ -32,18 +33,24 @@ def reading(
     return ProfileReading((factors,), (np.ones((len(R) + 1, 1, 1)),), looks=tuple(made), backend=backend)
 
 
+def gains(*args, **options) -> CoupledGains:
+    found = reading(*args, **options).gains
+    assert found is not None
+    return found
+
+
 def test_steps_seen_one_by_one_in_all_directions_decide() -> None:
-    assert reading([0.4, 0.6]).gains.verdict == "triangular"
-    assert reading([4.0, 0.1]).gains.verdict == "fails"
+    assert gains([0.4, 0.6]).verdict == "triangular"
+    assert gains([4.0, 0.1]).verdict == "fails"
 
 
 def test_factors_of_several_steps_hide_their_largest_step() -> None:
     # true steps alternate 4 and 0.1: over two of them the geometric mean is 0.63
-    found = reading([0.4, 0.4], [0, 2, 4]).gains
+    found = gains([0.4, 0.4], [0, 2, 4])
     assert found.matrix[1, 1] == pytest.approx(0.4**0.5)
     assert found.verdict == "not excluded"
     assert not found.contracts
-    assert reading([16.0, 16.0], [0, 2, 4]).gains.verdict == "fails"  # the mean expands, so some step does
+    assert gains([16.0, 16.0], [0, 2, 4]).verdict == "fails"  # the mean expands, so some step does
 
 
 @pytest.mark.parametrize(
@@ -51,17 +58,16 @@ def test_factors_of_several_steps_hide_their_largest_step() -> None:
     [{"dimension": 2}, {"backend": "difference"}, {"look": (False, "forward")}, {"look": (True, "difference")}],
 )
 def test_what_is_estimated_from_below_excludes_nothing(options) -> None:
-    assert reading([0.4, 0.6]).gains.verdict == "triangular"
-    assert reading([0.4, 0.6], **options).gains.verdict == "not excluded"
-    assert reading([0.4, 1.0], **options).gains.verdict == "fails"
+    assert gains([0.4, 0.6]).verdict == "triangular"
+    assert gains([0.4, 0.6], **options).verdict == "not excluded"
+    assert gains([0.4, 1.0], **options).verdict == "fails"
 
 
 def test_two_looks_at_one_step_are_one() -> None:
-    assert reading([0.4, 0.6], looks=(0, 1, 2, 2)).gains.d.tolist() == [0.4, 0.6]
+    assert gains([0.4, 0.6], looks=(0, 1, 2, 2)).d.tolist() == [0.4, 0.6]
     assert reading([0.4, 0.6], looks=(2, 2)).gains is None
 
 
 @pytest.mark.parametrize("size", [1e-300, 1e300])
 def test_sizes_at_the_ends_of_the_floats_are_no_traceback(size: float) -> None:
-    found = reading([size, size])
-    assert found.gains.verdict == ("fails" if size > 1 else "triangular")
+    assert gains([size, size]).verdict == ("fails" if size > 1 else "triangular")

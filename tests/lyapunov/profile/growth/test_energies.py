@@ -186,7 +186,7 @@ def test_bounds_are_those_of_the_transition_operators_themselves() -> None:
     energy = synthesize(factored(A, 3)[0])
     for i in range(21):
         for j in range(i, 21):
-            K = np.linalg.norm(transition(list(A), i, j), 2)
+            K = float(np.linalg.norm(transition(list(A), i, j), 2))
             assert math.log(K) <= energy.bound(i, j) + 1e-12
             rates = np.exp(energy.log_rates[i:j])
             assert energy.uniform_bound(i, j) == pytest.approx(
