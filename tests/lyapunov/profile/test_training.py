@@ -251,10 +251,12 @@ def test_a_profile_ends_where_somebody_else_moves_the_parameters(within):
     said = "step 3: the step moved the parameters by" if within else "step 4: parameters or the state"
     if within:
         optimizer.register_step_post_hook(meddle)
-    with profile, pytest.warns(UserWarning, match=said):
-        if not within:
-            optimizer.register_step_post_hook(meddle)  # after that of the profile
+    profile.attach()
+    if not within:
+        optimizer.register_step_post_hook(meddle)  # after that of the profile
+    with pytest.warns(UserWarning, match=said):
         train(model, optimizer, 6)
+    profile.close()
     assert profile.result().factors.steps.tolist() == list(range(4 if within else 5))
 
 
