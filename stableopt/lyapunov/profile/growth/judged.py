@@ -116,7 +116,7 @@ def _late(found: Verdict, piece: Factors, windows: Windows, level: float) -> Ver
     late = judge(path, steps=piece.steps[i : i + len(path)], level=level)
     if late.kind not in GROWS:
         return found
-    why = f"what enters at training step {piece.steps[i]} grows, unlike what enters at the first one: {late.reason}"
+    why = f"what enters at training step {piece.steps[i]} grows: {late.reason}"
     return replace(found, kind=late.kind, rate=late.rate, constant=math.nan, exponent=late.exponent, reason=why)
 
 

@@ -86,7 +86,7 @@ def test_few_factors_are_no_verdict_however_long(count: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("leading", [1.0, 0.99])
-@pytest.mark.parametrize("spacing", [1, 3])
+@pytest.mark.parametrize("spacing", [pytest.param(1, marks=pytest.mark.slow), 3])
 def test_the_constant_covers_a_spike_between_the_times_of_the_grid(leading: float, spacing: int) -> None:
     R = np.tile(np.diag([leading**spacing, 0.5 if leading < 1.0 else 1.0]), (1000, 1, 1))
     R[0, 1, 1], R[501, 1, 1], R[502, 1, 1] = 1e-3, 100.0, 0.01
@@ -98,7 +98,7 @@ def test_the_constant_covers_a_spike_between_the_times_of_the_grid(leading: floa
     assert exceeded(found, piece) <= 1e-9
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(s, marks=pytest.mark.slow) for s in range(1, 4))])
 def test_no_window_of_a_noisy_run_exceeds_its_bound(seed: int) -> None:
     r = np.random.default_rng(seed)
     R = np.triu(0.3 * r.standard_normal((400, 3, 3))) + np.diag([0.9, 0.8, 0.5])

@@ -43,10 +43,10 @@ def test_a_rise_moves_with_its_scale_and_not_with_its_level() -> None:
 
 def test_a_random_walk_beneath_a_noise_is_bounded_from_above() -> None:
     r = np.random.default_rng(0)
-    for size in (0.0, 0.5, 2.0):  # of the walk at the end, in a noise of 0.3
-        walks = r.standard_normal((60, 901)).cumsum(1) * size / 30.0
+    for size in (0.0, 1.0):  # of the walk at the end, in a noise of 0.3
+        walks = r.standard_normal((40, 901)).cumsum(1) * size / 30.0
         found = [Path(walk + 0.3 * r.standard_normal(901), 0).walk(0.95) for walk in walks]
-        assert sum(f >= 0.6 * size for f in found) >= 0.9 * 60
+        assert sum(f >= 0.6 * size for f in found) >= 0.9 * 40
         assert np.median(found) <= 0.15 + 2.0 * size
 
 
