@@ -49,7 +49,7 @@ class Profile:
             when the state of the optimizer is there.
         probe: inputs, or a function that evaluates the model on some, for the representations: with it the forward and mixed blocks
             are measured, every ``look_every`` steps.
-        method: how products with the Hessian are made: ``auto`` uses the graph of the training's own backward and takes other ways
+        method: how products with the Hessian are made: ``auto`` uses the graph of the training's own loss and takes other ways
             where that has no second derivative; ``graph``, ``exact``, ``forward`` for one exact way; ``difference`` for a finite
             difference.
         cadence: number of steps between two orthonormalizations; ``auto`` chooses it from how fast the directions part.
