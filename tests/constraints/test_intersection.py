@@ -75,6 +75,7 @@ def test_alternating_projections_alone_would_not_give_the_nearest_point() -> Non
     assert float((x - ours).norm()) < float((x - plain).norm()) - 1e-6
 
 
+@pytest.mark.slow
 def test_matrices_can_satisfy_two_conditions_at_once() -> None:
     both = Intersection((SpectralBall(1.0), Hurwitz(0.2)))
     for dtype in (torch.float64, torch.float32):

@@ -455,6 +455,7 @@ def mish_curvature(x: flint.arb) -> flint.arb:
     return 2 * w * g + x * (w * g * (1 - g) - 2 * t * w * g * g)
 
 
+@pytest.mark.slow
 def test_the_slope_of_mish_is_proved_on_the_whole_line() -> None:
     """Bisection in ball arithmetic on [-40, 40], concavity near the maximum, closed forms beyond."""
     flint.ctx.prec = 120

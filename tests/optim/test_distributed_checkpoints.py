@@ -162,6 +162,7 @@ def further(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
 
 
 @pytest.mark.distributed
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIRST)
 def test_two_processes(name: str, first: list[dict[str, str]]) -> None:
     for outcome in first:

@@ -89,6 +89,7 @@ def test_the_edge_is_the_top_eigenvalue_in_the_metric_of_the_optimizer(make: Any
     assert reading.residual < 1e-2 * reading.edge
 
 
+@pytest.mark.slow
 def test_once_warm_one_product_per_measurement_follows_a_moving_top_eigenvalue() -> None:
     model, loss = problem()
     optimizer = torch.optim.SGD(model.parameters(), 0.5)

@@ -286,6 +286,7 @@ def test_an_optimizer_is_freed_with_its_snapshot_as_soon_as_nobody_holds_it(mode
         gc.enable()
 
 
+@pytest.mark.slow
 def test_the_number_of_tensors_alive_does_not_grow() -> None:
     ps = [nn.Parameter(torch.randn(4)) for _ in range(5)]
     optimizer = SGD(ps, lr=5.0, momentum=0.9, guard="strict")

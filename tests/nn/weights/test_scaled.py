@@ -245,6 +245,7 @@ def test_equal_layers_share_a_graph() -> None:
             torch.testing.assert_close(run(layer, torch.eye(3)), layer(torch.eye(3)))
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_loaded_elsewhere_keeps_its_own_limit(tmp_path: Path) -> None:
     layer, x, _ = estimated()
     torch.export.save(torch.export.export(layer.eval(), (x,)), tmp_path / "layer.pt2")
