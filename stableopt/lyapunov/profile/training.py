@@ -149,7 +149,7 @@ class Profile:
                 f"directions must be at most the number {self._system.dimension} of parameters at the beginning, got {directions}; "
                 "use 'all' for the whole state."
             )
-        self._tap = GradientTap(self._system.parameters, method)
+        self._tap = GradientTap(self._system.parameters, method, model)
         self._hyper = tuple(hyper)
         self._responses = Responses(self._system, errors, self._hyper, seed)
         self._recorder = Recorder(self._system, cadence)
@@ -363,7 +363,7 @@ class Profile:
     def _look(self) -> None:
         if self._looks is not None:
             self._settle()
-            self._looks.take(self._step, len(self._recorder.pieces()) - 1, self._recorder.rows)
+            self._looks.take(self._step, self._recorder.count - 1, self._recorder.rows)
 
     def _settle(self) -> None:
         """Make the directions orthonormal now, so that the factors reach to the present step; not within one."""

@@ -19,7 +19,15 @@ from stableopt.constraints.sharding import is_sharded
 from stableopt.optim.modules import modules_at_hand
 from stableopt.optim.trial import RandomState, graph_eps
 
-__all__ = ["Curvature", "acceptable_asymmetry", "asymmetry", "dot", "gradients", "no_second_derivative"]
+__all__ = [
+    "Curvature",
+    "acceptable_asymmetry",
+    "asymmetry",
+    "asymmetry_of_rounding",
+    "dot",
+    "gradients",
+    "no_second_derivative",
+]
 
 
 class Curvature(ABC):
@@ -186,7 +194,7 @@ def no_second_derivative(error: RuntimeError) -> bool:
     return any(part in said for part in parts)
 
 
-def asymmetry(product: Curvature) -> float:
+def asymmetry(product: Callable[[list[Tensor]], list[Tensor]], parameters: Sequence[Tensor] | None = None) -> float:
     r"""Return how far products are from those of a symmetric matrix, relative to its size.
 
     .. math:: |u^\top Hv - v^\top Hu| \,/\, (\|Hu\| + \|Hv\|), \qquad u, v \text{ random},
@@ -194,7 +202,8 @@ def asymmetry(product: Curvature) -> float:
     which is at the level of rounding for a Hessian, and of the order of one for products that miss a part of it.
 
     Args:
-        product: an open context.
+        product: an open context, or any function that makes products.
+        parameters: of what shapes; None for those of the context.
 
     Returns:
         The figure; 0 if the products vanish, NaN if they are not finite. It takes two products.
@@ -207,10 +216,8 @@ def asymmetry(product: Curvature) -> float:
         True
     """
     generator = torch.Generator().manual_seed(0)
-    u, v = (
-        [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in product.parameters]
-        for _ in range(2)
-    )
+    like = product.parameters if parameters is None and isinstance(product, Curvature) else list(parameters or ())
+    u, v = ([torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in like] for _ in range(2))
     Hu, Hv = product(u), product(v)
     size = math.sqrt(dot(Hu, Hu)) + math.sqrt(dot(Hv, Hv))
     return abs(dot(u, Hv) - dot(v, Hu)) / size if size != 0.0 else 0.0
@@ -227,7 +234,20 @@ def acceptable_asymmetry(product: Curvature) -> float:
         >>> acceptable_asymmetry(Difference(lambda: torch.ones(1), []))
         0.1
     """
-    return 0.1 if product.fused else min(0.05, max(1e-6, 1e4 * product.eps))
+    return 0.1 if product.fused else asymmetry_of_rounding(product.eps)
+
+
+def asymmetry_of_rounding(eps: float) -> float:
+    """Return what :func:`asymmetry` may be for products by autograd.
+
+    Args:
+        eps: machine epsilon of the loss.
+
+    Examples:
+        >>> asymmetry_of_rounding(2.0**-52), asymmetry_of_rounding(2.0**-8)
+        (1e-06, 0.05)
+    """
+    return min(0.05, max(1e-6, 1e4 * eps))
 
 
 def dot(x: Sequence[Tensor], y: Sequence[Tensor]) -> float:

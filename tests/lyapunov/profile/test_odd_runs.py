@@ -140,6 +140,27 @@ def test_backward_hooks_that_change_gradients(kind):
     assert "hooks" in profile.result().reason
 
 
+def test_a_module_hook_is_seen_where_there_is_no_closure_and_where_it_comes_later():
+    def hook(_module, gradients, _outputs):
+        return tuple(0.5 * g for g in gradients)
+
+    model, (x, y) = net(), batch()
+    model[1].register_full_backward_hook(hook)
+    optimizer = sgd(model)
+    with (
+        Profile(model, optimizer, directions=1) as profile,
+        pytest.warns(UserWarning, match="there are backward hooks"),
+    ):
+        profile.backward(F.cross_entropy(model(x), y))
+    model = net()
+    optimizer = sgd(model)
+    with Profile(model, optimizer, directions=1) as profile:
+        train(model, optimizer, 2)
+        model[1].register_full_backward_hook(hook)
+        train(model, optimizer, 2)
+    assert profile.result().backend == "difference"
+
+
 def test_hooks_are_called_as_often_as_without_a_profile():
     counts = []
     for watched in (False, True):

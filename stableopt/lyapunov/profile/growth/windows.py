@@ -13,11 +13,9 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from stableopt.lyapunov.profile.growth.scaled import Scaled
+from stableopt.lyapunov.profile.growth.scaled import HALF_ULP, Scaled
 
 __all__ = ["FactorsLike", "Windows", "cell_products", "measure_windows"]
-
-_HALF_ULP = float(np.finfo(np.float64).eps) / 2
 
 
 class FactorsLike(Protocol):
@@ -290,12 +288,12 @@ def _rounding(R: NDArray[np.float64], index: NDArray[np.int64], table: NDArray[n
     for b in range(m):
         pushed = cells[b] @ late[: b + 1]
         late.unit[: b + 1], late.exponent[: b + 1] = pushed.unit, pushed.exponent
-        roundings = (index[b + 1] - index[: b + 1]) * k * _HALF_ULP
+        roundings = (index[b + 1] - index[: b + 1]) * k * HALF_ULP
         log_norm = table[b + 1, : b + 1]
         vanished = np.isneginf(log_norm)
         excess = pushed.log_frobenius() - np.where(vanished, 0.0, log_norm)
-        relative = np.exp(np.minimum(excess, 700.0)) * roundings / (1 - roundings) + k * k * _HALF_ULP
-        off = -np.log1p(-np.minimum(relative, 1.0 - _HALF_ULP)) + 4 * _HALF_ULP * np.abs(log_norm)
+        relative = np.exp(np.minimum(excess, 700.0)) * roundings / (1 - roundings) + k * k * HALF_ULP
+        off = -np.log1p(-np.minimum(relative, 1.0 - HALF_ULP)) + 4 * HALF_ULP * np.abs(log_norm)
         allowance[b + 1, : b + 1] = np.where(vanished, 0.0, off)
     return allowance
 

@@ -16,6 +16,7 @@ from stableopt.lyapunov.profile.representations.depth import ForwardProfile
 from stableopt.lyapunov.profile.representations.forward import forward_profile
 from stableopt.lyapunov.profile.representations.mixed import RepresentationTangents, representation_tangents
 from stableopt.lyapunov.profile.representations.survey import INPUT, chain_of
+from stableopt.lyapunov.profile.tangents.products import first_line
 from stableopt.lyapunov.profile.tangents.system import PARAMETER, System
 
 __all__ = ["Look", "Looks", "ProbeInput"]
@@ -106,13 +107,13 @@ class Looks:
         try:
             forward = forward_profile(self._model, self._probe)
         except Exception as error:  # whatever a probe of the user raises
-            reasons.append(f"the forward block: {_sentence(error)}")
+            reasons.append(f"the forward block: {first_line(error)}")
         try:
             found = self._tangents(directions)
             grams = {name: gram.cpu().numpy() for name, gram in found.gram.items() if name != INPUT}
             how = found.how
         except Exception as error:
-            reasons.append(f"the mixed block: {_sentence(error)}")
+            reasons.append(f"the mixed block: {first_line(error)}")
         self._made.append(Look(step, piece, forward, grams, self._system.gram(rows), "; ".join(reasons), how))
 
     def _tangents(self, directions: list[Tensor]) -> RepresentationTangents:
@@ -134,7 +135,3 @@ class Looks:
     def made(self) -> tuple[Look, ...]:
         """Return the looks so far."""
         return tuple(self._made)
-
-
-def _sentence(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -82,7 +82,7 @@ class Descent:
         self.columns = np.eye(self.size) if flat is None else column_of(flat, self.size)
         self.start = self._flat(self.parameters)
         self.gain, self.momentum = _gain(self.optimizer)
-        self.tap, self.choice = GradientTap(self.parameters), Choice(lambda: loss(self.model))
+        self.tap, self.choice = GradientTap(self.parameters, model=self.model), Choice(lambda: loss(self.model))
         rows = torch.from_numpy(self.columns.T.copy())
         parts = rows.split([p.numel() for p in self.parameters], dim=1)
         self.system.columns = [

@@ -152,7 +152,7 @@ class Influence:
         except ValueError as error:
             self.system, self.why = None, str(error)
             return
-        self.tap = GradientTap(self.system.parameters)
+        self.tap = GradientTap(self.system.parameters, model=run.model)
         self.system.columns = [{PARAMETER: torch.zeros_like(p.detach())[None]} for p in self.system.parameters]
 
     def evaluate(self, closure: Callable[[], Tensor]) -> Tensor:

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from stableopt.constraints.sharding import is_sharded
 from stableopt.lyapunov.profile.studies.determinants import DeterminantFactors, Step, determinant_factors
+from stableopt.lyapunov.profile.tangents.agreement import copied
 from stableopt.lyapunov.profile.tangents.push import push, tangent_names
 from stableopt.optim.curvature import Choice, Curvature, gradients
 from stableopt.optim.regularize import regularizer_of
@@ -115,7 +116,7 @@ class Slice:
             held = self.optimizer.state.get(part.parameter, {})
             moving = tangent_names(self.rule, held, part.parameter)  # of a number also what is shaped like a count
             part.state = {
-                k: part.of(v) if k in moving or _shaped(v, part.parameter) else _copied(v) for k, v in held.items()
+                k: part.of(v) if k in moving or _shaped(v, part.parameter) else copied(v) for k, v in held.items()
             }
             if not part.state:  # a first step is imagined, of which only the state is taken
                 with torch.no_grad():
@@ -239,7 +240,3 @@ def _drawn(candidates: list[tuple[Tensor, dict[str, Any]]], entries: int, seed: 
 
 def _shaped(value: object, like: Tensor) -> bool:
     return isinstance(value, Tensor) and value.shape == like.shape and like.ndim > 0
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-__all__ = ["Agreement", "Footprint", "NotTheRuleError", "some"]
+__all__ = ["Agreement", "Footprint", "NotTheRuleError", "copied", "some"]
 
 _COMPARED = 1 << 14
 """About how many numbers of a large tensor are compared with what the rule makes of them, in each step."""
@@ -135,3 +135,13 @@ def some(x: Any, count: int = _COMPARED) -> Any:
         return x
     x = x.detach()
     return x.reshape(-1)[:: x.numel() // count].clone() if x.numel() >= 2 * count else x.clone()
+
+
+def copied(value: Any) -> Any:
+    """Return a detached copy of a tensor; anything else as it is.
+
+    Examples:
+        >>> copied(torch.ones(1)), copied("text")
+        (tensor([1.]), 'text')
+    """
+    return value.detach().clone() if isinstance(value, Tensor) else value

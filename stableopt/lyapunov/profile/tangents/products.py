@@ -9,7 +9,6 @@ that is differentiated along all perturbations.
 from __future__ import annotations
 
 import contextlib
-import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,11 +20,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from stableopt.optim import RandomState
-from stableopt.optim.curvature import Choice, Curvature, Method, dot, gradients
+from stableopt.optim.curvature import Choice, Curvature, Method, asymmetry, asymmetry_of_rounding, gradients
 from stableopt.optim.modules import modules_at_hand
 from stableopt.optim.trial import graph_eps, loss_with_graph
 
-__all__ = ["Gradient", "GradientTap", "NoDerivativeError"]
+__all__ = ["Gradient", "GradientTap", "NoDerivativeError", "first_line"]
 
 Directions = Sequence[Tensor]
 """One tensor ``(k, *shape)`` per parameter."""
@@ -74,8 +73,10 @@ class GradientTap:
         parameters: leaves, those of the optimizer.
         method: ``auto`` for the graph of the training where it has a second derivative and the other ways where it has not;
             ``graph`` for that alone; ``exact``, ``forward`` or ``difference`` for one way, by further evaluations of the closure.
+        model: whose modules may have backward hooks; without it only those that a closure reaches are looked at.
 
     Attributes:
+        value: what the closure has returned.
         gradient: of the step, None before its backward pass and after :meth:`forget`.
         reason: why another way than the graph was taken; empty if it was not.
 
@@ -96,8 +97,9 @@ class GradientTap:
         ([tensor([[ 6., 12.]])], tensor([ 3., 12.]))
     """
 
-    def __init__(self, parameters: Sequence[Tensor], method: str = "auto") -> None:
-        self.parameters = list(parameters)
+    def __init__(self, parameters: Sequence[Tensor], method: str = "auto", model: nn.Module | None = None) -> None:
+        self.parameters, self._model = list(parameters), model
+        self.value: Any = None
         self.gradient: Gradient | None = None
         self.reason = ""
         self._method = method
@@ -123,8 +125,8 @@ class GradientTap:
         """
         self.gradient = None
         start = RandomState.capture()
-        if self._graph_works and not self._looked:
-            self._look_at(modules_at_hand(closure))
+        if self._graph_works:
+            self._look_at([] if self._looked else modules_at_hand(closure))
         mode = _AfterBackward(self, directions) if self._graph_works else contextlib.nullcontext()
         with mode:
             self.value = closure()
@@ -137,7 +139,7 @@ class GradientTap:
         try:
             self._anew(closure, start, directions)
         except (RuntimeError, ValueError, NotImplementedError) as error:
-            raise NoDerivativeError(f"the gradient could not be differentiated ({_sentence(error)})") from error
+            raise NoDerivativeError(f"the gradient could not be differentiated ({first_line(error)})") from error
         return self.value
 
     def backward(self, loss: Tensor, directions: Directions) -> None:
@@ -168,8 +170,6 @@ class GradientTap:
             )
         if before is not None:
             self.gradient = _sum(before, self.gradient)
-
-    value: Any = None
 
     def forget(self) -> None:
         """Forget the gradient: the step is over."""
@@ -238,20 +238,14 @@ class GradientTap:
         return [torch.zeros_like(d) if h is None else h.detach() for d, h in zip(directions, made, strict=True)]
 
     def _symmetric(self, kept: list[tuple[int, Tensor]]) -> bool:
-        """Look once whether two products are those of a symmetric matrix."""
-        generator = torch.Generator().manual_seed(0)
-        u, v = (
-            [torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p) for p in self.parameters]
-            for _ in range(2)
-        )
-        Hu, Hv = (self._product(kept, [x.unsqueeze(0) for x in row], 0) for row in (u, v))
-        size = math.sqrt(dot(Hu, Hu)) + math.sqrt(dot(Hv, Hv))
+        """Look once whether two products are those of a symmetric matrix; what is not finite is said later."""
         eps = max(torch.finfo(p.dtype).eps for p in self.parameters)
-        off = abs(dot(u, Hv) - dot(v, Hu))
-        return not off > min(0.05, max(1e-6, 1e4 * eps)) * size  # what is not finite is said later
+        found = asymmetry(lambda v: self._product(kept, [x.unsqueeze(0) for x in v], 0), self.parameters)
+        return not found > asymmetry_of_rounding(eps)
 
     def _look_at(self, modules: Iterable[nn.Module]) -> None:
         """Give the graph up where hooks would act on the second pass as well."""
+        modules = [*modules, *([] if self._model is None else self._model.modules())]
         hooked = any(p._backward_hooks for p in self.parameters)  # noqa: SLF001 - the only place where they are
         hooked = hooked or any(m._backward_hooks or m._backward_pre_hooks for m in modules)  # noqa: SLF001
         if hooked:
@@ -314,7 +308,7 @@ class _AfterBackward(TorchFunctionMode):
                 with torch.no_grad():
                     self.failure = self._tap.take(loss, self._directions, keep=keep)
             except (RuntimeError, ValueError, NotImplementedError) as error:  # what the training would not have met
-                self.failure = _sentence(error)
+                self.failure = first_line(error)
         if self.failure:
             self._tap.gradient = None
         return result
@@ -335,7 +329,13 @@ def _foreign(loss: Tensor) -> str:
     return ""
 
 
-def _sentence(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    r"""Return the first line of what an error says, its name if it says nothing.
+
+    Examples:
+        >>> first_line(RuntimeError("one\ntwo")), first_line(KeyError())
+        ('one', 'KeyError')
+    """
     said = str(error).strip()
     return said.splitlines()[0] if said else type(error).__name__
 

@@ -53,6 +53,11 @@ class Recorder:
         self._steps: list[list[int]] = []
         self._theta: list[list[NDArray[np.float64]]] = []
 
+    @property
+    def count(self) -> int:
+        """The number of pieces."""
+        return len(self._R)
+
     def begin(self, step: int) -> None:
         """Begin a piece: the directions are orthonormal at this step.
 

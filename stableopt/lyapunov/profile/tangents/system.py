@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from stableopt.constraints import Regularizer
 from stableopt.constraints.sharding import is_sharded
 from stableopt.lyapunov.profile.growth.factors import orthonormalize
-from stableopt.lyapunov.profile.tangents.agreement import Agreement, Footprint, NotTheRuleError, some
+from stableopt.lyapunov.profile.tangents.agreement import Agreement, Footprint, NotTheRuleError, copied, some
 from stableopt.lyapunov.profile.tangents.clipping import Clipping
 from stableopt.lyapunov.profile.tangents.formulas import Stage, has_formula, written
 from stableopt.lyapunov.profile.tangents.metric import default_unit
@@ -163,10 +163,10 @@ class System:
         """
         parameters, states = [], []
         for entry in self.entries:
-            keep = _copied if hyper or not self._is_written(entry) else some
+            keep = copied if hyper or not self._is_written(entry) else some
             parameters.append(keep(entry.parameter))
             states.append({name: keep(value) for name, value in self._state(entry).items()})
-        groups = [{k: _copied(v) for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
+        groups = [{k: copied(v) for k, v in g.items() if k != "params"} for g in self.optimizer.param_groups]
         return Before(parameters, states, groups)
 
     def directions(self) -> list[Tensor]:
@@ -377,7 +377,3 @@ def _drawn(rows: int, p: Tensor, generator: torch.Generator) -> Tensor:
     view = real_view(p.detach())
     drawn = torch.randn(rows, *view.shape, generator=generator, dtype=torch.float64)
     return unviewed(drawn.to(view), p)
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
