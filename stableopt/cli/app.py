@@ -148,13 +148,13 @@ def profile(
 ) -> None:
     """Say how perturbations of a training grow: verdict, exponents, largest windows, energy; measure it first if need be."""
     from stableopt.cli.profile import (
-        has_profile,
         measure_profile,
         measure_subject,
         profile_json,
         profile_text,
         read_profile,
     )
+    from stableopt.report.profiles import has_profile
 
     made = ".py:" in subject
     folder = out if made else Path(subject)

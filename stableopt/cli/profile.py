@@ -15,22 +15,11 @@ from stableopt.cli.train import train_again
 from stableopt.lyapunov import Profile
 from stableopt.report.profile_tables import Table, profile_tables
 from stableopt.report.profile_words import remarks, verdict_sentence
-from stableopt.report.profiles import ARRAYS, NUMBERS, ProfileSummary
-from stableopt.report.runs import read_run
+from stableopt.report.profiles import ARRAYS, NUMBERS, ProfileSummary, read_arrays, read_numbers
 
-__all__ = ["has_profile", "measure_profile", "measure_subject", "profile_json", "profile_text", "read_profile"]
+__all__ = ["measure_profile", "measure_subject", "profile_json", "profile_text", "read_profile"]
 
 _PROBE = 32  # inputs of the probe
-
-
-def has_profile(folder: Path) -> bool:
-    """Whether a folder holds a profile, or one of its files.
-
-    Examples:
-        >>> has_profile(Path("nowhere"))
-        False
-    """
-    return any((folder / name).exists() for name in (NUMBERS, ARRAYS))
 
 
 def measure_profile(folder: Path, *, steps: int = 300, directions: int = 4) -> None:
@@ -109,10 +98,15 @@ def read_profile(folder: Path) -> ProfileSummary:
         Traceback (most recent call last):
         FileNotFoundError: '.' holds no profile: profile.json and profile.safetensors are written by Profile(..., run_dir=...).
     """
-    run = read_run(folder)
-    for name in (NUMBERS, ARRAYS):
-        if name in run.problems:
-            raise ValueError(f"'{folder / name}' {run.problems[name]}")
+    if not folder.is_dir():
+        raise ValueError(f"a run folder was expected, but {folder} is not a folder. Pass what Monitor got as run_dir.")
+    found: dict[str, Any] = {}
+    for name, read in ((NUMBERS, read_numbers), (ARRAYS, read_arrays)):
+        if (folder / name).exists():
+            try:
+                found[name] = read(folder / name)
+            except (OSError, ValueError, RecursionError) as error:
+                raise ValueError(f"'{folder / name}' cannot be read: {error}") from error
     lacking = [name for name in (NUMBERS, ARRAYS) if not (folder / name).is_file()]
     if len(lacking) == 2:
         raise FileNotFoundError(
@@ -123,7 +117,7 @@ def read_profile(folder: Path) -> ProfileSummary:
             f"'{folder}' holds one half of a profile: {lacking[0]} is not there. "
             "A run of `stableopt train` is measured anew by --again."
         )
-    return run.profile
+    return ProfileSummary(found[NUMBERS], found[ARRAYS])
 
 
 def profile_text(profile: ProfileSummary) -> str:

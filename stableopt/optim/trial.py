@@ -259,17 +259,10 @@ def loss_with_graph(
         >>> torch.autograd.grad(loss_with_graph(closure), w)[0].item(), w.grad is None
         (6.0, True)
     """
-    end = RandomState.capture()
-    try:
-        (end if start is None else start).restore()
-        torch.clear_autocast_cache()
-        with buffers_put_back(closure), torch.enable_grad(), _NoBackward() as mode:
-            value = closure()
-        if accumulated:
-            value = torch.stack([loss.reshape(()) for loss in mode.losses]).sum() if mode.losses else None
-    finally:
-        end.restore()
-        torch.clear_autocast_cache()
+    with _begun_at(start), buffers_put_back(closure), torch.enable_grad(), _NoBackward() as mode:
+        value = closure()
+    if accumulated:
+        value = torch.stack([loss.reshape(()) for loss in mode.losses]).sum() if mode.losses else None
     if not isinstance(value, Tensor) or value.grad_fn is None:
         raise ValueError(
             "the closure must return the loss as a tensor with its graph, not detached and not as a number."
@@ -294,12 +287,18 @@ def untraced(start: RandomState | None = None) -> Iterator[None]:
         >>> w.grad is None
         True
     """
+    with _begun_at(start), torch.no_grad(), _NoBackward():
+        yield
+
+
+@contextmanager
+def _begun_at(start: RandomState | None) -> Iterator[None]:
+    """Begin with a random state and without casts of an autocast, and put the random state back at the end."""
     end = RandomState.capture()
     try:
         (end if start is None else start).restore()
         torch.clear_autocast_cache()
-        with torch.no_grad(), _NoBackward():
-            yield
+        yield
     finally:
         end.restore()
         torch.clear_autocast_cache()

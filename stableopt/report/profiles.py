@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from stableopt.files import decode_safetensors
 from stableopt.lyapunov.profile.files import ARRAYS, KINDS, NUMBERS, SCHEMA
 
-__all__ = ["ARRAYS", "NUMBERS", "ProfileSummary", "read_arrays", "read_numbers"]
+__all__ = ["ARRAYS", "NUMBERS", "ProfileSummary", "has_profile", "read_arrays", "read_numbers", "read_object"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,38 @@ class ProfileSummary:
         return list(zip(x.tolist(), y.tolist(), strict=True)) if len(x) == len(y) else []
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """Read a file that holds a JSON object.
+
+    Raises:
+        OSError: if the file cannot be opened.
+        ValueError: if it holds something else.
+
+    Examples:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.json").write_text('{"a": 1}')
+        ...     read_object(Path(folder, "a.json"))
+        {'a': 1}
+    """
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict):
+        raise ValueError(  # noqa: TRY004 - the content of a file is wrong, not an argument
+            f"a JSON object was expected, got a {type(data).__name__}."
+        )
+    return data
+
+
+def has_profile(folder: Path) -> bool:
+    """Whether a folder holds a profile, or one of its files.
+
+    Examples:
+        >>> has_profile(Path("nowhere"))
+        False
+    """
+    return any((folder / name).exists() for name in (NUMBERS, ARRAYS))
+
+
 def read_numbers(path: Path) -> dict[str, Any]:
     """Read ``profile.json``.
 
@@ -117,9 +149,7 @@ def read_numbers(path: Path) -> dict[str, Any]:
         Traceback (most recent call last):
         ValueError: schema 1 was expected, got 9: it was written by another version of stableopt.
     """
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"a JSON object was expected, got a {type(content).__name__}.")  # noqa: TRY004 - content of a file
+    content = read_object(path)
     if content.get("schema") != SCHEMA:
         raise ValueError(
             f"schema {SCHEMA} was expected, got {content.get('schema')!r}: it was written by another version of stableopt."

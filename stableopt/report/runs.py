@@ -14,7 +14,15 @@ from typing import Any
 
 from stableopt.lyapunov.sinks import iter_records
 from stableopt.report.history import History
-from stableopt.report.profiles import ARRAYS, NUMBERS, ProfileSummary, read_arrays, read_numbers
+from stableopt.report.profiles import (
+    ARRAYS,
+    NUMBERS,
+    ProfileSummary,
+    has_profile,
+    read_arrays,
+    read_numbers,
+    read_object,
+)
 
 __all__ = ["CertificateSummary", "Run", "as_number", "read_run", "round_up_text"]
 
@@ -108,15 +116,14 @@ def read_run(folder: str | os.PathLike[str]) -> Run:
             problems[name] = f"cannot be read: {error}"
             return default
 
-    profiled = (folder / NUMBERS).exists() or (folder / ARRAYS).exists()
     return Run(
         name=folder.resolve().name,
-        settings=attempt("run.json", _read_object, {}),
-        metrics=attempt("metrics.json", _read_object, {}),
+        settings=attempt("run.json", read_object, {}),
+        metrics=attempt("metrics.json", read_object, {}),
         history=attempt("energy.jsonl", partial(_read_history, problems), History()),
         certificate=attempt("model.cert.json", _read_certificate, None),
         profile=ProfileSummary(attempt(NUMBERS, read_numbers, {}), attempt(ARRAYS, read_arrays, {}))
-        if profiled
+        if has_profile(folder)
         else ProfileSummary(),
         problems=problems,
         absent=tuple(absent),
@@ -168,15 +175,6 @@ def _read_history(problems: dict[str, str], path: Path) -> History:
             raise
         problems[path.name] = f"is used up to step {history.last.step}: {error}"
     return history
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(data, dict):
-        raise ValueError(  # noqa: TRY004 - the content of a file is wrong, not an argument
-            f"a JSON object was expected, got a {type(data).__name__}."
-        )
-    return data
 
 
 def _read_certificate(path: Path) -> CertificateSummary:

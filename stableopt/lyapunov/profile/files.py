@@ -16,6 +16,7 @@ from stableopt.files import encode_safetensors, write_atomically
 from stableopt.lyapunov.profile.growth.energies import EnergySynthesis
 from stableopt.lyapunov.profile.growth.exponents import exponent
 from stableopt.lyapunov.profile.growth.gains import CoupledGains
+from stableopt.lyapunov.profile.growth.scaled import exp_or_inf
 from stableopt.lyapunov.profile.growth.windows import Windows
 from stableopt.lyapunov.profile.plain import plain
 from stableopt.lyapunov.profile.representations.depth import ForwardProfile
@@ -72,7 +73,7 @@ def numbers_of(reading: ProfileReading) -> dict[str, Any]:
     """
     factors, steps = reading.factors, [int(reading.pieces[0].steps[0]), int(reading.pieces[-1].steps[-1])]
     windows, energy = reading.windows, reading.energy
-    followed = sum(int(piece.spacing.sum()) for piece in reading.pieces)
+    followed = reading.followed
     return plain(
         {
             "schema": SCHEMA,
@@ -174,7 +175,7 @@ def _energy_facts(energy: EnergySynthesis, windows: Windows) -> dict[str, Any]:
     ratios = {"worst_ratio": check.largest, "median_ratio": check.median, "smallest_ratio": check.smallest}
     return {
         "reference": energy.reference,
-        "weight": _exp(float(np.median(energy.log_weights))) if len(energy.log_weights) else None,
+        "weight": exp_or_inf(float(np.median(energy.log_weights))) if len(energy.log_weights) else None,
         "smallest": energy.smallest,
         "largest": energy.largest,
         "constant": energy.constant,
@@ -182,7 +183,7 @@ def _energy_facts(energy: EnergySynthesis, windows: Windows) -> dict[str, Any]:
         "largest_rate": energy.largest_rate,
         "rate": energy.rate,
         "holds": check.holds,
-        **{name: _exp(value) for name, value in ratios.items()},
+        **{name: exp_or_inf(value) for name, value in ratios.items()},
     }
 
 
@@ -206,7 +207,3 @@ def _running(reading: ProfileReading) -> tuple[NDArray[np.int64], NDArray[np.flo
     ends = np.unique(np.linspace(1, len(growth), min(_RUNNING, len(growth))).astype(np.int64))
     known = [exponent(growth[:end], spacing=spacing[:end]) for end in ends]
     return steps[ends - 1], np.array([(e.value, e.lower, e.upper) for e in known]).reshape(-1, 3)
-
-
-def _exp(log: float) -> float:
-    return math.exp(log) if log < 709.0 else math.inf

@@ -18,6 +18,7 @@ from stableopt.lyapunov.profile.growth.factors import Factors
 from stableopt.lyapunov.profile.growth.gains import CoupledGains, coupled_gains
 from stableopt.lyapunov.profile.growth.judged import judge_factors
 from stableopt.lyapunov.profile.growth.observed import observed, products
+from stableopt.lyapunov.profile.growth.scaled import Scaled
 from stableopt.lyapunov.profile.growth.verdicts import Verdict
 from stableopt.lyapunov.profile.growth.windows import Windows, measure_windows
 from stableopt.lyapunov.profile.representations.looks import Look
@@ -143,7 +144,22 @@ class ProfileReading:
         Where the profile began with a fresh optimizer its directions are those of the parameters, and this is
         :math:`\log\|D_{\theta_0}\theta_t\|` on them.
         """
-        return observed(products(self.factors), self.theta[-1])
+        return observed(self._products, self.theta[-1])
+
+    @cached_property
+    def _products(self) -> Scaled:
+        return products(self.factors)
+
+    @property
+    def followed(self) -> int:
+        """The number of steps that were followed.
+
+        Examples:
+            >>> factors = Factors(np.full((40, 1, 1), 0.9), np.arange(41), dimension=1)
+            >>> ProfileReading(pieces=(factors,), theta=(np.ones((41, 1, 1)),)).followed
+            40
+        """
+        return sum(int(piece.spacing.sum()) for piece in self.pieces)
 
     @property
     def determinant(self) -> float:
@@ -151,7 +167,7 @@ class ProfileReading:
 
         With ``factors.full`` it is the mean of :math:`\log|\det A_t|`, the sum of all exponents.
         """
-        steps = sum(int(piece.spacing.sum()) for piece in self.pieces)
+        steps = self.followed
         return float(sum(piece.log_volume.sum() for piece in self.pieces)) / steps if steps else math.nan
 
     @cached_property
@@ -162,7 +178,7 @@ class ProfileReading:
         """
         places, looks = self._looked
         steps = np.array([look.step for look in looks], dtype=np.int64)
-        made, unknown = products(self.factors, places), np.full((self.factors.directions,) * 2, np.nan)
+        made, unknown = self._products[places], np.full((self.factors.directions,) * 2, np.nan)
         names = dict.fromkeys(name for look in looks for name in look.grams)
         grams = {name: np.array([look.grams.get(name, unknown) for look in looks]) for name in names}
         return steps, {name: observed(made, gram) for name, gram in grams.items()}

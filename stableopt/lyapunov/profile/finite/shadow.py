@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter as same_version
 from torch.optim import Optimizer
 
+from stableopt.lyapunov.lengths import read
 from stableopt.lyapunov.undisturbed import Snapshot, undisturbed
 from stableopt.optim import GuardedOptimizer
 from stableopt.optim.copies import _is_number, copied
@@ -305,7 +306,5 @@ def _difference(mine: Any, real: Any) -> Tensor:
 
 
 def _length(parts: list[Tensor]) -> float:
-    norms = [
-        torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float64)).double().cpu() for x in parts
-    ]
-    return math.sqrt(float(torch.stack(norms).square().sum())) if norms else 0.0
+    norms = [torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float64)) for x in parts]
+    return math.sqrt(float(torch.tensor(read(norms), dtype=torch.float64).square().sum()))

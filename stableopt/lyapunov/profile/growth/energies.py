@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +38,7 @@ from numpy.typing import NDArray
 from stableopt.lyapunov.profile.growth.between import Between
 from stableopt.lyapunov.profile.growth.energy_cells import EnergyCells, bounds, summation
 from stableopt.lyapunov.profile.growth.energy_check import EnergyCheck
+from stableopt.lyapunov.profile.growth.scaled import exp_or_inf
 from stableopt.lyapunov.profile.growth.windows import FactorsLike, Windows, measure_windows
 
 __all__ = ["EnergyCheck", "EnergySynthesis", "synthesize"]
@@ -130,7 +132,7 @@ class EnergySynthesis:
             0.5
         """
         horizon = int(self.steps[-1] - self.steps[0])
-        return _exp(float(self.log_rates.sum()) / (2 * horizon)) if horizon else math.nan
+        return exp_or_inf(float(self.log_rates.sum()) / (2 * horizon)) if horizon else math.nan
 
     @property
     def largest_rate(self) -> float:
@@ -145,7 +147,7 @@ class EnergySynthesis:
             >>> round(energy.largest_rate, 12), round(energy.rate, 12)
             (2.0, 1.0)
         """
-        return _exp(self._log_rate) if len(self.log_rates) else math.nan
+        return exp_or_inf(self._log_rate) if len(self.log_rates) else math.nan
 
     @property
     def constant_between(self) -> float:
@@ -162,7 +164,7 @@ class EnergySynthesis:
         """
         log_constant = float(self.log_largest.max() - self.log_smallest.min()) / 2
         log = self.between.constant(log_constant, self._log_rate) if len(self.log_rates) else log_constant
-        return _exp(log)
+        return exp_or_inf(log)
 
     @property
     def _log_rate(self) -> float:
@@ -187,7 +189,7 @@ class EnergySynthesis:
         s, t = self.between.place(start), self.between.place(end)
         if s > t:
             raise ValueError(f"a window needs start <= end, got {start} and {end}.")
-        return self.between.bound(bounds(self.log_rates, self.log_smallest, self.log_largest), s, t)
+        return self.between.bound(self._bounds, s, t)
 
     def bound(self, i: int, j: int) -> float:
         r"""Return the log of the bound on :math:`K(t_j, t_i)`: :math:`\sqrt{M_i/m_j}\prod_{r=i}^{j-1}\sqrt{\rho_r}`.
@@ -236,6 +238,10 @@ class EnergySynthesis:
             raise ValueError(f"a window needs 0 <= i <= j <= {len(self.steps) - 1}, got i={i} and j={j}.")
         return (largest - smallest + math.fsum(self.log_rates[i:j])) / 2
 
+    @cached_property
+    def _bounds(self) -> Array:
+        return bounds(self.log_rates, self.log_smallest, self.log_largest)
+
     def check(self, windows: Windows) -> EnergyCheck:
         r"""Compare the bound of every window of the grid with its measured norm, and that of the largest window of all.
 
@@ -258,7 +264,7 @@ class EnergySynthesis:
         if not len(ours):
             raise ValueError("the energies and the windows have no time in common.")
         table, slack = (x[np.ix_(theirs, theirs)] for x in (windows.log_norms, windows.rounding))
-        log_ratio = (bounds(self.log_rates, self.log_smallest, self.log_largest)[np.ix_(ours, ours)]) - table
+        log_ratio = self._bounds[np.ix_(ours, ours)] - table
         slack = slack + summation(self.log_rates, self.log_smallest, self.log_largest)
         j, i = np.nonzero(np.isfinite(table))
         worst = int(log_ratio[j, i].argmax())
@@ -418,7 +424,3 @@ class _Leading:
     R: Array
     steps: NDArray[np.int64]
     full: bool
-
-
-def _exp(log: float) -> float:
-    return math.exp(log) if log < 709.0 else math.inf

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["HALF_ULP", "Scaled"]
+__all__ = ["HALF_ULP", "Scaled", "exp_or_inf"]
 
 HALF_ULP = float(np.finfo(np.float64).eps) / 2
 """The unit of rounding of float64."""
@@ -123,3 +123,13 @@ def _times_power(A: NDArray[np.float64], power: NDArray[np.int64]) -> NDArray[np
 def _logarithm(size: NDArray[np.float64], power: NDArray[np.int64]) -> NDArray[np.float64]:
     with np.errstate(divide="ignore"):
         return (np.log(size) + power * math.log(2.0)).astype(np.float64)
+
+
+def exp_or_inf(log: float) -> float:
+    """Return the exponential of a logarithm, infinity where it is too large for a float.
+
+    Examples:
+        >>> exp_or_inf(0.0), exp_or_inf(1000.0)
+        (1.0, inf)
+    """
+    return math.exp(log) if log < 709.0 else math.inf

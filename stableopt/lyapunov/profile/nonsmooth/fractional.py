@@ -215,7 +215,8 @@ class Fractional:
             T = _series(self.G, delta, self.depth)
             G = T @ self.G
             S, P = np.abs(self.S + self.S @ (delta @ G)), np.abs(T @ self.P)
-            J, R = self.at(delta), S @ (rest @ (_series(np.abs(G), rest, self.depth) @ P))
+            J = self.C + (self.S @ (delta @ T)) @ self.P
+            R = S @ (rest @ (_series(np.abs(G), rest, self.depth) @ P))
             worst = max(worst, _sums_upper(J, R))
         return self._upper(Bound.point(worst))
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from stableopt.lyapunov.layers.forward import relative_step
 from stableopt.lyapunov.layers.kinked import is_kinked
+from stableopt.lyapunov.lengths import read
 
 __all__ = ["Operations", "central_differences", "size_of_difference"]
 
@@ -115,4 +116,6 @@ def central_differences(
 
 
 def _length(tensors: Sequence[Tensor]) -> float:
-    return float(torch.stack([torch.linalg.vector_norm(t.double()).cpu() for t in tensors]).norm())
+    return float(
+        torch.tensor(read([torch.linalg.vector_norm(t.double()) for t in tensors]), dtype=torch.float64).norm()
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeAlias
@@ -222,7 +223,7 @@ def plan(batches: Batches, count: int, steps: int, seed: int) -> Iterator[list[i
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps!r}.")
     if batches is None:
-        yield from ([*range(count)] for _ in range(steps))
+        yield from itertools.repeat([*range(count)], steps)
         return
     if not isinstance(batches, int):
         given = [[int(i) for i in chosen] for chosen in batches]

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from stableopt.lyapunov.profile.plain import plain
 from stableopt.lyapunov.profile.studies.descent import DENSE, Descent, column_of
 from stableopt.lyapunov.profile.studies.flow import Flow, FlowEnd, follow, jacobian
 from stableopt.lyapunov.profile.studies.limit import LimitStudy, limit_study
@@ -68,18 +69,19 @@ class StepStudy:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; what is not known is None."""
-        known = None if math.isnan(self.log_norm) else self.log_norm
-        return {
-            "time": self.time,
-            "counts": list(self.counts),
-            "state": self.state.as_dict(),
-            "rate": self.rate.as_dict(),
-            "log_norm": known,
-            "log_norm_error": self.log_norm_error,
-            "largest_log_norm": None if known is None else self.largest_log_norm,
-            "holds": self.holds,
-            "reason": self.reason,
-        }
+        return plain(
+            {
+                "time": self.time,
+                "counts": list(self.counts),
+                "state": self.state.as_dict(),
+                "rate": self.rate.as_dict(),
+                "log_norm": self.log_norm,
+                "log_norm_error": self.log_norm_error,
+                "largest_log_norm": None if math.isnan(self.log_norm) else self.largest_log_norm,
+                "holds": self.holds,
+                "reason": self.reason,
+            }
+        )
 
     def __str__(self) -> str:
         lines = [str(self.state), str(self.rate)]
