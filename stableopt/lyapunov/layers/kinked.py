@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["KINKED", "Kinked", "functions_of", "is_kinked", "operations_of"]
+__all__ = ["KINKED", "Kinked", "functions_of", "is_kinked", "operations_of", "options_of"]
 
 Kind: TypeAlias = Literal["activation", "clamp", "modulus", "pool", "comparison", "jump", "loss"]
 
@@ -184,6 +184,19 @@ def functions_of(*kinds: Kind) -> dict[Any, Kinked]:
         names = [name + end for name in row.functions for end in ("", "_") if not kinds or row.kind in kinds]
         found |= {getattr(home, n): row for n in names for home in (torch, Tensor, F) if hasattr(home, n)}
     return found
+
+
+def options_of(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments by name of a call that say where its kinks are: all but the input and whether it is written to.
+
+    Args:
+        kwargs: of the call.
+
+    Examples:
+        >>> options_of({"input": None, "inplace": True, "alpha": 0.5})
+        {'alpha': 0.5}
+    """
+    return {name: value for name, value in kwargs.items() if name not in {"input", "inplace"}}
 
 
 def operations_of(*kinds: Kind) -> frozenset[str]:

@@ -20,7 +20,7 @@ import torch.autograd.forward_ad as fwd
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from stableopt.lyapunov.layers.kinked import functions_of
+from stableopt.lyapunov.layers.kinked import functions_of, options_of
 from stableopt.lyapunov.layers.readout import Readout
 from stableopt.nn.activations import Abs, GroupSort, NActivation, channelwise
 from stableopt.nn.splines import LinearSpline
@@ -82,7 +82,6 @@ def _(module: LinearSpline, z: Tensor) -> Tensor:
 
 
 _ACTIVATIONS = functions_of("activation", "clamp")
-_CLAMPS = frozenset(functions_of("clamp"))
 
 
 class KinkCounter(TorchFunctionMode):
@@ -153,12 +152,11 @@ class KinkCounter(TorchFunctionMode):
             row is not None
             and row.places is not None
             and isinstance(x, Tensor)
-            and (func not in _CLAMPS or _is_moved(x))
+            and (row.kind != "clamp" or _is_moved(x))
         ):
             z = _primal(x)
-            options = {key: value for key, value in kwargs.items() if key not in {"inplace", "input"}}
             with torch.no_grad():
-                places = row.places(*(args or (x,)), **options)
+                places = row.places(*(args or (x,)), **options_of(kwargs))
                 distances = [(z - c).abs() if c else z.abs() for c in places]
                 if distances:
                     self._count(distances[0] if len(distances) == 1 else torch.stack(distances).amin(0), z)

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from stableopt.constraints.sharding import is_sharded
-from stableopt.lyapunov.layers.kinked import functions_of
+from stableopt.lyapunov.layers.kinked import functions_of, options_of
 from stableopt.lyapunov.layers.kinks import kink_distance
 from stableopt.lyapunov.layers.walk import eager
 from stableopt.lyapunov.undisturbed import undisturbed
@@ -151,7 +151,7 @@ def has_kinks(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     row = _ROUGH.get(func)
     if row is None or row.places is None or not args:
         return row is not None
-    return bool(row.places(*args, **{key: value for key, value in kwargs.items() if key not in {"inplace", "input"}}))
+    return bool(row.places(*args, **options_of(kwargs)))
 
 
 def refuse_half(optimizer: Optimizer) -> float:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from stableopt.lyapunov.layers.kinked import options_of
 from stableopt.lyapunov.layers.kinks import kink_distance
 from stableopt.lyapunov.layers.walk import eager, floating
 from stableopt.lyapunov.profile.nonsmooth.fractional import Block, Fractional
@@ -84,7 +85,7 @@ class _Openings(TorchFunctionMode):
         z = args[0] if args else kwargs.get("input")
         known = func in FUNCTIONS and isinstance(z, Tensor) and z.is_floating_point()
         if known and z.requires_grad and torch.is_grad_enabled():
-            rest, options = args[1:], {k: v for k, v in kwargs.items() if k not in {"input", "inplace"}}
+            rest, options = args[1:], options_of(kwargs)
             pieces = FUNCTIONS[func](z, *rest, **options)
             if pieces is not None:
                 return self._opened(lambda y: func(y, *rest, **options), z, pieces, in_place=_in_place(func, kwargs))
