@@ -22,8 +22,8 @@ from stableopt.nn import (
 )
 from stableopt.nn.dispatch import named, registered_class
 from stableopt.nn.parametrized import plain_class
+from stableopt.nn.residual.sll import FoldedSLL
 from stableopt.nn.sandwich import FoldedSandwich
-from stableopt.nn.slope import FoldedSLL
 
 __all__ = ["KNOWN", "uncovered"]
 

@@ -20,12 +20,12 @@ from stableopt.certify.modules import build
 from stableopt.errors import UncertifiableError
 from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.nn.activations import Abs, GroupSort, Scale
-from stableopt.nn.blocks import GradientBlock
 from stableopt.nn.centering import BatchCentering, InputNormalization
 from stableopt.nn.dispatch import check_forward, lipschitz_rule
 from stableopt.nn.heads import UnitRowLinear
 from stableopt.nn.layers import layers
 from stableopt.nn.pooling import ScaledAvgPool, root_down
+from stableopt.nn.residual.gradient import GradientBlock
 from stableopt.nn.rules.spatial import per_axis
 from stableopt.nn.sharded import refuse_spread
 

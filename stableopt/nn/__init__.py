@@ -7,7 +7,6 @@ it, :class:`MarginCrossEntropy` is the loss that goes with it.
 
 from stableopt.nn.activation_constants import activation_constant
 from stableopt.nn.activations import Abs, GroupSort, MaxMin, NActivation, Scale, SoftAbs
-from stableopt.nn.blocks import FoldedBlock, GradientBlock
 from stableopt.nn.budget import LearnedBudget
 from stableopt.nn.centering import BallProjection, BatchCentering, InputNormalization, LayerCentering
 from stableopt.nn.constrain import constrain, parameter_groups
@@ -19,13 +18,15 @@ from stableopt.nn.householder import Householder
 from stableopt.nn.layers import layers
 from stableopt.nn.losses import MarginCrossEntropy
 from stableopt.nn.pooling import InvertibleDownsampling, L2NormPool, ScaledAvgPool
+from stableopt.nn.recurrent import CellBound, cell_bound, cell_rule, sequence_gain
+from stableopt.nn.residual import SLL, FoldedBlock, GradientBlock
 from stableopt.nn.rules import lipschitz
 from stableopt.nn.sandwich import Sandwich
-from stableopt.nn.slope import SLL
 from stableopt.nn.splines import LinearSpline
 from stableopt.nn.stabilize import layer_limit, stabilize
 from stableopt.nn.structure import Concat, Merge, Parallel, Residual
 from stableopt.nn.table import table
+from stableopt.nn.tokens import token_rule
 from stableopt.nn.uniform import uniform_bound
 from stableopt.nn.weights import METHODS, Geometry, WeightMap
 
@@ -33,6 +34,7 @@ __all__ = [
     "Abs",
     "BallProjection",
     "BatchCentering",
+    "CellBound",
     "Concat",
     "FoldedBlock",
     "Geometry",
@@ -60,6 +62,8 @@ __all__ = [
     "UnitRowLinear",
     "WeightMap",
     "activation_constant",
+    "cell_bound",
+    "cell_rule",
     "constrain",
     "export",
     "layer_limit",
@@ -72,7 +76,9 @@ __all__ = [
     "parameter_groups",
     "plain_state_dict",
     "release",
+    "sequence_gain",
     "stabilize",
     "table",
+    "token_rule",
     "uniform_bound",
 ]

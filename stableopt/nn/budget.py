@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from stableopt.constraints.sharding import is_sharded
 from stableopt.linalg import Bound
-from stableopt.nn.blocks import full_precision
+from stableopt.nn.precision import full_precision
 from stableopt.nn.weights.base import grain
 from stableopt.nn.weights.isometry import HALF, stored
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
 from stableopt.nn.activations import at_least_float32, channel_dim, channelwise
-from stableopt.nn.blocks import full_precision
 from stableopt.nn.dispatch import lipschitz_rule
 from stableopt.nn.pooling import largest_entry
+from stableopt.nn.precision import full_precision
 from stableopt.nn.uniform import uniform_rule
 
 __all__ = ["BallProjection", "BatchCentering", "InputNormalization", "LayerCentering"]

@@ -16,6 +16,8 @@ from stableopt.linalg import Bound
 from stableopt.nn.parametrized import is_adopted
 
 __all__ = [
+    "NORMS",
+    "TOKEN_MAX",
     "check_forward",
     "lipschitz_rule",
     "refusal",
@@ -26,6 +28,8 @@ __all__ = [
 ]
 
 NORMS = ("l2", "linf", "l1")
+TOKEN_MAX = "token_max"  # noqa: S105 no password: the name of a norm
+r"""The norm :math:`\max_i\|x_i\|_2` over the tokens :math:`x_i`: all dimensions between the batch and the features."""
 
 _REFUSALS: dict[type[nn.Module], str] = {}
 
@@ -179,13 +183,13 @@ def require_norm(norm: str) -> None:
     """Refuse a norm that no rule knows.
 
     Raises:
-        ValueError: unless ``norm`` is ``"l2"``, ``"linf"`` or ``"l1"``.
+        ValueError: unless ``norm`` is ``"l2"``, ``"linf"``, ``"l1"`` or ``"token_max"``.
 
     Examples:
         >>> require_norm("l1")
     """
-    if norm not in NORMS:
-        raise ValueError(f"norm must be one of 'l2', 'linf' and 'l1', got {norm!r}.")
+    if norm not in NORMS and norm != TOKEN_MAX:
+        raise ValueError(f"norm must be one of 'l2', 'linf', 'l1' and 'token_max', got {norm!r}.")
 
 
 def named(module: nn.Module, path: str) -> str:

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stableopt.linalg import Bound, Real, inf_norm, one_norm, spectral_norm, upper
-from stableopt.nn.blocks import full_precision
 from stableopt.nn.dispatch import lipschitz_rule
 from stableopt.nn.householder import unit_rows
+from stableopt.nn.precision import full_precision
 from stableopt.nn.uniform import uniform_rule
 
 __all__ = ["UnitRowLinear", "margin_constants", "margin_radii"]

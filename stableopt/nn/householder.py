@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from stableopt.linalg import Bound, round_up
 from stableopt.nn.activations import at_least_float32
-from stableopt.nn.blocks import full_precision
 from stableopt.nn.dispatch import lipschitz_rule
+from stableopt.nn.precision import full_precision
 from stableopt.nn.uniform import uniform_rule
 
 __all__ = ["Householder"]

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound, frobenius_norm, inf_norm, spectral_norm
-from stableopt.nn.blocks import _ACTIVATIONS, _check_activation, full_precision
+from stableopt.nn.arguments import check_sizes
 from stableopt.nn.dispatch import check_forward, lipschitz_rule
-from stableopt.nn.slope import bounded_exp, check_sizes
+from stableopt.nn.precision import full_precision
+from stableopt.nn.residual.sll import bounded_exp
+from stableopt.nn.unit_slopes import UNIT_SLOPES, check_unit_slopes
 from stableopt.nn.weights.geometry import Geometry
 from stableopt.nn.weights.orthogonal import Bjorck, Cayley, Cholesky, Isometry
 
@@ -30,7 +32,7 @@ _MODULES: dict[str, Callable[[], nn.Module]] = {
     "softplus": functools.partial(nn.Softplus, threshold=40.0),
     "hardtanh": nn.Hardtanh,
 }
-"""The modules that compute the activations of :mod:`stableopt.nn.blocks`, with their settings."""
+"""The modules that compute the activations of :mod:`stableopt.nn.unit_slopes`, with their settings."""
 
 
 class Sandwich(nn.Module):
@@ -92,7 +94,7 @@ class Sandwich(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(in_features=in_features, out_features=out_features)
-        _check_activation(activation)
+        check_unit_slopes(activation, "Sandwich")
         if method not in _MAPS:
             raise ValueError(f"method must be one of {', '.join(_MAPS)}, got {method!r}.")
         if (
@@ -156,7 +158,7 @@ class Sandwich(nn.Module):
         hidden = inner * F.linear(input, B)
         if self.bias is not None:
             hidden = hidden + self.bias
-        return F.linear(outer * _ACTIVATIONS[self.activation](hidden), A.mT)
+        return F.linear(outer * UNIT_SLOPES[self.activation](hidden), A.mT)
 
     def folded(self) -> FoldedSandwich:
         """Return the layer as plain linear maps around the activation, proved for their own rounded numbers.

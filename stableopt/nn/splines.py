@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from stableopt.linalg import Bound
 from stableopt.nn.activations import at_least_float32, channel_dim
-from stableopt.nn.blocks import full_precision
 from stableopt.nn.dispatch import lipschitz_rule
+from stableopt.nn.precision import full_precision
 from stableopt.nn.uniform import uniform_rule
 
 __all__ = ["LinearSpline", "largest_below"]

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound, round_up
-from stableopt.nn.dispatch import lipschitz_rule
+from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule
 from stableopt.nn.rules import lipschitz
+from stableopt.nn.tokens import token_rule
 from stableopt.nn.uniform import uniform_parts, uniform_rule
 
 __all__ = ["Concat", "Merge", "Parallel", "Residual", "branch_constant", "branches_of"]
@@ -323,6 +324,19 @@ def _combined(module: Concat | Parallel | Merge, parts: Sequence[Bound], norm: s
 def _combination(module: Concat | Parallel | Merge, norm: str) -> Bound:
     _refuse_in_place(module)
     return _combined(module, [_part(branch, f"branches.{i}", norm) for i, branch in enumerate(module.branches)], norm)
+
+
+@token_rule.register(Residual)
+def _residual_token(module: Residual) -> Bound:
+    return _residual(module, TOKEN_MAX)
+
+
+@token_rule.register(Concat)
+@token_rule.register(Parallel)
+@token_rule.register(Merge)
+def _combination_token(module: Concat | Parallel | Merge) -> Bound:
+    """Combine as in l2: the parts of a token are entries of one vector, or those of several, of which the largest counts."""
+    return _combination(module, TOKEN_MAX)
 
 
 @uniform_rule.register(Residual)

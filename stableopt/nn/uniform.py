@@ -11,7 +11,6 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
 from stableopt.nn.activations import NActivation
-from stableopt.nn.blocks import GradientBlock
 from stableopt.nn.dispatch import check_forward, registered_class, require_norm
 from stableopt.nn.rules import lipschitz
 from stableopt.nn.rules.normalization import largest_gain
@@ -45,7 +44,7 @@ def uniform_bound(module: nn.Module, norm: str = "l2") -> Bound | None:
     Examples:
         >>> uniform_bound(nn.Linear(2, 2)) is None
         True
-        >>> uniform_bound(nn.Sequential(GradientBlock(2), nn.ReLU())).upper
+        >>> uniform_bound(nn.Sequential(NActivation(2), nn.ReLU())).upper
         1.0
     """
     require_norm(norm)
@@ -117,11 +116,6 @@ def _running(module: _NormBase, norm: str) -> Bound | None:
     steepest = largest_gain(module.weight, module) / Bound.point(float(module.eps)).sqrt()
     rounding = 1.0 + 2.0**-48  # that of the rule itself, so that what it says later is not above
     return Bound(0.0, max(now.upper, (steepest * rounding).upper), now.proved)
-
-
-@uniform_rule.register(GradientBlock)
-def _gradient_block(module: GradientBlock, norm: str) -> Bound | None:  # noqa: ARG001 true for every strength
-    return Bound(0.0, 1.0) if norm == "l2" else None
 
 
 @uniform_rule.register(NActivation)

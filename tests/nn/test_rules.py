@@ -357,7 +357,7 @@ def test_a_registered_container_is_one_layer() -> None:
 
 
 def test_wrong_arguments_are_refused() -> None:
-    with pytest.raises(ValueError, match="'l2', 'linf' and 'l1', got 'l3'"):
+    with pytest.raises(ValueError, match="'l2', 'linf', 'l1' and 'token_max', got 'l3'"):
         lipschitz(nn.ReLU(), "l3")
     with pytest.raises(TypeError, match=r"needs a torch\.nn\.Module"):
         lipschitz(torch.relu)  # type: ignore[arg-type]

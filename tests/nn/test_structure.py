@@ -645,7 +645,7 @@ def test_a_limited_model_keeps_its_limit_while_frozen_statistics_move() -> None:
 
 def test_a_uniform_bound_of_wrong_arguments_is_refused() -> None:
     for module in (NActivation(2), nn.Linear(2, 2), nn.ReLU()):
-        with pytest.raises(ValueError, match="norm must be one of 'l2', 'linf' and 'l1', got 'l7'"):
+        with pytest.raises(ValueError, match="norm must be one of 'l2', 'linf', 'l1' and 'token_max', got 'l7'"):
             uniform_bound(module, "l7")
     with pytest.raises(TypeError, match=r"uniform_bound needs a torch\.nn\.Module, got int"):
         uniform_bound(3)  # type: ignore[arg-type]

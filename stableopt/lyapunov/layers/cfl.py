@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from stableopt.constraints.sharding import is_sharded, whole
 from stableopt.errors import UncertifiableError
-from stableopt.nn.blocks import GradientBlock
+from stableopt.nn.residual.gradient import GradientBlock
+from stableopt.nn.residual.sll import SLL, FoldedSLL
 from stableopt.nn.rules import lipschitz
 from stableopt.nn.sharded import class_of
-from stableopt.nn.slope import SLL, FoldedSLL
 from stableopt.nn.structure import Residual
 
 Block = TypeVar("Block", bound=nn.Module)

@@ -3,7 +3,6 @@ r"""The bound of a whole model, and the rules of what is made of other layers.""
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
@@ -11,9 +10,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from stableopt.errors import UncertifiableError
-from stableopt.linalg import Bound, inf_norm, one_norm, spectral_norm
-from stableopt.nn.blocks import GradientBlock
+from stableopt.linalg import Bound
 from stableopt.nn.dispatch import (
+    TOKEN_MAX,
     check_forward,
     lipschitz_rule,
     named,
@@ -24,6 +23,7 @@ from stableopt.nn.dispatch import (
 )
 from stableopt.nn.layers import layers
 from stableopt.nn.sharded import refuse_spread
+from stableopt.nn.tokens import known_for_tokens, token_rule
 
 __all__ = ["lipschitz", "rule_bound"]
 
@@ -35,8 +35,8 @@ def lipschitz(module: nn.Module, norm: str = "l2") -> Bound:
 
     Args:
         module: a layer with a rule, or nested :class:`torch.nn.Sequential` of such layers. It is left as it is, in its mode.
-        norm: ``"l2"``, ``"linf"`` for the largest absolute value, or ``"l1"`` for the sum of the absolute values, at the input and
-            at the output.
+        norm: ``"l2"``, ``"linf"`` for the largest absolute value, ``"l1"`` for the sum of the absolute values, or ``"token_max"``
+            for the largest Euclidean norm of a token (:mod:`stableopt.nn.tokens`), at input and output, without the batch.
 
     Returns:
         An enclosure of the smallest :math:`L`; its upper end is proved for the numbers stored now and counts the rounding in its
@@ -84,7 +84,7 @@ def rule_bound(layer: nn.Module, norm: str, path: str = "") -> Bound:
 
     Args:
         layer: a layer as yielded by :func:`stableopt.nn.layers`.
-        norm: ``"l2"``, ``"linf"`` or ``"l1"``.
+        norm: ``"l2"``, ``"linf"``, ``"l1"`` or ``"token_max"``.
         path: dotted name for messages.
 
     Raises:
@@ -105,10 +105,12 @@ def rule_bound(layer: nn.Module, norm: str, path: str = "") -> Bound:
         raise UncertifiableError(
             f"{named(layer, path)} is on the meta device, which holds no numbers; move it with to_empty() and load its weights."
         )
+    if norm == TOKEN_MAX and kind is not nn.Sequential:
+        kind = known_for_tokens(layer)
     if kind is not None:
         check_forward(layer, kind, path)
     try:
-        return lipschitz_rule(layer, norm)
+        return token_rule(layer) if norm == TOKEN_MAX and kind is not nn.Sequential else lipschitz_rule(layer, norm)
     except UncertifiableError as error:
         if not path:
             raise
@@ -125,23 +127,6 @@ def _evaluated(module: nn.Module) -> Iterator[None]:
     finally:
         for part, mode in modes:
             part.training = mode
-
-
-@lipschitz_rule.register(GradientBlock)
-def _gradient_block(module: GradientBlock, norm: str) -> Bound:
-    r"""Bound :math:`I - \tau(mI + A^\top D A)`, :math:`0 \preceq D \preceq I`.
-
-    In l2 by the ends of its spectrum, in linf and l1 by :math:`|1 - \tau m| + \tau\|A^\top\|_\infty\|A\|_\infty` (loose, above 1).
-    """
-    tau = float(module.step_size().detach())
-    if not math.isfinite(tau) or not bool(module.bias.isfinite().all()):
-        raise ValueError(f"no bound holds for a GradientBlock with NaN or infinite parameters (step {tau}).")
-    smallest = abs(1.0 - Bound.point(tau) * module.strong)
-    if norm != "l2":
-        return Bound(0.0, (smallest + tau * one_norm(module.weight) * inf_norm(module.weight)).upper)
-    U = spectral_norm(module.weight).upper
-    largest = abs(1.0 - Bound.point(tau) * (Bound.point(module.strong) + Bound.point(U) ** 2))
-    return Bound(0.0, smallest.join(largest).upper)
 
 
 @lipschitz_rule.register(nn.Sequential)

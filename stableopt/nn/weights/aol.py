@@ -36,7 +36,7 @@ from torch import Tensor
 from stableopt.linalg.conv_geometry import Reduced, conv_axes, reductions
 from stableopt.linalg.conv_grid import fold_tensor
 from stableopt.linalg.conv_symbol import riesz_factor
-from stableopt.nn.blocks import full_precision
+from stableopt.nn.precision import full_precision
 from stableopt.nn.weights.base import WeightMap, check_radius, grain, slack
 from stableopt.nn.weights.geometry import Geometry
 from stableopt.nn.weights.isometry import HALF, stored, unit_size

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from stableopt.linalg import gram_norm
-from stableopt.nn.blocks import full_precision
+from stableopt.nn.precision import full_precision
 from stableopt.nn.weights.base import WeightMap
 from stableopt.nn.weights.geometry import Geometry
 from stableopt.nn.weights.isometry import HALF, check_matrix, inward, newton_schulz, normal_factor, polar, unit_size

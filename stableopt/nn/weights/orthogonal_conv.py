@@ -26,7 +26,7 @@ from torch import Tensor
 
 from stableopt.linalg.conv_geometry import Reduced
 from stableopt.linalg.conv_grid import block_matrices, fold_tensor
-from stableopt.nn.blocks import full_precision
+from stableopt.nn.precision import full_precision
 from stableopt.nn.weights.base import WeightMap, check_radius, grain
 from stableopt.nn.weights.conv_factors import Factors, factorize, orthonormal_rows, product
 from stableopt.nn.weights.conv_layout import Layout

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 from stableopt.linalg import Bound, conv_power_step
-from stableopt.nn.blocks import full_precision
+from stableopt.nn.precision import full_precision
 from stableopt.nn.weights.base import WeightMap, slack
 from stableopt.nn.weights.geometry import Geometry
 from stableopt.nn.weights.isometry import HALF

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from stableopt.errors import StabilityError
-from stableopt.nn.blocks import full_precision
+from stableopt.nn.precision import full_precision
 from stableopt.nn.weights.geometry import Geometry
 from stableopt.nn.weights.isometry import HALF
 from stableopt.nn.weights.power_steps import STEPS, scaled, settled

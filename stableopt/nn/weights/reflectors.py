@@ -7,7 +7,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stableopt.nn.blocks import full_precision
+from stableopt.nn.precision import full_precision
 from stableopt.nn.weights.base import WeightMap
 from stableopt.nn.weights.geometry import Geometry
 from stableopt.nn.weights.isometry import HALF, check_matrix, newton_schulz, normal_factor, reduced, stored, unit_size

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from stableopt.linalg.conv_grid import binary_size
-from stableopt.nn.blocks import full_precision
+from stableopt.nn.precision import full_precision
 from stableopt.nn.weights.base import WeightMap, check_radius, grain, slack
 from stableopt.nn.weights.isometry import HALF, stored
 

@@ -9,11 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stableopt.linalg import Bound, frobenius_norm, inf_norm, one_norm, spectral_norm
-from stableopt.nn.blocks import _ACTIVATIONS, _check_activation, full_precision
+from stableopt.nn.arguments import check_sizes
 from stableopt.nn.dispatch import lipschitz_rule
 from stableopt.nn.pooling import largest_entry
+from stableopt.nn.precision import full_precision
+from stableopt.nn.unit_slopes import UNIT_SLOPES, check_unit_slopes
 
-__all__ = ["SLL", "FoldedSLL", "bounded_exp", "check_sizes"]
+__all__ = ["SLL", "FoldedSLL", "bounded_exp"]
 
 _SMALLEST = 1e-8
 """Floor of the row sums, so that a row of zeros has a finite step."""
@@ -41,7 +43,7 @@ class FoldedSLL(nn.Module):
 
     def __init__(self, weight: Tensor, bias: Tensor, step: Tensor, activation: str) -> None:
         super().__init__()
-        _check_activation(activation)
+        check_unit_slopes(activation, "SLL")
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = nn.Parameter(bias, requires_grad=False)
         self.step = nn.Parameter(step, requires_grad=False)
@@ -100,7 +102,7 @@ class SLL(nn.Module):
         super().__init__()
         hidden = dim if hidden is None else hidden
         check_sizes(dim=dim, hidden=hidden)
-        _check_activation(activation)
+        check_unit_slopes(activation, "SLL")
         self.activation = activation
         self.weight = nn.Parameter(torch.empty(hidden, dim))
         self.bias = nn.Parameter(torch.empty(hidden))
@@ -171,22 +173,8 @@ def bounded_exp(raw: Tensor, limit: float = 15.0) -> Tensor:
     return (limit * torch.tanh(raw / limit)).exp()
 
 
-def check_sizes(**sizes: object) -> None:
-    """Refuse sizes that are no positive integers.
-
-    Raises:
-        ValueError: for such a size.
-
-    Examples:
-        >>> check_sizes(dim=3)
-    """
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be an integer >= 1, got {size!r}.")
-
-
 def _residual(input: Tensor, weight: Tensor, bias: Tensor, step: Tensor, activation: str) -> Tensor:  # noqa: A002
-    return input - F.linear(step * _ACTIVATIONS[activation](F.linear(input, weight, bias)), weight.mT)
+    return input - F.linear(step * UNIT_SLOPES[activation](F.linear(input, weight, bias)), weight.mT)
 
 
 def _bound(weight: Tensor, bias: Tensor, step: Tensor, norm: str) -> Bound:

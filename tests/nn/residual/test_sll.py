@@ -12,10 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-import stableopt.nn.slope as slope
+import stableopt.nn.residual.sll as slope
 from stableopt.errors import UncertifiableError
 from stableopt.nn import lipschitz
-from stableopt.nn.slope import SLL, FoldedSLL, bounded_exp
+from stableopt.nn.residual.sll import SLL, FoldedSLL, bounded_exp
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "softplus", "hardtanh")

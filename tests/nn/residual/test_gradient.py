@@ -17,8 +17,7 @@ from torch import nn
 
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import spectral_norm
-from stableopt.nn import GradientBlock, lipschitz, lipschitz_rule, stabilize
-from stableopt.nn import blocks as blocks_module
+from stableopt.nn import GradientBlock, lipschitz, lipschitz_rule, stabilize, unit_slopes
 from tests.nn.catalogue import jacobian, operator_norm
 from tests.nn.training import digits, train
 
@@ -124,7 +123,7 @@ def test_negative_slopes_are_refused_and_would_break_it(activation: str, monkeyp
         ValueError, match=r"slopes down to -0\.\d+; the bound of a GradientBlock needs slopes in \[0, 1\]"
     ):
         GradientBlock(3, activation=activation)
-    monkeypatch.setitem(blocks_module._ACTIVATIONS, "bad", getattr(F, activation))
+    monkeypatch.setitem(unit_slopes.UNIT_SLOPES, "bad", getattr(F, activation))
     block = GradientBlock(3, activation="bad", step=0.5)
     worst = 0.0
     for bias in np.linspace(-6, 3, 40):
@@ -136,12 +135,12 @@ def test_negative_slopes_are_refused_and_would_break_it(activation: str, monkeyp
 def test_the_softplus_does_not_jump_to_the_identity() -> None:
     x = torch.linspace(-30, 60, 1001)
     exact = torch.logaddexp(x, torch.zeros(()))
-    torch.testing.assert_close(blocks_module._ACTIVATIONS["softplus"](x), exact, rtol=4 * EPS, atol=0)
+    torch.testing.assert_close(unit_slopes.UNIT_SLOPES["softplus"](x), exact, rtol=4 * EPS, atol=0)
 
 
 def test_every_allowed_activation_has_slopes_in_the_unit_interval() -> None:
     x = torch.linspace(-60, 60, 100_001, requires_grad=True)
-    for name, function in blocks_module._ACTIVATIONS.items():
+    for name, function in unit_slopes.UNIT_SLOPES.items():
         (slope,) = torch.autograd.grad(function(x).sum(), x)
         assert 0.0 <= float(slope.min()) <= float(slope.max()) <= 1.0, name
         assert (function(x).diff() >= 0).all(), name  # also across the places where an implementation switches branches

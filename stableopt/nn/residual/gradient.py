@@ -2,37 +2,26 @@ r"""Residual blocks whose step obeys a stability limit by construction."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stableopt.linalg import Bound, gram_norm, spectral_norm
+from stableopt.linalg import Bound, gram_norm, inf_norm, one_norm, spectral_norm
+from stableopt.nn.arguments import check_nonnegative, check_sizes
+from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule
+from stableopt.nn.precision import full_precision, wide
+from stableopt.nn.residual.steps import initial_fraction, raw_fraction, rounding_slack
+from stableopt.nn.tokens import token_rule
+from stableopt.nn.uniform import uniform_rule
+from stableopt.nn.unit_slopes import UNIT_SLOPES, check_unit_slopes
 
 __all__ = ["FoldedBlock", "GradientBlock"]
 
 _SMALLEST = 1e-6
 """Floor of the denominator of the step limit, so that a block with a zero weight has a finite step."""
-
-
-def _softplus(x: Tensor) -> Tensor:
-    return F.softplus(x, threshold=40.0)  # log(1 + e^40) is 40 in float64: no jump where torch switches to the identity
-
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,  # slope 0.01
-    "tanh": torch.tanh,
-    "softplus": _softplus,
-    "hardtanh": F.hardtanh,
-}
-"""Activations with all slopes in [0, 1], which is what the proof needs."""
-
-_NEGATIVE_SLOPES = {"gelu": -0.129, "silu": -0.100, "mish": -0.113, "hardswish": -0.5}
 
 
 class FoldedBlock(NamedTuple):
@@ -103,20 +92,15 @@ class GradientBlock(nn.Module):
     ) -> None:
         super().__init__()
         hidden = dim if hidden is None else hidden
-        for name, size in (("dim", dim), ("hidden", hidden), ("depth", depth)):
-            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {size!r}.")
-        if not (math.isfinite(strong) and strong >= 0):
-            raise ValueError(f"strong must be finite and >= 0, got {strong!r}.")
-        fraction = 1.0 / max(2, depth) if step is None else step
-        if not 0.0 < fraction < 1.0:
-            raise ValueError(f"step is a fraction of the limit and must lie in (0, 1), got {step!r}.")
-        _check_activation(activation)
+        check_sizes(dim=dim, hidden=hidden)
+        check_nonnegative(strong=strong)
+        fraction = initial_fraction(step, depth)
+        check_unit_slopes(activation, "GradientBlock")
         self.activation = activation
         self.strong = float(strong)
         self.weight = nn.Parameter(torch.empty(hidden, dim))
         self.bias = nn.Parameter(torch.zeros(hidden))
-        self.raw_step = nn.Parameter(torch.tensor([math.log(fraction / (1.0 - fraction))]))  # fully_shard wants an axis
+        self.raw_step = raw_fraction(fraction)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -135,17 +119,15 @@ class GradientBlock(nn.Module):
             ... )  # a quarter of 2 / ||I||^2, up to the excess of the Gram iteration
             True
         """
-        weight = self.weight.float() if self.weight.dtype in {torch.float16, torch.bfloat16} else self.weight
+        weight = wide(self.weight)
         with full_precision(weight):
             U = gram_norm(weight)
         limit = 2.0 / (2.0 * self.strong + U * U).clamp_min(_SMALLEST)
-        rank, terms = min(weight.shape), sum(weight.shape)
-        slack = 4.0 * (terms + 8) * torch.finfo(weight.dtype).eps + 2.0**-50 * rank * terms  # of the norm, of its proof
-        return (1.0 - slack) * limit * self.raw_step[0].to(weight.dtype).sigmoid()
+        return (1.0 - rounding_slack(weight)) * limit * self.raw_step[0].to(weight.dtype).sigmoid()
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the next state; the features are the last dimension of the input."""
-        branch = F.linear(_ACTIVATIONS[self.activation](F.linear(input, self.weight, self.bias)), self.weight.mT)
+        branch = F.linear(UNIT_SLOPES[self.activation](F.linear(input, self.weight, self.bias)), self.weight.mT)
         if self.strong:
             branch = branch + self.strong * input
         return input - self.step_size() * branch
@@ -181,25 +163,28 @@ class GradientBlock(nn.Module):
         return f"{dim}, {hidden}, activation={self.activation!r}, strong={self.strong}"
 
 
-def full_precision(weight: Tensor) -> contextlib.AbstractContextManager[object]:
-    """Return a context in which autocast does not lower the precision of a norm.
+@lipschitz_rule.register(GradientBlock)
+def _gradient_block(module: GradientBlock, norm: str) -> Bound:
+    r"""Bound :math:`I - \tau(mI + A^\top D A)`, :math:`0 \preceq D \preceq I`.
 
-    Examples:
-        >>> with full_precision(torch.ones(1)):
-        ...     torch.is_autocast_enabled("cpu")
-        False
+    In l2 by the ends of its spectrum, in linf and l1 by :math:`|1 - \tau m| + \tau\|A^\top\|_\infty\|A\|_\infty` (loose, above 1).
     """
-    kind = weight.device.type
-    if kind == "meta" or not torch.amp.is_autocast_available(kind):
-        return contextlib.nullcontext()
-    return torch.autocast(kind, enabled=False)
+    tau = float(module.step_size().detach())
+    if not math.isfinite(tau) or not bool(module.bias.isfinite().all()):
+        raise ValueError(f"no bound holds for a GradientBlock with NaN or infinite parameters (step {tau}).")
+    smallest = abs(1.0 - Bound.point(tau) * module.strong)
+    if norm != "l2":
+        return Bound(0.0, (smallest + tau * one_norm(module.weight) * inf_norm(module.weight)).upper)
+    U = spectral_norm(module.weight).upper
+    largest = abs(1.0 - Bound.point(tau) * (Bound.point(module.strong) + Bound.point(U) ** 2))
+    return Bound(0.0, smallest.join(largest).upper)
 
 
-def _check_activation(activation: str) -> None:
-    if activation in _NEGATIVE_SLOPES:
-        raise ValueError(
-            f"activation {activation!r} has slopes down to {_NEGATIVE_SLOPES[activation]}; the bound of a GradientBlock needs "
-            f"slopes in [0, 1]. Use one of {', '.join(_ACTIVATIONS)}."
-        )
-    if activation not in _ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {activation!r}.")
+@uniform_rule.register(GradientBlock)
+def _uniform(module: GradientBlock, norm: str) -> Bound | None:  # noqa: ARG001 true for every strength
+    return Bound(0.0, 1.0) if norm in {"l2", TOKEN_MAX} else None
+
+
+@token_rule.register(GradientBlock)
+def _token(module: GradientBlock) -> Bound:
+    return _gradient_block(module, "l2")
