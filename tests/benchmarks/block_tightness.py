@@ -1,0 +1,94 @@
+"""How much of its proved constant each block and cell uses: the largest spread that an adversary finds, over the bound.
+
+Run ``python -m tests.benchmarks.block_tightness [part of a name]`` with ``OMP_NUM_THREADS=1``. A row draws a module for each of
+three seeds, moves its parameters away from their start, and lets :func:`tests.nn.adversary.worst_ratio` climb. The table has the
+largest proved constant, the largest spread found, and the best quotient of the two: 1 says that the bound is attained.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from stableopt import nn as stable
+from stableopt.linalg import Bound
+from tests.nn.adversary import worst_ratio
+
+
+def by_rule(module: nn.Module, norm: str) -> Bound:
+    """The bound of :func:`stableopt.nn.lipschitz`."""
+    return stable.lipschitz(module, norm)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A module, the shape of one input without the batch, and the norm at input and output.
+
+    Args:
+        make: builds the module in float64, with the parameters that are to be measured; see :func:`drawn`.
+        settings: of the adversary, where its defaults find too little.
+        bound: the proved constant, for what is not bounded by :func:`stableopt.nn.lipschitz` (the gain of a cell over a sequence).
+    """
+
+    name: str
+    make: Callable[[], nn.Module]
+    shape: tuple[int, ...]
+    norm: str = "l2"
+    settings: dict[str, Any] = field(default_factory=dict)
+    bound: Callable[[nn.Module, str], Bound] = by_rule
+
+
+def drawn(module: nn.Module, *, scale: float = 0.5, step: float = 4.0) -> nn.Module:
+    """Move the parameters to a random place; those of steps near their limit, where the bound is nearest to being attained."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if name.rsplit(".", 1)[-1] == "raw_step":
+                parameter.fill_(step)
+            else:
+                parameter.add_(scale * torch.randn_like(parameter))
+    return module
+
+
+GRADIENT = [
+    Row("GradientBlock", lambda: drawn(stable.GradientBlock(8, 12)), (8,)),
+    Row("GradientBlock, strong", lambda: drawn(stable.GradientBlock(8, 12, strong=0.5)), (8,)),
+]
+
+ROWS: list[Row] = [
+    *GRADIENT,
+]
+"""The rows of all tables; a new block or cell adds a list."""
+
+
+def measure(row: Row, seeds: int = 3) -> tuple[float, float, float]:
+    """Return the largest proved constant, the largest spread found and the largest quotient of the two."""
+    proved, found, quotient = 0.0, 0.0, 0.0
+    for seed in range(seeds):
+        torch.manual_seed(seed)
+        module = row.make().double().eval()
+        with torch.no_grad():
+            bound = row.bound(module, row.norm)
+        best = worst_ratio(module, row.shape, row.norm, **{"starts": 32, "steps": 300, **row.settings})
+        if not bound.proved or best > bound.upper * (1 + 1e-9):
+            raise AssertionError(f"{row.name}, seed {seed}: found {best} above the bound {bound}.")
+        proved, found, quotient = max(proved, bound.upper), max(found, best), max(quotient, best / bound.upper)
+    return proved, found, quotient
+
+
+def main(part: str = "") -> None:
+    """Print the table of the rows whose name has ``part`` in it."""
+    torch.set_default_dtype(torch.float64)
+    print("| block | norm | proved | best found | found / proved |\n|---|---|---|---|---|")
+    for row in ROWS:
+        if part.lower() in row.name.lower():
+            proved, found, quotient = measure(row)
+            print(f"| {row.name} | {row.norm} | {proved:.4g} | {found:.4g} | {quotient:.3f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
