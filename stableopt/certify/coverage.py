@@ -6,6 +6,7 @@ from torch import nn
 
 from stableopt.nn import (
     SLL,
+    AveragedResidual,
     BallProjection,
     Concat,
     Householder,
@@ -16,7 +17,6 @@ from stableopt.nn import (
     Merge,
     NActivation,
     Parallel,
-    Residual,
     Sandwich,
     SoftAbs,
 )
@@ -41,7 +41,7 @@ _TOGETHER = (
 )
 _ACTIVATION = "this activation is not in the format. Use Abs, GroupSort or another activation of the format"
 _REASONS: dict[type[nn.Module], str] = {
-    **dict.fromkeys((Residual, Concat, Parallel, Merge), _BRANCHES),
+    **dict.fromkeys((AveragedResidual, Concat, Parallel, Merge), _BRANCHES),
     **dict.fromkeys((SLL, FoldedSLL, Sandwich, FoldedSandwich), _TOGETHER),
     **dict.fromkeys((Householder, LinearSpline, NActivation, SoftAbs), _ACTIVATION),
     L2NormPool: "the format has average and max pooling only. Use ScaledAvgPool",

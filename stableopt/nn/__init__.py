@@ -19,12 +19,12 @@ from stableopt.nn.layers import layers
 from stableopt.nn.losses import MarginCrossEntropy
 from stableopt.nn.pooling import InvertibleDownsampling, L2NormPool, ScaledAvgPool
 from stableopt.nn.recurrent import CellBound, cell_bound, cell_rule, sequence_gain
-from stableopt.nn.residual import SLL, FoldedBlock, GradientBlock
+from stableopt.nn.residual import SLL, AveragedResidual, FoldedBlock, GradientBlock
 from stableopt.nn.rules import lipschitz
 from stableopt.nn.sandwich import Sandwich
 from stableopt.nn.splines import LinearSpline
 from stableopt.nn.stabilize import layer_limit, stabilize
-from stableopt.nn.structure import Concat, Merge, Parallel, Residual
+from stableopt.nn.structure import Concat, Merge, Parallel
 from stableopt.nn.table import table
 from stableopt.nn.tokens import token_rule
 from stableopt.nn.uniform import uniform_bound
@@ -32,6 +32,7 @@ from stableopt.nn.weights import METHODS, Geometry, WeightMap
 
 __all__ = [
     "Abs",
+    "AveragedResidual",
     "BallProjection",
     "BatchCentering",
     "CellBound",
@@ -53,7 +54,6 @@ __all__ = [
     "Merge",
     "NActivation",
     "Parallel",
-    "Residual",
     "SLL",
     "Sandwich",
     "Scale",

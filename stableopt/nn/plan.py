@@ -12,6 +12,7 @@ from torch import nn
 from stableopt.constraints import attached
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
+from stableopt.nn.branches import branch_constant, branches_of
 from stableopt.nn.budget import Budgeted, fixed_radii
 from stableopt.nn.constrain import check_parameter, check_unwrapped, constraint_of, parametrizations_of, projections
 from stableopt.nn.dispatch import check_forward, named, registered_class
@@ -19,7 +20,6 @@ from stableopt.nn.layers import layers
 from stableopt.nn.limits import Stacked
 from stableopt.nn.rules import rule_bound
 from stableopt.nn.slots import Slot, find_slots, skipped, slots_of
-from stableopt.nn.structure import branch_constant, branches_of
 from stableopt.nn.uniform import uniform_bound
 from stableopt.nn.weights import WeightMap
 from stableopt.nn.weights.geometry import KINDS

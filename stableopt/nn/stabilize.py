@@ -77,7 +77,7 @@ def stabilize(
 
     where :math:`L` is the limit of the model, :math:`n_l` how often a layer occurs, and :math:`C_i` the constants of all the others
     (activations, pooling; a :class:`~stableopt.nn.GradientBlock` counts 1 and is left alone). Each branch of a
-    :class:`~stableopt.nn.Residual`, :class:`~stableopt.nn.Concat`, :class:`~stableopt.nn.Parallel` or
+    :class:`~stableopt.nn.AveragedResidual`, :class:`~stableopt.nn.Concat`, :class:`~stableopt.nn.Parallel` or
     :class:`~stableopt.nn.Merge` that has weights gets the limit 1 for itself, and the module counts with the constant that follows.
 
     A model whose constant does not follow from those of its layers (attention, an RNN, a forward map of its own) can be given a

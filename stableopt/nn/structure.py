@@ -15,69 +15,19 @@ from torch import Tensor, nn
 
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound, round_up
+from stableopt.nn.branches import (
+    branch_constant,
+    branches_of,
+    check_branches,
+    part_bound,
+    refuse_in_place,
+    uniform_of_branches,
+)
 from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule
-from stableopt.nn.rules import lipschitz
 from stableopt.nn.tokens import token_rule
-from stableopt.nn.uniform import uniform_parts, uniform_rule
+from stableopt.nn.uniform import uniform_rule
 
-__all__ = ["Concat", "Merge", "Parallel", "Residual", "branch_constant", "branches_of"]
-
-
-class Residual(nn.Module):
-    r"""Convex mix of the input and a branch.
-
-    .. math:: x \mapsto (1 - a)\, x + a\, g(x), \qquad 0 \le a \le 1 .
-
-    In every norm the constant is at most :math:`(1 - a) + a L_g`, so at most 1 if the branch has :math:`L_g \le 1`; it is attained
-    where the branch acts as :math:`L_g` times the identity. A plain sum :math:`x + g(x)` has :math:`1 + L_g` instead, which doubles
-    with every block.
-
-    Args:
-        branch: :math:`g`, a module whose output has the shape of its input.
-        weight: :math:`a`, in [0, 1], or in (0, 1) if it is learned.
-        learnable: whether :math:`a = \operatorname{sigmoid}(r)` is learned, through the parameter ``raw_weight``.
-
-    Raises:
-        TypeError: if ``branch`` is no module.
-        ValueError: if ``weight`` is out of range or a part of the branch has ``inplace=True``; in ``forward``, if the branch
-            changes the shape.
-
-    References:
-        Serrurier et al., 2021; Meunier et al., *A Dynamical System Perspective for Lipschitz Neural Networks*, 2022 (other
-        1-Lipschitz residual blocks; see :class:`GradientBlock`).
-
-    Examples:
-        >>> block = Residual(nn.Identity(), weight=0.25, learnable=False)
-        >>> block(torch.tensor([2.0])).tolist(), lipschitz(block).upper
-        ([2.0], 1.0)
-    """
-
-    raw_weight: nn.Parameter | None
-
-    def __init__(self, branch: nn.Module, weight: float = 0.5, *, learnable: bool = True) -> None:
-        super().__init__()
-        _check_modules([branch], "Residual")
-        if not (0.0 < weight < 1.0 or (weight in {0.0, 1.0} and not learnable)):
-            interval = "(0, 1) to be learned" if learnable else "[0, 1]"
-            raise ValueError(f"weight must lie in {interval}, got {weight!r}.")
-        self.branch = branch
-        self.weight = float(weight)
-        raw = torch.tensor([math.log(weight / (1.0 - weight))]) if learnable else None  # fully_shard wants an axis
-        self.raw_weight = None if raw is None else nn.Parameter(raw)
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
-        """Return the mix of the input and the branch."""
-        output = self.branch(input)
-        if output.shape != input.shape:
-            raise ValueError(
-                f"the branch of a Residual must keep the shape, got {tuple(output.shape)} from {tuple(input.shape)}."
-            )
-        weight = self.weight if self.raw_weight is None else self.raw_weight[0].sigmoid()
-        return input + weight * (output - input)
-
-    def extra_repr(self) -> str:
-        """Return the arguments for printing."""
-        return f"weight={self.weight}, learnable={self.raw_weight is not None}"
+__all__ = ["Concat", "Merge", "Parallel"]
 
 
 class Concat(nn.Module):
@@ -100,13 +50,13 @@ class Concat(nn.Module):
         Huang et al., *Densely Connected Convolutional Networks*, 2017 (the use with identities).
 
     Examples:
-        >>> lipschitz(Concat(nn.Identity(), nn.Tanh(), nn.ReLU(), nn.Tanh()))
+        >>> lipschitz_rule(Concat(nn.Identity(), nn.Tanh(), nn.ReLU(), nn.Tanh()), "l2")
         Bound(lower=0.0, upper=2.0, proved=True)
     """
 
     def __init__(self, *branches: nn.Module, dim: int = 1) -> None:
         super().__init__()
-        _check_modules(branches, "Concat")
+        check_branches(branches, "Concat")
         self.branches, self.dim = nn.ModuleList(branches), _check_dim(dim, "Concat")
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
@@ -137,13 +87,13 @@ class Parallel(nn.Module):
 
     Examples:
         >>> model = Parallel(nn.ReLU(), nn.Identity(), sizes=(1, 2))
-        >>> model(torch.tensor([[-1.0, -2.0, 3.0]])).tolist(), lipschitz(model).upper
+        >>> model(torch.tensor([[-1.0, -2.0, 3.0]])).tolist(), lipschitz_rule(model, "l2").upper
         ([[0.0, -2.0, 3.0]], 1.0)
     """
 
     def __init__(self, *branches: nn.Module, sizes: Sequence[int], dim: int = 1) -> None:
         super().__init__()
-        _check_modules(branches, "Parallel")
+        check_branches(branches, "Parallel")
         if len(sizes) != len(branches) or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in sizes):
             raise ValueError(
                 f"Parallel needs one integer size >= 1 per branch, got {sizes!r} for {len(branches)} branches."
@@ -192,13 +142,13 @@ class Merge(nn.Module):
 
     Examples:
         >>> model = Merge(nn.Identity(), nn.Identity(), weights=(9.0, 16.0), by="l2")
-        >>> model(torch.tensor([2.0])).tolist(), lipschitz(model).upper
+        >>> model(torch.tensor([2.0])).tolist(), lipschitz_rule(model, "l2").upper
         ([10.0], 5.0)
     """
 
     def __init__(self, *branches: nn.Module, weights: Sequence[float] | None = None, by: str = "sum") -> None:
         super().__init__()
-        _check_modules(branches, "Merge")
+        check_branches(branches, "Merge")
         if by not in {"sum", "l2"}:
             raise ValueError(f"by must be 'sum' or 'l2', got {by!r}.")
         if weights is None:  # rounded down, so that equal weights do not add up to more than 1
@@ -225,51 +175,10 @@ class Merge(nn.Module):
         return f"weights={self.weights}, by={self.by!r}"
 
 
-def _check_modules(branches: Sequence[nn.Module], name: str) -> None:
-    if not branches:
-        raise ValueError(f"{name} needs at least one branch.")
-    for branch in branches:
-        if not isinstance(branch, nn.Module):
-            raise TypeError(f"the branches of {name} must be torch.nn.Modules, got {type(branch).__name__}.")
-    if (found := _in_place(branches)) is not None:
-        raise ValueError(f"{name} got {found}")
-
-
-def _in_place(branches: Sequence[nn.Module]) -> str | None:
-    """Return the sentence about the first part of a branch that overwrites its input, None if there is none.
-
-    All branches, and the skip of a Residual, read the same memory: one that writes to it changes what the others get.
-    """
-    for index, branch in enumerate(branches):
-        for path, part in branch.named_modules():
-            if getattr(part, "inplace", False):
-                where = f"branch {index}, part '{path}'," if path else f"branch {index}"
-                return (
-                    f"{type(part).__name__}(inplace=True) in {where} which overwrites an input that other branches read, so "
-                    "another map is computed; build it with inplace=False."
-                )
-    return None
-
-
-def _refuse_in_place(module: nn.Module) -> None:
-    """Refuse a module whose branches got a part with ``inplace=True`` after the module was built."""
-    if (found := _in_place(list(branches_of(module).values()))) is not None:
-        raise UncertifiableError(f"no bound holds for {type(module).__name__} with {found}")
-
-
 def _check_dim(dim: int, name: str) -> int:
     if not isinstance(dim, int) or isinstance(dim, bool) or dim == 0:
         raise ValueError(f"{name} joins along a dimension other than 0, the batch; got dim={dim!r}.")
     return dim
-
-
-def _part(branch: nn.Module, path: str, norm: str) -> Bound:
-    """Return the bound of a branch from 0 to its upper end: the branch may not stretch where the others do."""
-    try:
-        bound = lipschitz(branch, norm)
-    except UncertifiableError as error:
-        raise UncertifiableError(f"in {path}: {error}") from error
-    return Bound(0.0, bound.upper, bound.proved)
 
 
 def _sum(parts: Sequence[Bound], weights: Sequence[float] | None = None, power: int = 1) -> Bound:
@@ -283,26 +192,6 @@ def _sum(parts: Sequence[Bound], weights: Sequence[float] | None = None, power: 
         start=Fraction(0),
     )
     return Bound(0.0, round_up(total), proved)
-
-
-def _sigmoid(raw: float) -> Bound:
-    """Enclose the sigmoid of a float: math.exp is within a unit in the last place, and two operations follow."""
-    value = 1.0 / (1.0 + math.exp(-raw)) if raw >= 0 else math.exp(raw) / (1.0 + math.exp(raw))
-    return Bound(value * (1.0 - 2.0**-50), min(1.0, math.nextafter(value * (1.0 + 2.0**-50), 2.0)))
-
-
-@lipschitz_rule.register(Residual)
-def _residual(module: Residual, norm: str) -> Bound:
-    _refuse_in_place(module)
-    inner = _part(module.branch, "branch", norm)
-    if module.raw_weight is None:
-        a = Bound.point(module.weight)
-    elif math.isfinite(raw := float(module.raw_weight.detach())):
-        a = _sigmoid(raw)
-    else:
-        raise ValueError(f"no bound holds for a Residual with the raw weight {raw}.")
-    excess = a * (Bound.point(inner.upper) - 1.0)  # (1 - a) + a L = 1 + a (L - 1), with a in one place only
-    return Bound(0.0, (1.0 + excess).upper, inner.proved)
 
 
 def _combined(module: Concat | Parallel | Merge, parts: Sequence[Bound], norm: str) -> Bound:
@@ -322,13 +211,10 @@ def _combined(module: Concat | Parallel | Merge, parts: Sequence[Bound], norm: s
 @lipschitz_rule.register(Parallel)
 @lipschitz_rule.register(Merge)
 def _combination(module: Concat | Parallel | Merge, norm: str) -> Bound:
-    _refuse_in_place(module)
-    return _combined(module, [_part(branch, f"branches.{i}", norm) for i, branch in enumerate(module.branches)], norm)
-
-
-@token_rule.register(Residual)
-def _residual_token(module: Residual) -> Bound:
-    return _residual(module, TOKEN_MAX)
+    refuse_in_place(module)
+    return _combined(
+        module, [part_bound(branch, f"branches.{i}", norm) for i, branch in enumerate(module.branches)], norm
+    )
 
 
 @token_rule.register(Concat)
@@ -339,53 +225,23 @@ def _combination_token(module: Concat | Parallel | Merge) -> Bound:
     return _combination(module, TOKEN_MAX)
 
 
-@uniform_rule.register(Residual)
-@uniform_rule.register(Concat)
-@uniform_rule.register(Parallel)
-@uniform_rule.register(Merge)
-def _uniform(module: nn.Module, norm: str) -> Bound | None:
-    parts = uniform_parts(list(branches_of(module).values()), norm)
-    return None if parts is None else branch_constant(module, parts, norm)
+@branches_of.register(Concat)
+@branches_of.register(Parallel)
+@branches_of.register(Merge)
+def _branches(module: Concat | Parallel | Merge) -> dict[str, nn.Module]:
+    return {f"branches.{i}": branch for i, branch in enumerate(module.branches)}
 
 
-def branches_of(module: nn.Module) -> dict[str, nn.Module]:
-    """Return the branches of a module of this file by their names in it; none for any other.
-
-    Examples:
-        >>> branches_of(Concat(nn.Identity(), nn.ReLU()))
-        {'branches.0': Identity(), 'branches.1': ReLU()}
-        >>> branches_of(nn.Sequential(nn.ReLU()))
-        {}
-    """
-    if isinstance(module, Residual):
-        return {"branch": module.branch}
-    if isinstance(module, Concat | Parallel | Merge):
-        return {f"branches.{i}": branch for i, branch in enumerate(module.branches)}
-    return {}
+@branch_constant.register(Concat)
+@branch_constant.register(Parallel)
+@branch_constant.register(Merge)
+def _constant(module: Concat | Parallel | Merge, parts: Sequence[Bound], norm: str) -> Bound:
+    refuse_in_place(module)
+    return _combined(module, parts, norm)
 
 
-def branch_constant(module: nn.Module, parts: Sequence[Bound], norm: str) -> Bound:
-    """Return the bound of a module of this file for branches with the given bounds and every value of its own parameters.
-
-    Args:
-        module: the module.
-        parts: one bound for each of its branches.
-        norm: ``"l2"``, ``"linf"`` or ``"l1"``.
-
-    Raises:
-        TypeError: if the module is of another class.
-        UncertifiableError: if a part of a branch works in place.
-
-    Examples:
-        >>> branch_constant(Concat(nn.Identity(), nn.ReLU()), [Bound.point(3.0), Bound.point(4.0)], "l2").upper
-        5.0
-    """
-    _refuse_in_place(module)
-    if isinstance(module, Residual):
-        return Bound(0.0, max(1.0, parts[0].upper), parts[0].proved)
-    if isinstance(module, Concat | Parallel | Merge):
-        return _combined(module, parts, norm)
-    raise TypeError(f"a module with branches is expected, got {type(module).__name__}.")
+for _kind in (Concat, Parallel, Merge):
+    uniform_rule.register(_kind, uniform_of_branches)
 
 
 @lipschitz_rule.register(nn.Embedding)

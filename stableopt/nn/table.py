@@ -10,13 +10,13 @@ from torch import nn
 
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
+from stableopt.nn.branches import branches_of
 from stableopt.nn.gap import norm_gap
 from stableopt.nn.limits import Limit, estimates_evaluated, limited_slots
 from stableopt.nn.parametrized import plain_class
 from stableopt.nn.rules import lipschitz
 from stableopt.nn.slots import Slot
 from stableopt.nn.stabilize import Record, record_of
-from stableopt.nn.structure import branches_of
 
 __all__ = ["Row", "Table", "table"]
 

@@ -13,11 +13,13 @@ from torch import nn
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
 from stableopt.nn import GroupSort, lipschitz, parameter_groups, stabilize
+from stableopt.nn.branches import branch_constant, branches_of
 from stableopt.nn.export import export, release
 from stableopt.nn.limits import limited_slots
 from stableopt.nn.plan import check_settings, make_plan
+from stableopt.nn.residual import AveragedResidual
 from stableopt.nn.stabilize import record_of
-from stableopt.nn.structure import Concat, Merge, Parallel, Residual, branch_constant, branches_of
+from stableopt.nn.structure import Concat, Merge, Parallel
 from stableopt.nn.table import table
 from stableopt.optim import SGD
 
@@ -31,14 +33,16 @@ def framed(*inner: nn.Module, width: int = 4) -> nn.Sequential:
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
-    "residual": lambda: framed(Residual(mlp())),
-    "residual, fixed weight": lambda: framed(Residual(nn.Linear(4, 4), 0.25, learnable=False)),
+    "residual": lambda: framed(AveragedResidual(mlp())),
+    "residual, fixed weight": lambda: framed(AveragedResidual(nn.Linear(4, 4), 0.25, learnable=False)),
     "concat": lambda: framed(Concat(nn.Identity(), mlp(), nn.Linear(4, 3)), width=11),
     "parallel": lambda: framed(Parallel(nn.Linear(1, 2), mlp(3, 2), sizes=(1, 3))),
     "merge": lambda: framed(Merge(mlp(), nn.Linear(4, 4), weights=(2.0, -3.0))),
     "merge l2": lambda: framed(Merge(mlp(), nn.Tanh(), by="l2")),
-    "nested": lambda: framed(Concat(nn.Identity(), nn.Sequential(Residual(mlp()), nn.Linear(4, 2)), dim=-1), width=6),
-    "nothing around": lambda: Residual(mlp()),
+    "nested": lambda: framed(
+        Concat(nn.Identity(), nn.Sequential(AveragedResidual(mlp()), nn.Linear(4, 2)), dim=-1), width=6
+    ),
+    "nothing around": lambda: AveragedResidual(mlp()),
 }
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -116,7 +120,7 @@ def test_a_branch_without_weights_counts_with_its_constant() -> None:
 
 
 def test_the_table_counts_a_branch_once_and_proves_what_is_there() -> None:
-    model = stabilize(framed(Residual(nn.Linear(4, 4), 0.5, learnable=False)), 1.0)
+    model = stabilize(framed(AveragedResidual(nn.Linear(4, 4), 0.5, learnable=False)), 1.0)
     found = table(model)
     assert found.enforced.upper <= 1.0  # type: ignore[union-attr]
     assert found.proved.upper == pytest.approx(lipschitz(model).upper, rel=1e-12)  # type: ignore[union-attr]
@@ -135,7 +139,7 @@ def test_a_layer_that_occurs_twice_counts_twice_also_with_a_radius() -> None:
 
 
 def test_with_a_radius_the_branches_bound_the_model_as_well() -> None:
-    model = stabilize(framed(Residual(mlp())), radius=2.0)
+    model = stabilize(framed(AveragedResidual(mlp())), radius=2.0)
     found = table(model)
     assert found.enforced.upper == pytest.approx(2.0 * 4.0 * 2.0, rel=1e-12)  # type: ignore[union-attr]
     thrown(model)
@@ -148,7 +152,7 @@ def test_a_weight_in_several_branches_obeys_the_smallest_of_its_limits() -> None
     twins = Parallel(layer, nn.Sequential(layer, nn.ReLU(), nn.Sigmoid(), layer), sizes=(2, 2))
     with pytest.raises(ValueError, match=r"occurs in several branches, which cannot share a learned radius"):
         stabilize(twins, budget="learned")
-    around = nn.Sequential(Residual(layer), layer)
+    around = nn.Sequential(AveragedResidual(layer), layer)
     settings = check_settings(0.5, None, "l2", "even", None, "parametrization", (), "keep")
     assert make_plan(around, settings).radii == (0.5,)
     stabilize(twins, 1.0)
@@ -158,18 +162,18 @@ def test_a_weight_in_several_branches_obeys_the_smallest_of_its_limits() -> None
 
 
 def test_a_branch_that_has_no_bound_is_refused_with_its_place_and_nothing_changes() -> None:
-    model = framed(Residual(nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4))))
+    model = framed(AveragedResidual(nn.Sequential(nn.Linear(4, 4), nn.GRU(4, 4))))
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(UncertifiableError, match=r"'1\.branch\.1' \(GRU\)"):
         stabilize(model, 1.0)
     assert list(model.state_dict()) == list(before)
-    trainable = framed(Residual(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))))
+    trainable = framed(AveragedResidual(nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4))))
     with pytest.raises(UncertifiableError, match=r"'1\.branch\.1' \(LayerNorm\)"):
         stabilize(trainable, 1.0)
 
 
 def test_a_skipped_layer_in_a_branch_must_be_frozen() -> None:
-    model = framed(Residual(mlp()))
+    model = framed(AveragedResidual(mlp()))
     with pytest.raises(UncertifiableError, match=r"'1\.branch\.2' \(Linear\) has trainable parameters"):
         stabilize(model, 1.0, skip=["1.branch.2"])
     model[1].branch[2].requires_grad_(False)  # type: ignore[index, union-attr, operator]
@@ -178,11 +182,11 @@ def test_a_skipped_layer_in_a_branch_must_be_frozen() -> None:
 
 
 def test_a_subclass_with_its_own_forward_is_refused() -> None:
-    class Doubled(Residual):
+    class Doubled(AveragedResidual):
         def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002
             return 2.0 * super().forward(input)
 
-    with pytest.raises(UncertifiableError, match="overrides forward of Residual"):
+    with pytest.raises(UncertifiableError, match="overrides forward of AveragedResidual"):
         stabilize(framed(Doubled(mlp())), 1.0)
 
 

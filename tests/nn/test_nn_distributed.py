@@ -25,10 +25,10 @@ from stableopt.lyapunov import Every, Monitor
 from stableopt.nn import (
     METHODS,
     SLL,
+    AveragedResidual,
     GradientBlock,
     Householder,
     LinearSpline,
-    Residual,
     Sandwich,
     UnitRowLinear,
     export,
@@ -58,7 +58,7 @@ def layered() -> nn.Sequential:
     model = nn.Sequential(
         SLL(9, 5),
         GradientBlock(9, 4),
-        Residual(Sandwich(9, 9)),
+        AveragedResidual(Sandwich(9, 9)),
         Householder(9, group_size=3),
         LinearSpline(9),
         UnitRowLinear(9, 2),

@@ -14,10 +14,12 @@ from torch import nn
 from stableopt.errors import UncertifiableError
 from stableopt.nn import GradientBlock, GroupSort, Scale, lipschitz, lipschitz_rule, stabilize
 from stableopt.nn.activations import NActivation
+from stableopt.nn.branches import branch_constant
 from stableopt.nn.centering import BallProjection, BatchCentering, InputNormalization, LayerCentering
 from stableopt.nn.householder import Householder
+from stableopt.nn.residual import AveragedResidual
 from stableopt.nn.splines import LinearSpline
-from stableopt.nn.structure import Concat, Merge, Parallel, Residual, branch_constant
+from stableopt.nn.structure import Concat, Merge, Parallel
 from stableopt.nn.uniform import uniform_bound
 from tests.nn import module_laws as laws
 from tests.nn.catalogue import jacobian
@@ -42,9 +44,9 @@ def trained_batch_centering(n: int) -> BatchCentering:
 
 
 BRANCHED: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
-    ("residual", lambda: Residual(nn.Sequential(linear(), nn.Tanh()), 0.3), (4,)),
-    ("residual fixed", lambda: Residual(linear(), 0.9, learnable=False), (4,)),
-    ("residual nested", lambda: Residual(Residual(linear(), 0.4)), (4,)),
+    ("residual", lambda: AveragedResidual(nn.Sequential(linear(), nn.Tanh()), 0.3), (4,)),
+    ("residual fixed", lambda: AveragedResidual(linear(), 0.9, learnable=False), (4,)),
+    ("residual nested", lambda: AveragedResidual(AveragedResidual(linear(), 0.4)), (4,)),
     ("concat", lambda: Concat(nn.Identity(), linear(), nn.ReLU()), (4,)),
     ("concat last", lambda: Concat(nn.Tanh(), linear(4, 2), dim=-1), (3, 4)),
     ("parallel", lambda: Parallel(linear(2, 3), nn.ReLU(), sizes=(2, 2)), (4,)),
@@ -114,13 +116,13 @@ class _OnlyTrainable(nn.Module):
         return self.inner(x)
 
 
-# Residual.
+# AveragedResidual.
 
 
 @given(a=st.floats(0.01, 0.99), L=st.floats(0, 3))
 def test_the_constant_of_a_residual_is_the_convex_mix(a: float, L: float) -> None:
     for learnable in (True, False):
-        module = Residual(Scale(L), a, learnable=learnable)
+        module = AveragedResidual(Scale(L), a, learnable=learnable)
         exact = (1 - a) + a * L
         for norm in ("l2", "linf"):
             assert laws.constant(module, norm) == pytest.approx(exact, rel=1e-13)
@@ -129,13 +131,13 @@ def test_the_constant_of_a_residual_is_the_convex_mix(a: float, L: float) -> Non
 
 def test_a_branch_of_constant_one_stays_at_one_for_every_weight() -> None:
     for raw in (-800.0, -40.0, 0.0, 40.0, 800.0):
-        module = Residual(nn.Tanh())
+        module = AveragedResidual(nn.Tanh())
         nn.init.constant_(module.raw_weight, raw)
         assert lipschitz(module).upper == 1.0
-    deep = nn.Sequential(*[Residual(nn.Tanh()) for _ in range(50)])
+    deep = nn.Sequential(*[AveragedResidual(nn.Tanh()) for _ in range(50)])
     assert lipschitz(deep).upper == 1.0
     for raw in (-800.0, 800.0):  # at the ends it is the input and the branch
-        module = Residual(Scale(3.0))
+        module = AveragedResidual(Scale(3.0))
         nn.init.constant_(module.raw_weight, raw)
         assert lipschitz(module).upper == pytest.approx(1.0 if raw < 0 else 3.0)
         torch.testing.assert_close(module(torch.ones(2)), torch.full((2,), 1.0 if raw < 0 else 3.0))
@@ -144,7 +146,7 @@ def test_a_branch_of_constant_one_stays_at_one_for_every_weight() -> None:
 def test_a_plain_sum_would_break_the_limit() -> None:
     x, y = torch.zeros(1, 3), torch.ones(1, 3)
     branch = nn.Identity()
-    module = Residual(branch, 0.5).requires_grad_(False)
+    module = AveragedResidual(branch, 0.5).requires_grad_(False)
     assert float((module(y) - module(x)).norm()) == pytest.approx(float((y - x).norm()))
     assert float((y + branch(y) - x - branch(x)).norm()) == 2 * float((y - x).norm())
 
@@ -152,28 +154,28 @@ def test_a_plain_sum_would_break_the_limit() -> None:
 def test_the_stated_weight_is_the_weight() -> None:
     for weight in (0.1, 0.5, 0.9):
         for learnable in (True, False):
-            module = Residual(Scale(0.0), weight, learnable=learnable).requires_grad_(False)
+            module = AveragedResidual(Scale(0.0), weight, learnable=learnable).requires_grad_(False)
             assert float(module(torch.ones(1))) == pytest.approx(1 - weight)
     for weight in (0.0, 1.0):
-        assert float(Residual(Scale(0.0), weight, learnable=False)(torch.ones(1))) == 1 - weight
+        assert float(AveragedResidual(Scale(0.0), weight, learnable=False)(torch.ones(1))) == 1 - weight
 
 
 @pytest.mark.parametrize("weight", [-0.1, 1.1, math.nan])
 def test_weights_that_are_not_convex_are_refused(weight: float) -> None:
     for learnable in (True, False):
         with pytest.raises(ValueError, match="weight must lie in"):
-            Residual(nn.Identity(), weight, learnable=learnable)
+            AveragedResidual(nn.Identity(), weight, learnable=learnable)
     for end in (0.0, 1.0):
         with pytest.raises(ValueError, match=r"\(0, 1\) to be learned"):
-            Residual(nn.Identity(), end)
+            AveragedResidual(nn.Identity(), end)
 
 
 def test_a_residual_refuses_other_shapes_and_nan() -> None:
     with pytest.raises(ValueError, match=r"keep the shape, got \(1, 2\) from \(1, 4\)"):
-        Residual(nn.Linear(4, 2))(torch.zeros(1, 4))
+        AveragedResidual(nn.Linear(4, 2))(torch.zeros(1, 4))
     with pytest.raises(ValueError, match="keep the shape"):
-        Residual(nn.Linear(4, 1))(torch.zeros(1, 4))  # would broadcast
-    module = Residual(nn.Identity())
+        AveragedResidual(nn.Linear(4, 1))(torch.zeros(1, 4))  # would broadcast
+    module = AveragedResidual(nn.Identity())
     nn.init.constant_(module.raw_weight, math.nan)
     with pytest.raises(ValueError, match="raw weight nan"):
         lipschitz(module)
@@ -245,7 +247,7 @@ def test_a_part_without_a_rule_is_named() -> None:
         with pytest.raises(UncertifiableError, match=r"in branches\.1: .*Unruled"):
             lipschitz(module)
     with pytest.raises(UncertifiableError, match=r"in branch: .*Unruled"):
-        lipschitz(Residual(Unruled()))
+        lipschitz(AveragedResidual(Unruled()))
     hooked = nn.ReLU()
     hooked.register_forward_hook(lambda *_: None)
     with pytest.raises(UncertifiableError, match="forward hook"):
@@ -259,7 +261,7 @@ def test_branches_that_do_not_fit_are_refused() -> None:
         with pytest.raises(TypeError, match=r"must be torch\.nn\.Modules, got function"):
             kind(lambda x: x)
     with pytest.raises(TypeError, match=r"must be torch\.nn\.Modules"):
-        Residual(torch.tanh)  # type: ignore[arg-type]
+        AveragedResidual(torch.tanh)  # type: ignore[arg-type]
     for dim in (0, 1.0, True):
         with pytest.raises(ValueError, match="other than 0, the batch"):
             Concat(nn.ReLU(), dim=dim)
@@ -283,7 +285,7 @@ def test_branches_that_do_not_fit_are_refused() -> None:
 
 
 IN_PLACE: list[Callable[..., nn.Module]] = [
-    Residual,
+    AveragedResidual,
     lambda branch: Concat(nn.Identity(), branch),
     lambda branch: Merge(nn.Identity(), branch, by="l2"),
     lambda branch: Parallel(nn.Identity(), branch, sizes=(2, 2)),
@@ -299,7 +301,8 @@ def test_a_branch_that_overwrites_its_input_is_refused(build: Callable[..., nn.M
         nn.Dropout(inplace=True),
     ):
         with pytest.raises(
-            ValueError, match=r"(Residual|Concat|Merge|Parallel) got .*inplace=True.*other branches.*inplace=False"
+            ValueError,
+            match=r"(AveragedResidual|Concat|Merge|Parallel) got .*inplace=True.*other branches.*inplace=False",
         ):
             build(branch)
     late = nn.SELU()
@@ -517,8 +520,8 @@ TRAINABLE: list[tuple[str, Callable[[], nn.Module], tuple[int, ...]]] = [
     ("layer centering", lambda: LayerCentering(4), (4,)),
     ("batch centering", lambda: BatchCentering(4), (4,)),
     ("gradient block", lambda: GradientBlock(4), (4,)),
-    ("residual", lambda: Residual(Scale(3.0)), (4,)),
-    ("residual of zigzag", lambda: Residual(NActivation(4)), (4,)),
+    ("residual", lambda: AveragedResidual(Scale(3.0)), (4,)),
+    ("residual of zigzag", lambda: AveragedResidual(NActivation(4)), (4,)),
     ("concat", lambda: Concat(NActivation(4), Householder(4)), (4,)),
     ("parallel", lambda: Parallel(NActivation(2), Scale(2.0), sizes=(2, 2)), (4,)),
     ("merge", lambda: Merge(NActivation(4), LinearSpline(4), weights=(2.0, -1.0)), (4,)),
@@ -547,20 +550,20 @@ def test_a_uniform_bound_holds_whatever_training_does(make: Callable, shape: tup
 
 def test_the_uniform_bound_is_reached_by_some_parameters() -> None:
     assert uniform_bound(LinearSpline(1, limit=1.5)).upper == 1.5
-    assert uniform_bound(Residual(Scale(3.0))).upper == 3.0
-    assert uniform_bound(Residual(Scale(0.5))).upper == 1.0
+    assert uniform_bound(AveragedResidual(Scale(3.0))).upper == 3.0
+    assert uniform_bound(AveragedResidual(Scale(0.5))).upper == 1.0
     assert uniform_bound(Householder(4, 4), "linf").upper == 2.0
     half = Householder(4, 4)
     nn.init.ones_(half.direction)  # I - 11^T/2 has the row sum 2
     assert laws.constant(half, "linf") == 2.0
-    assert uniform_bound(nn.Sequential(Residual(Scale(3.0)), Scale(2.0))).upper == 6.0
+    assert uniform_bound(nn.Sequential(AveragedResidual(Scale(3.0)), Scale(2.0))).upper == 6.0
 
 
 def test_what_training_can_change_has_no_uniform_bound() -> None:
     linear = nn.Linear(2, 2)
     for module in (
         linear,
-        Residual(linear),
+        AveragedResidual(linear),
         Concat(nn.ReLU(), linear),
         nn.Sequential(nn.ReLU(), linear),
         nn.Sequential(NActivation(2), Unruled()),
@@ -586,7 +589,7 @@ STATISTICS: list[Callable[[], nn.Module]] = [
     lambda: nn.BatchNorm1d(3, momentum=None, affine=False),
     lambda: nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.ReLU()),
     lambda: nn.Sequential(nn.Unflatten(1, (3, 1)), nn.BatchNorm1d(3, affine=False)),
-    lambda: Residual(nn.BatchNorm1d(3, affine=False), learnable=False),
+    lambda: AveragedResidual(nn.BatchNorm1d(3, affine=False), learnable=False),
 ]
 
 
@@ -602,7 +605,7 @@ def test_a_uniform_bound_holds_whatever_the_running_statistics_become(make: Call
         for _ in range(200):
             module(scale * torch.randn(5, 3))
         assert lipschitz(module, norm).upper <= uniform.upper
-    if not isinstance(module, Residual):
+    if not isinstance(module, AveragedResidual):
         for _ in range(400):
             module(torch.zeros(5, 3))
         momentum = next(part.momentum for part in module.modules() if isinstance(part, nn.BatchNorm1d))

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from stableopt import nn as snn
 from stableopt.nn import GroupSort
-from stableopt.nn.structure import Concat, Merge, Residual
+from stableopt.nn.residual import AveragedResidual
+from stableopt.nn.structure import Concat, Merge
 
 
 class Pair(nn.Module):
@@ -98,7 +99,7 @@ def mlp() -> nn.Sequential:
 
 
 def branched() -> nn.Sequential:
-    mixed = Concat(Residual(nn.Sequential(nn.Linear(6, 4), GroupSort(), nn.Linear(4, 6))), nn.Identity())
+    mixed = Concat(AveragedResidual(nn.Sequential(nn.Linear(6, 4), GroupSort(), nn.Linear(4, 6))), nn.Identity())
     return nn.Sequential(nn.Linear(6, 6), mixed, Merge(nn.Linear(12, 3), nn.Linear(12, 3)), nn.Tanh())
 
 

@@ -27,7 +27,7 @@ from stableopt.lyapunov.layers.forward import dual_numbers, relative_step
 from stableopt.lyapunov.layers.readout import Readout
 from stableopt.lyapunov.layers.skip import is_sum
 from stableopt.lyapunov.layers.walk import eager, floating
-from stableopt.nn.structure import Residual
+from stableopt.nn.residual.averaged import AveragedResidual
 from stableopt.optim import RandomState
 
 __all__ = ["PULLS_BACK", "Branches", "is_residual"]
@@ -56,7 +56,7 @@ def is_residual(module: nn.Module) -> bool:
         >>> is_residual(nn.Linear(1, 1)), is_residual(nn.TransformerEncoderLayer(2, 1, 4, norm_first=True))
         (False, True)
     """
-    if has_law(module) or isinstance(module, Residual):
+    if has_law(module) or isinstance(module, AveragedResidual):
         return False
     return bool(_steps(module))
 

@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from stableopt.constraints.sharding import is_sharded, whole
 from stableopt.errors import UncertifiableError
+from stableopt.nn.residual.averaged import AveragedResidual
 from stableopt.nn.residual.gradient import GradientBlock
 from stableopt.nn.residual.sll import SLL, FoldedSLL
 from stableopt.nn.rules import lipschitz
 from stableopt.nn.sharded import class_of
-from stableopt.nn.structure import Residual
 
 Block = TypeVar("Block", bound=nn.Module)
 
@@ -111,11 +111,11 @@ def has_law(module: nn.Module) -> bool:
     return step_law.dispatch(type(module)) is not step_law.dispatch(object)
 
 
-def mix_of(module: Residual) -> Tensor | float:
-    """Return the weight of the branch in the convex mix of a :class:`stableopt.nn.Residual`.
+def mix_of(module: AveragedResidual) -> Tensor | float:
+    """Return the weight of the branch in the convex mix of a :class:`stableopt.nn.AveragedResidual`.
 
     Examples:
-        >>> mix_of(Residual(nn.Identity(), 0.25, learnable=False))
+        >>> mix_of(AveragedResidual(nn.Identity(), 0.25, learnable=False))
         0.25
     """
     return module.weight if module.raw_weight is None else whole(module.raw_weight.detach())[0].sigmoid()
@@ -136,7 +136,7 @@ def constant_of(module: nn.Module, path: str, known: Mapping[str, float]) -> flo
     prefix = f"{path}." if path else ""
     if isinstance(module, nn.Sequential):
         return math.prod(constant_of(child, f"{prefix}{name}", known) for name, child in module.named_children())
-    if isinstance(module, Residual):
+    if isinstance(module, AveragedResidual):
         return 1.0 + float(mix_of(module)) * (constant_of(module.branch, f"{prefix}branch", known) - 1.0)
     if f"{prefix}weight" in known and not has_law(module):
         return known[f"{prefix}weight"]

@@ -22,8 +22,8 @@ from stableopt.lyapunov.layers.readout import Readout
 from stableopt.lyapunov.layers.trunk import Trunk, find_trunk
 from stableopt.lyapunov.layers.walk import ProbeError
 from stableopt.lyapunov.undisturbed import undisturbed
+from stableopt.nn.residual.averaged import AveragedResidual
 from stableopt.nn.sharded import is_spread
-from stableopt.nn.structure import Residual
 from stableopt.optim import RandomState
 
 __all__ = ["LayerProbe", "LayerReading"]
@@ -115,7 +115,7 @@ class LayerProbe:
         try:
             limits = self._estimator.begin(readout)
             for path, module in self._model.named_modules():
-                if isinstance(module, Residual):
+                if isinstance(module, AveragedResidual):
                     readout.add(("mix", path), mix_of(module))
         except Exception as error:  # whatever it is, the run goes on
             reasons.append(f"the weights could not be measured: {_sentence(error)}")

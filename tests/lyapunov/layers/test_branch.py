@@ -8,7 +8,7 @@ from torch import nn
 
 from stableopt.lyapunov.layers import LayerProbe, is_residual
 from stableopt.lyapunov.layers.probe import _random_state
-from stableopt.nn import GradientBlock, Residual
+from stableopt.nn import AveragedResidual, GradientBlock
 
 
 class Euler(nn.Module):
@@ -123,7 +123,7 @@ def test_what_is_recognized():
     assert is_residual(tensor)
     assert not is_residual(index)  # a counter
     assert not is_residual(GradientBlock(2))  # its law is known
-    assert not is_residual(Residual(nn.Identity()))
+    assert not is_residual(AveragedResidual(nn.Identity()))
     assert not is_residual(nn.TransformerEncoderLayer(4, 2, 8))
 
     class Mine(nn.Module):

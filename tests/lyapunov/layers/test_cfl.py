@@ -10,7 +10,7 @@ from torch import nn
 
 from stableopt.lyapunov.layers import LayerProbe, NormEstimator, StepLaw, step_law
 from stableopt.lyapunov.layers.cfl import constant_of, has_law
-from stableopt.nn import SLL, GradientBlock, Residual
+from stableopt.nn import SLL, AveragedResidual, GradientBlock
 
 
 class FreeStep(nn.Module):
@@ -74,7 +74,7 @@ def test_the_use_of_an_sll_layer_is_that_of_its_steps(stretch):
 
 
 def test_a_convex_mix_uses_its_weight_while_its_branch_does_not_expand():
-    model = nn.Sequential(Residual(nn.Linear(3, 3, bias=False), 0.25, learnable=False))
+    model = nn.Sequential(AveragedResidual(nn.Linear(3, 3, bias=False), 0.25, learnable=False))
     with torch.no_grad():
         model[0].branch.weight.copy_(torch.diag(torch.tensor([1.0, -0.5, 0.2])))
     assert LayerProbe(model).measure().cfl == {"0": 0.25}
@@ -92,7 +92,7 @@ def test_what_is_said_about_a_constant_is_never_less_than_the_map_shows():
         nn.Linear(4, 4),
         nn.LeakyReLU(2.0),
         GradientBlock(4),
-        Residual(nn.Sequential(nn.Linear(4, 4), nn.Tanh())),
+        AveragedResidual(nn.Sequential(nn.Linear(4, 4), nn.Tanh())),
         nn.Dropout(0.5),
     )
     norms = NormEstimator(model.eval()).measure().norms

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from stableopt.lyapunov.layers import LayerProbe, LayerReading
-from stableopt.nn import SLL, GradientBlock, MaxMin, Residual, Sandwich, stabilize
+from stableopt.nn import SLL, AveragedResidual, GradientBlock, MaxMin, Sandwich, stabilize
 from tests.lyapunov.training import equal, make_closure, make_model, picture, seed_everything
 
 
@@ -52,7 +52,7 @@ class Energy(nn.Module):
 MODELS = {
     "noise": make_model,
     "blocks": lambda: nn.Sequential(
-        nn.Linear(6, 6), Euler(6), GradientBlock(6), SLL(6), Residual(nn.Linear(6, 6)), MaxMin(), Sandwich(6, 4),
+        nn.Linear(6, 6), Euler(6), GradientBlock(6), SLL(6), AveragedResidual(nn.Linear(6, 6)), MaxMin(), Sandwich(6, 4),
         stabilize(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), method="power"), nn.Linear(4, 1),
     ),
     "tokens": Tokens,
@@ -123,7 +123,7 @@ def test_what_was_not_asked_for_or_cannot_be_has_its_reason():
 
 
 def test_weights_that_are_not_finite_stop_nothing():
-    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), GradientBlock(3), Residual(nn.Linear(3, 3)), Euler(3))
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), GradientBlock(3), AveragedResidual(nn.Linear(3, 3)), Euler(3))
     probe = LayerProbe(model, lambda: model(torch.ones(2, 3)).sum())
     healthy = probe.measure()
     saved = copy.deepcopy(model.state_dict())

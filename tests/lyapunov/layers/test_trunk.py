@@ -12,7 +12,7 @@ from torch import nn
 
 from stableopt.lyapunov.layers.trunk import find_trunk
 from stableopt.lyapunov.layers.walk import ProbeError
-from stableopt.nn import GradientBlock, Residual
+from stableopt.nn import AveragedResidual, GradientBlock
 
 
 class Model(nn.Module):
@@ -63,7 +63,7 @@ CASES = {
         lambda: Model(lambda m, x: m.c(F.relu(m.b(F.relu(m.a(x))))), a=linear(), b=linear(), c=linear()), X, ("a", "b", "c"),
     ),
     "residual": (lambda: nn.Sequential(linear(), block(), block(), linear()), X, ("0", "1", "2", "3")),
-    "ours": (lambda: nn.Sequential(GradientBlock(4), Residual(linear()), linear()), X, ("0", "1", "2")),
+    "ours": (lambda: nn.Sequential(GradientBlock(4), AveragedResidual(linear()), linear()), X, ("0", "1", "2")),
     "skip over all": (lambda: Model(lambda m, x: x + m.b(m.a(x)), a=linear(), b=linear()), X, ("",)),
     "dense": (lambda: Model(lambda m, x: m.b(torch.cat([x, m.a(x)], 1)), a=linear(), b=nn.Linear(8, 1)), X, ("",)),
     "shared": (lambda: Model(lambda m, x: m.a(m.a(m.a(x).tanh()).tanh()), a=linear()), X, ("a", "a#2", "a#3")),
