@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from stableopt.report.figures.accuracy import accuracy_figure
+from stableopt.report.figures.chart import line_chart
 from stableopt.report.figures.compose import natural
 from stableopt.report.figures.curvature import curvature_figures
 from stableopt.report.figures.energy import energy_figures
@@ -21,6 +22,7 @@ __all__ = [
     "exponent_figures",
     "gradient_figures",
     "limit_figures",
+    "line_chart",
     "natural",
     "profile_figures",
     "standalone_svg",
