@@ -1,0 +1,222 @@
+"""Classification of sequences: recurrent cells, stock layers, state spaces and attention under the same training.
+
+Run ``python -m tests.benchmarks.sequences DATA [--epochs 25] [--lr 5e-3] [--seeds 3] [--only NAME ...]`` with
+``OMP_NUM_THREADS=1`` and DATA one of ``rows`` (digits, 8 rows of 8 pixels), ``pixels`` (64 single pixels), ``permuted`` (64 pixels
+in one fixed random order) and ``vowels`` (JapaneseVowels, 12 channels, 7 to 29 steps, where sktime is installed).
+
+All models get the same optimizer, schedule, batches, epochs and number of hidden units. *Proved* is the Lipschitz constant that
+:func:`stableopt.nn.lipschitz` proves for the trained model, from the whole input sequence to the logits, in the norm of the row;
+*found* is the largest ratio of a pair that :func:`tests.nn.adversary.worst_ratio` finds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stableopt import nn as stable
+from stableopt.errors import UncertifiableError
+from tests.benchmarks.timing import device_name
+from tests.nn.adversary import worst_ratio
+
+
+@dataclass(frozen=True)
+class Split:
+    """Sequences with as many steps each, and their labels.
+
+    Args:
+        x: of shape ``(batch, steps, channels)``; shorter sequences are padded with zeros *in front*, so that the last step is real.
+        y: classes.
+        x_test: as ``x``.
+        y_test: as ``y``.
+    """
+
+    x: Tensor
+    y: Tensor
+    x_test: Tensor
+    y_test: Tensor
+
+    @property
+    def steps(self) -> int:
+        """The number of steps."""
+        return self.x.shape[1]
+
+    @property
+    def channels(self) -> int:
+        """The number of channels."""
+        return self.x.shape[2]
+
+    @property
+    def classes(self) -> int:
+        """The number of classes."""
+        return int(self.y.max()) + 1
+
+
+def digit_sequences(kind: str) -> Split:
+    """Return scikit-learn's digits as sequences; every fifth image is for the test."""
+    from sklearn.datasets import load_digits
+
+    inputs, labels = load_digits(return_X_y=True)
+    x, y = torch.tensor(inputs / 16, dtype=torch.float32), torch.tensor(labels)
+    if kind == "permuted":
+        x = x[:, torch.randperm(64, generator=torch.Generator().manual_seed(1))]
+    x = x.reshape(-1, 8, 8) if kind == "rows" else x[..., None]
+    test = torch.from_numpy(np.arange(len(x)) % 5 == 4)
+    return Split(x[~test], y[~test], x[test], y[test])
+
+
+def japanese_vowels() -> Split | None:
+    """Return JapaneseVowels as sktime ships it, or None and a line that says why not."""
+    try:
+        from sktime.datasets import load_japanese_vowels
+    except ImportError as error:
+        print(f"JapaneseVowels is skipped: {error}")
+        return None
+
+    def read(split: str) -> tuple[Tensor, Tensor]:
+        frame, labels = load_japanese_vowels(split=split, return_X_y=True, return_type="nested_univ")
+        series = [
+            torch.tensor(np.stack([np.asarray(c) for c in row]).T, dtype=torch.float32) for row in frame.to_numpy()
+        ]
+        x = torch.stack([F.pad(s, (0, 0, 29 - len(s), 0)) for s in series])
+        return x, torch.tensor([int(label) - 1 for label in labels])
+
+    return Split(*read("train"), *read("test"))
+
+
+def load(kind: str) -> Split | None:
+    """Return a data set by its name."""
+    return japanese_vowels() if kind == "vowels" else digit_sequences(kind)
+
+
+Build = Callable[[Split, int], nn.Module]
+"""Makes a model from the data and the number of hidden units; it maps ``(batch, steps, channels)`` to logits."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A model of the comparison.
+
+    Args:
+        name: for the table.
+        build: makes it.
+        norm: of the proved constant; ``"linf"``, ``"l2"``, … or None where nothing is proved.
+    """
+
+    name: str
+    build: Build
+    norm: str | None = None
+
+
+def train(model: nn.Module, data: Split, *, epochs: int, lr: float, batch: int = 64) -> float:
+    """Train with AdamW and a cosine schedule; return the accuracy on the test set."""
+    opt = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    steps = epochs * math.ceil(len(data.x) / batch)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, steps)
+    for _ in range(epochs):
+        for part in torch.randperm(len(data.x)).split(batch):
+            opt.zero_grad()
+            F.cross_entropy(model(data.x[part]), data.y[part]).backward()
+            opt.step()
+            schedule.step()
+    with torch.no_grad():
+        return float((model.eval()(data.x_test).argmax(1) == data.y_test).double().mean())
+
+
+def constants(model: nn.Module, data: Split, norm: str) -> tuple[float, float]:
+    """Return the proved constant of a trained model and the largest ratio that is found, infinite and NaN where there is none."""
+    try:
+        proved = stable.lipschitz(model, norm).upper
+    except UncertifiableError:
+        proved = math.inf
+    double = model.double()
+    found = worst_ratio(double, (data.steps, data.channels), norm, starts=8, steps=60)
+    model.float()
+    return proved, found
+
+
+def compare(rows: Sequence[Row], data: Split, *, hidden: int, epochs: int, lr: float, seeds: int) -> None:
+    """Train every row for every seed and print a table."""
+    print(
+        "| model | parameters | accuracy (all seeds) | median | proved | found | s per epoch |\n|---|---|---|---|---|---|---|"
+    )
+    for row in rows:
+        accuracies, proved, found, seconds = [], [], [], 0.0
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            model = row.build(data, hidden)
+            size = sum(p.numel() for p in model.parameters())
+            start = time.perf_counter()
+            accuracies.append(train(model, data, epochs=epochs, lr=lr))
+            seconds += time.perf_counter() - start
+            if row.norm is not None:
+                above, below = constants(model, data, row.norm)
+                proved.append(above)
+                found.append(below)
+        everything = " ".join(f"{a:.3f}" for a in accuracies)
+        ends = f"{max(proved):.3g} {row.norm} | {max(found):.3g}" if proved else "– | –"
+        print(
+            f"| {row.name} | {size} | {everything} | {statistics.median(accuracies):.3f} | {ends} | "
+            f"{seconds / seeds / epochs:.2f} |",
+            flush=True,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------------- models
+
+
+class Stock(nn.Module):
+    """A recurrent layer of torch and a linear readout of its last output; nothing is proved for it."""
+
+    def __init__(self, layer: nn.Module, hidden: int, classes: int) -> None:
+        super().__init__()
+        self.layer, self.readout = layer, nn.Linear(hidden, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits."""
+        return self.readout(self.layer(x)[0][:, -1])
+
+
+STOCK = [
+    Row("nn.GRU", lambda d, n: Stock(nn.GRU(d.channels, n, batch_first=True), n, d.classes)),
+    Row("nn.LSTM", lambda d, n: Stock(nn.LSTM(d.channels, n, batch_first=True), n, d.classes)),
+    Row("nn.RNN", lambda d, n: Stock(nn.RNN(d.channels, n, batch_first=True), n, d.classes)),
+]
+
+
+ROWS: list[Row] = [*STOCK]
+"""What is compared; a family of models is a list of its own above, added here."""
+
+
+def main() -> None:
+    """Read the command line and run one comparison."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=("rows", "pixels", "permuted", "vowels"))
+    parser.add_argument("--epochs", type=int, default=25)
+    parser.add_argument("--hidden", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", default=None, help="parts of the names of the rows to run")
+    options = parser.parse_args()
+    data = load(options.data)
+    if data is None:
+        return
+    rows = [row for row in ROWS if options.only is None or any(part in row.name for part in options.only)]
+    print(
+        f"{options.data}: {len(data.x)} / {len(data.x_test)} sequences of {data.steps} x {data.channels}, {data.classes} classes; "
+        f"{options.hidden} units, {options.epochs} epochs, lr {options.lr:g}, {device_name()}"
+    )
+    compare(rows, data, hidden=options.hidden, epochs=options.epochs, lr=options.lr, seeds=options.seeds)
+
+
+if __name__ == "__main__":
+    main()
