@@ -142,6 +142,7 @@ from stableopt.theory.residual import (
 from stableopt.theory.runge_kutta import (
     ButcherTableau,
     circle_contractivity_radius,
+    circle_radius,
     runge_kutta_max_step,
 )
 from stableopt.theory.sequences import (
@@ -253,6 +254,7 @@ __all__ = [
     "shortcut_factor",
     "ButcherTableau",
     "circle_contractivity_radius",
+    "circle_radius",
     "runge_kutta_max_step",
     "BACKWARD_EULER",
     "DOPRI5",

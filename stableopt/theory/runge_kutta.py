@@ -8,7 +8,7 @@ diag(b).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -17,7 +17,7 @@ import numpy as np
 from stableopt.linalg.bound import Real, round_down
 from stableopt.theory._arguments import exact_upper, limit, nonnegative
 
-__all__ = ["ButcherTableau", "circle_contractivity_radius", "runge_kutta_max_step"]
+__all__ = ["ButcherTableau", "circle_contractivity_radius", "circle_radius", "runge_kutta_max_step"]
 
 Matrix = list[list[Fraction]]
 
@@ -125,6 +125,27 @@ def circle_contractivity_radius(tableau: ButcherTableau) -> float:
     return _proved_radius(Q, b, Fraction(1) / Fraction(max(-smallest, 1e-300)))
 
 
+def circle_radius(A: Iterable[Iterable[float | Fraction]], b: Iterable[float | Fraction]) -> float:
+    r"""Return the radius of circle contractivity of a method that is given by its coefficients.
+
+    Args:
+        A: the rows of coefficients, floats or rational numbers; rows may stop at their last entry that is not zero.
+        b: the weights.
+
+    Returns:
+        :func:`circle_contractivity_radius` of the tableau. Floats are taken as the rational numbers that they are.
+
+    Raises:
+        ValueError: if the sizes do not fit, a number is not finite, or the weights do not sum to 1.
+
+    Examples:
+        >>> circle_radius([[], [1.0]], [0.5, 0.5]), circle_radius([[], [0.5]], [0.0, 1.0])  # Heun, explicit midpoint
+        (1.0, 0.0)
+    """
+    rows = tuple(tuple(_rational(a) for a in row) for row in A)
+    return circle_contractivity_radius(ButcherTableau(rows, tuple(_rational(x) for x in b)))
+
+
 def runge_kutta_max_step(tableau: ButcherTableau, smoothness: Real) -> float:
     r"""Return the largest step at which the method keeps an L-smooth convex gradient field nonexpansive: :math:`2r/L`.
 
@@ -145,6 +166,14 @@ def runge_kutta_max_step(tableau: ButcherTableau, smoothness: Real) -> float:
     """
     L, r = exact_upper(nonnegative("smoothness", smoothness)), circle_contractivity_radius(tableau)
     return math.inf if math.isinf(r) else 0.0 if r == 0 else limit(2 * Fraction(r), L)
+
+
+def _rational(x: float | Fraction) -> Fraction:
+    if isinstance(x, Fraction):
+        return x
+    if not math.isfinite(x):
+        raise ValueError(f"a tableau must hold finite numbers, got {x!r}.")
+    return Fraction(float(x))
 
 
 def _proved_radius(Q: Matrix, b: Sequence[Fraction], near: Fraction) -> float:

@@ -17,41 +17,49 @@ __all__ = [
 ]
 
 
-def skew_damped_factor(step: Real, damping: Real, skew_norm: Real) -> Real:
-    r"""Return the norm of a linear skew block with damping (class e), :math:`f(h) = (K-\gamma I)h`.
+def skew_damped_factor(step: Real, damping: Real, skew_norm: Real, remainder: Real = 0.0) -> Real:
+    r"""Return the norm of a linear skew block with damping (class e), :math:`f(h) = (K-\gamma I)h`, and of what is near to one.
 
-    :math:`\sqrt{(1-\tau\gamma)^2+\tau^2\omega^2}`.
+    :math:`\sqrt{(1-\tau\gamma)^2+\tau^2\omega^2} + \tau\rho` for :math:`f(h) = (K-\gamma I)h + g(h)`, Lip g at most
+    :math:`\rho`.
 
     Args:
         step: :math:`\tau \ge 0`.
         damping: :math:`\gamma \ge 0`.
         skew_norm: :math:`\omega = \|K\|_2` with :math:`K^\top = -K`.
+        remainder: :math:`\rho \ge 0`, a Lipschitz constant of the nonlinear rest.
 
     Returns:
-        The norm; a Bound if an operand is one.
+        The norm, attained by some rest; a Bound if an operand is one. It is never above :func:`dissipative_factor` for
+        :math:`m = \gamma - \rho`, :math:`L = \sqrt{\gamma^2+\omega^2} + \rho`.
 
     Raises:
         ValueError: if an argument is negative or not finite.
 
     Note:
-        Linear branches only. :math:`\sigma(Kh+b) - \gamma h` is *not* covered: diag(slopes) K is not skew, and the block can
+        K itself acts linearly. :math:`\sigma(Kh+b) - \gamma h` is *not* covered: diag(slopes) K is not skew, and the block can
         expand at every step size.
 
     Examples:
         >>> skew_damped_factor(0.4, damping=1.0, skew_norm=2.0)
         1.0
+        >>> skew_damped_factor(0.5, damping=1.0, skew_norm=0.0, remainder=0.5)
+        0.75
     """
-    tau = nonnegative("step", step)
+    tau, rho = nonnegative("step", step), nonnegative("remainder", remainder)
     gamma, omega = nonnegative("damping", damping), nonnegative("skew_norm", skew_norm)
-    return real_sqrt((1.0 - tau * gamma) ** 2 + (tau * omega) ** 2)
+    return real_sqrt((1.0 - tau * gamma) ** 2 + (tau * omega) ** 2) + tau * rho
 
 
-def skew_damped_max_step(damping: Real, skew_norm: Real) -> float:
+def skew_damped_max_step(damping: Real, skew_norm: Real, remainder: Real = 0.0) -> float:
     r"""Return the limit of class e: nonexpansive iff :math:`\tau \le 2\gamma/(\gamma^2+\omega^2)`; never without damping.
+
+    With a rest of Lipschitz constant :math:`\rho` it is :math:`2(\gamma-\rho)/(\gamma^2+\omega^2-\rho^2)`.
 
     Args:
         damping: :math:`\gamma \ge 0`.
         skew_norm: :math:`\omega \ge 0` (the upper end is used).
+        remainder: :math:`\rho \ge 0` (the upper end is used).
 
     Returns:
         The limit over the whole enclosure, rounded down; infinity for the zero branch.
@@ -64,13 +72,16 @@ def skew_damped_max_step(damping: Real, skew_norm: Real) -> float:
         0.5
         >>> skew_damped_max_step(damping=0.0, skew_norm=2.0)
         0.0
+        >>> skew_damped_max_step(damping=1.0, skew_norm=0.0, remainder=0.5)
+        1.3333333333333333
     """
     gamma, omega = nonnegative("damping", damping), nonnegative("skew_norm", skew_norm)
-    if upper(gamma) == upper(omega) == 0:
+    rho = exact_upper(nonnegative("remainder", remainder))
+    if upper(gamma) == upper(omega) == rho == 0:
         return math.inf
-    # As a function of the damping the limit rises up to gamma = omega and falls beyond: its minimum is at an end.
-    square = exact_upper(omega) ** 2
-    return min(limit(2 * g, g * g + square) for g in (exact_lower(gamma), exact_upper(gamma)))
+    # As a function of the damping the limit rises up to gamma = rho + omega and falls beyond: its minimum is at an end.
+    square = exact_upper(omega) ** 2 - rho**2
+    return min(limit(2 * (g - rho), g * g + square) for g in (exact_lower(gamma), exact_upper(gamma)))
 
 
 def skew_damped_best_step(damping: Real, skew_norm: Real) -> float:
