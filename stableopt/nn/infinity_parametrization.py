@@ -33,7 +33,7 @@ def log_norm_bounded(V: Tensor, limit: float, *, scaling: Tensor | None = None, 
 
     Returns:
         The matrix in the dtype of ``V``, differentiable. It is computed in at least float32, and its diagonal is lowered by the
-        rounding of the sums and of the cast, so that the logarithmic norm of the stored numbers is at most the limit, too.
+        rounding of the sums, of the cast and of the proof, so that the logarithmic norm of the stored numbers is at most the limit, too.
 
     References:
         Jafarpour, Davydov, Proskurnikov and Bullo, *Robust Implicit Networks via Non-Euclidean Contractions*, 2021.
@@ -55,7 +55,7 @@ def log_norm_bounded(V: Tensor, limit: float, *, scaling: Tensor | None = None, 
             c = (total / sums).clamp_max(1.0)
             off, sums = c[:, None] * off, c * sums
         computed, stored = torch.finfo(W.dtype), torch.finfo(V.dtype)
-        rounding = ((n + 10) * computed.eps + stored.eps) * (
+        rounding = (2 * (n + 10) * computed.eps + stored.eps) * (
             sums + abs(limit)
         ) + n * stored.smallest_normal * stored.eps
         return (off + torch.diag_embed(limit - sums - rounding)).to(V.dtype)
