@@ -284,10 +284,11 @@ def _log_norm_two(a: Array) -> Bound:
 
 
 def _log_norm_inf(a: Array) -> Bound:
-    off = np.abs(a - np.diag(np.diagonal(a))).sum(axis=1)
-    n = len(a)
-    error = (np.abs(np.diagonal(a)) + off).max() * (2 * gamma(n + 1)) * (1 + gamma(n + 4)) + 4.0 * n * _TINY
-    return Bound.point(float((np.diagonal(a) + off).max())) + Bound(-float(error), float(error))
+    diagonal, n = np.diagonal(a), len(a)
+    off = np.abs(a - np.diag(diagonal)).sum(axis=1)
+    errors = (np.abs(diagonal) + off) * (2 * gamma(n + 1)) * (1 + gamma(n + 4)) + 4.0 * n * _TINY  # of each row its own
+    sums = diagonal + off
+    return Bound(math.nextafter((sums - errors).max(), -math.inf), _up((sums + errors).max()))
 
 
 def _rayleigh_lower(S: Array, x: Array) -> float:

@@ -33,7 +33,7 @@ def log_norm_bounded(V: Tensor, limit: float, *, scaling: Tensor | None = None, 
 
     Returns:
         The matrix in the dtype of ``V``, differentiable. It is computed in at least float32, and its diagonal is lowered by the
-        rounding of the sums, of the cast and of the proof, so that the logarithmic norm of the stored numbers is at most the limit, too.
+        rounding of the sums, of the cast and of the proof, so that the logarithmic norm of the stored numbers is at most the limit.
 
     References:
         Jafarpour, Davydov, Proskurnikov and Bullo, *Robust Implicit Networks via Non-Euclidean Contractions*, 2021.
