@@ -43,6 +43,8 @@ class CellBound:
         input: :math:`b`, from the plain norm of the input into :math:`\|\cdot\|_P`.
         output: the constant from :math:`\|\cdot\|_P` of the state to the plain norm of the cell's output; 1 for the state itself.
         metric: what :math:`P` is, for printing.
+        peak: a bound of :math:`\max_t\|h_t - h'_t\|_P / \max_t\|x_t - x'_t\|` for every length that is known to be better than
+            :math:`b/(1-a)`; only for ``"linf"``, the norm that takes the maximum over time. None for no such bound.
 
     Examples:
         >>> CellBound(Bound.point(0.5), Bound.point(1.0)).gain().upper
@@ -53,6 +55,7 @@ class CellBound:
     input: Bound
     output: Bound = _ONE
     metric: str = "the norm of the state"
+    peak: Bound | None = None
 
     @property
     def contracts(self) -> bool:
@@ -80,16 +83,27 @@ class CellBound:
         if length is not None and (not isinstance(length, int) or isinstance(length, bool) or length < 1):
             raise ValueError(f"length must be an integer >= 1 or None, got {length!r}.")
         proved = self.state.proved and self.input.proved and self.output.proved
-        a = Bound.point(self.state.upper)
+        a, ends = Bound.point(self.state.upper), []
         if a.upper < 1.0:
-            memory = 1.0 / (1.0 - a)
-        elif length is None:
+            ends.append((self.input.upper / (1.0 - a)).upper)
+        if length is not None:
+            ends.append((self.input.upper * _powers(a, length)).upper)
+        if self.peak is not None:
+            ends.append(self.peak.upper)
+            proved = proved and self.peak.proved
+        if not ends:
             return Bound(0.0, math.inf if self.input.upper > 0.0 else 0.0, proved)
-        else:
-            memory = Bound.point(0.0)
-            for _ in range(length):
-                memory = Bound.point((1.0 + a * memory).upper)
-        return Bound(0.0, (self.output.upper * (Bound.point(self.input.upper) * memory)).upper, proved)
+        return Bound(0.0, (self.output.upper * Bound.point(min(ends))).upper, proved)
+
+
+def _powers(a: Bound, length: int) -> Bound:
+    r"""Bound :math:`\sum_{k<T} a^k` from above, by halving: the sum of :math:`2n` terms is :math:`(1 + a^n)` times that of n."""
+    total, power = Bound.point(1.0), a  # the sum of n terms and a^n, for n = 1
+    for bit in bin(length)[3:]:
+        total, power = total * (1.0 + power), power * power
+        if bit == "1":
+            total, power = 1.0 + a * total, a * power
+    return Bound.point(total.upper)
 
 
 @functools.singledispatch
