@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
 from stableopt.nn.activations import at_least_float32, channel_dim, channelwise
-from stableopt.nn.dispatch import lipschitz_rule
+from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule
 from stableopt.nn.pooling import largest_entry
 from stableopt.nn.precision import full_precision
+from stableopt.nn.tokens import known_for_tokens, token_rule
 from stableopt.nn.uniform import uniform_rule
 
-__all__ = ["BallProjection", "BatchCentering", "InputNormalization", "LayerCentering"]
+__all__ = ["BallProjection", "BatchCentering", "InputNormalization", "LayerCentering", "into_ball"]
 
 
 class InputNormalization(nn.Module):
@@ -260,17 +261,28 @@ class BallProjection(nn.Module):
         """Return the nearest point of the ball to each sample."""
         if input.ndim < 2:
             raise ValueError(f"BallProjection needs an input of shape (N, ...), got {tuple(input.shape)}.")
-        with full_precision(input):
-            x, dims = at_least_float32(input), tuple(range(1, input.ndim))
-            size = largest_entry(x, dims)  # so that no square over- or underflows
-            unit = x / size
-            norm = torch.linalg.vector_norm(unit, dim=dims, keepdim=True)  # at least 1, or 0 for a sample of zeros
-            scale = self.radius / norm.clamp_min(1.0)
-            return torch.where(size * norm <= self.radius, x, unit * scale).to(input.dtype)
+        return into_ball(input, self.radius, tuple(range(1, input.ndim)))
 
     def extra_repr(self) -> str:
         """Return the argument for printing."""
         return f"radius={self.radius}"
+
+
+def into_ball(input: Tensor, radius: float, dims: tuple[int, ...]) -> Tensor:  # noqa: A002
+    r"""Project onto the Euclidean ball of a radius, over some dimensions; in at least float32, returned in the dtype of the input.
+
+    Examples:
+        >>> into_ball(torch.tensor([[3.0, 4.0], [0.0, 1.0]]), 2.5, (1,))
+        tensor([[1.5000, 2.0000],
+                [0.0000, 1.0000]])
+    """
+    with full_precision(input):
+        x = at_least_float32(input)
+        size = largest_entry(x, dims)  # so that no square over- or underflows
+        unit = x / size
+        norm = torch.linalg.vector_norm(unit, dim=dims, keepdim=True)  # at least 1, or 0 where all entries are zero
+        scale = radius / norm.clamp_min(1.0)
+        return torch.where(size * norm <= radius, x, unit * scale).to(input.dtype)
 
 
 def _as_input(output: Tensor, input: Tensor) -> Tensor:  # noqa: A002
@@ -324,8 +336,20 @@ def _finite(values: Tensor | None, name: str) -> None:
         raise ValueError(f"no bound holds for a {name} with NaN or infinite numbers.")
 
 
+@token_rule.register(LayerCentering)
+def _layer_centering_token(module: LayerCentering) -> Bound:
+    if len(module.normalized_shape) > 1:
+        raise UncertifiableError(
+            f"LayerCentering({module.normalized_shape}) averages over tokens, for which no token_max bound is known; center the "
+            "last dimension alone."
+        )
+    return _layer_centering(module, "l2")
+
+
 @uniform_rule.register(LayerCentering)
 @uniform_rule.register(BatchCentering)
-def _centering_uniform(module: LayerCentering | BatchCentering, norm: str) -> Bound:
+def _centering_uniform(module: LayerCentering | BatchCentering, norm: str) -> Bound | None:
     """Return the constant itself: a bias only translates."""
-    return lipschitz_rule(module, norm)
+    if norm != TOKEN_MAX:
+        return lipschitz_rule(module, norm)
+    return token_rule(module) if known_for_tokens(module) else None

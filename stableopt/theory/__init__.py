@@ -21,6 +21,7 @@ from stableopt.theory.adaptive_energies import (
 from stableopt.theory.attention import (
     attention_constant,
     attention_head_constant,
+    attention_weight_sum,
     normalization_constant,
 )
 from stableopt.theory.coupling import (
@@ -91,6 +92,7 @@ from stableopt.theory.mean_square import (
     mean_square_max_lr,
     second_moment_operator,
 )
+from stableopt.theory.monotonicity import monotone_factor, monotonicity_radius
 from stableopt.theory.nonsmooth import (
     CLARKE_SLOPES,
     clarke_slopes,
@@ -255,6 +257,8 @@ __all__ = [
     "ButcherTableau",
     "circle_contractivity_radius",
     "circle_radius",
+    "monotone_factor",
+    "monotonicity_radius",
     "runge_kutta_max_step",
     "BACKWARD_EULER",
     "DOPRI5",
@@ -359,5 +363,6 @@ __all__ = [
     "unit_gain_input_scale",
     "attention_constant",
     "attention_head_constant",
+    "attention_weight_sum",
     "normalization_constant",
 ]
