@@ -16,8 +16,8 @@ from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound, frobenius_norm, inf_norm, spectral_norm
 from stableopt.nn.arguments import check_sizes
 from stableopt.nn.dispatch import check_forward, lipschitz_rule
+from stableopt.nn.positive import bounded_exp
 from stableopt.nn.precision import full_precision
-from stableopt.nn.residual.sll import bounded_exp
 from stableopt.nn.unit_slopes import UNIT_SLOPES, check_unit_slopes
 from stableopt.nn.weights.geometry import Geometry
 from stableopt.nn.weights.orthogonal import Bjorck, Cayley, Cholesky, Isometry

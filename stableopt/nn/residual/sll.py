@@ -8,17 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stableopt.linalg import Bound, frobenius_norm, inf_norm, one_norm, spectral_norm
+from stableopt.linalg import Bound, spectral_norm
 from stableopt.nn.arguments import check_sizes
 from stableopt.nn.dispatch import lipschitz_rule
-from stableopt.nn.pooling import largest_entry
-from stableopt.nn.precision import full_precision
+from stableopt.nn.positive import bounded_exp  # noqa: F401 for the modules that find it here
+from stableopt.nn.residual.per_unit import damped_factor, rounding_of_rows, row_factor, scaled_rows, unit_steps
 from stableopt.nn.unit_slopes import UNIT_SLOPES, check_unit_slopes
 
-__all__ = ["SLL", "FoldedSLL", "bounded_exp"]
-
-_SMALLEST = 1e-8
-"""Floor of the row sums, so that a row of zeros has a finite step."""
+__all__ = ["SLL", "FoldedSLL"]
 
 
 class FoldedSLL(nn.Module):
@@ -125,20 +122,7 @@ class SLL(nn.Module):
             >>> bool((1.99 < layer.step_sizes()).all() and (layer.step_sizes() <= 2.0).all())
             True
         """
-        weight, stored = self.weight, torch.finfo(self.weight.dtype)
-        wide = weight.float() if weight.dtype in {torch.float16, torch.bfloat16} else weight
-        with full_precision(wide):
-            size = largest_entry(wide, (0, 1)).squeeze()  # the products of huge entries would overflow
-            wide = wide / size
-            q = bounded_exp(self.raw_q.to(wide.dtype))
-            floor = (_SMALLEST / size / size).clamp(torch.finfo(wide.dtype).tiny, torch.finfo(wide.dtype).max / 8.0)
-            sums = ((wide @ wide.mT).abs() @ q / q).maximum(floor)
-            terms = sum(weight.shape)
-            slack = (12.0 + 2.0 * math.sqrt(terms)) * torch.finfo(wide.dtype).eps + stored.eps + 2.0**-50 * terms**2
-            largest = min((2.0 - 2.0 * slack) / _SMALLEST, stored.max / 8.0)
-            steps = ((2.0 - 2.0 * slack) / sums / size / size).clamp_max(largest)
-            # one subnormal step less, so that rounding to nearest goes down there too; elsewhere the slack does it
-            return (steps - stored.tiny * stored.eps).clamp_min(0.0).to(weight.dtype)
+        return unit_steps(self.weight, self.raw_q).units
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the next state; the features are the last dimension of the input."""
@@ -163,37 +147,19 @@ class SLL(nn.Module):
         return f"{dim}, {hidden}, activation={self.activation!r}"
 
 
-def bounded_exp(raw: Tensor, limit: float = 15.0) -> Tensor:
-    r"""Return :math:`e^{\ell\tanh(x/\ell)}` with the limit :math:`\ell`: positive, smooth, neither zero nor infinite.
-
-    Examples:
-        >>> bounded_exp(torch.tensor([0.0, -1e9]), 1.0).tolist()
-        [1.0, 0.3678794503211975]
-    """
-    return (limit * torch.tanh(raw / limit)).exp()
-
-
 def _residual(input: Tensor, weight: Tensor, bias: Tensor, step: Tensor, activation: str) -> Tensor:  # noqa: A002
     return input - F.linear(step * UNIT_SLOPES[activation](F.linear(input, weight, bias)), weight.mT)
 
 
 def _bound(weight: Tensor, bias: Tensor, step: Tensor, norm: str) -> Bound:
-    r"""Bound :math:`I - W^\top S D W` for the stored numbers.
-
-    In l2 the spectrum lies in :math:`[1 - \|S^{1/2}W\|_2^2, 1]`; the square root and the product are rounded, each entry by at
-    most 3 units in the last place of float64. In linf and l1 by the triangle inequality (loose, above 1).
-    """
+    r"""Bound :math:`I - W^\top S D W` for the stored numbers."""
     if not bool(bias.isfinite().all() & step.isfinite().all()) or bool((step < 0).any()):
         raise ValueError("no bound holds for an SLL layer with NaN or infinite parameters, or with a negative step.")
-    W, s = weight.detach().double().cpu(), step.detach().double().cpu()
+    scaled = scaled_rows(weight, step)
     if norm != "l2":
-        inner, outer = (inf_norm, one_norm) if norm == "linf" else (one_norm, inf_norm)
-        largest = Bound.point(float(s.max()))
-        return Bound(0.0, (1.0 + largest * outer(W) * inner(W)).upper)
-    scaled = s.sqrt()[:, None] * W
-    rounding = Bound(0.0, 2.0**-51) * frobenius_norm(scaled).upper + Bound(0.0, 1e-300)
-    square = (Bound.point(spectral_norm(scaled).upper) + rounding) ** 2
-    return Bound(0.0, max(1.0, (square - 1.0).upper))
+        return row_factor(scaled[None, :, :, None], Bound.point(0.0))
+    curvature = (Bound.point(spectral_norm(scaled).upper) + rounding_of_rows(scaled)) ** 2
+    return damped_factor(Bound.point(0.0), curvature)
 
 
 @lipschitz_rule.register(SLL)
