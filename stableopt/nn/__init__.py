@@ -7,6 +7,7 @@ it, :class:`MarginCrossEntropy` is the loss that goes with it.
 
 from stableopt.nn.activation_constants import activation_constant
 from stableopt.nn.activations import Abs, GroupSort, MaxMin, NActivation, Scale, SoftAbs
+from stableopt.nn.attention import BoundedNorm, ClippedAttention, Positions, TransformerBlock
 from stableopt.nn.budget import LearnedBudget
 from stableopt.nn.centering import BallProjection, BatchCentering, InputNormalization, LayerCentering
 from stableopt.nn.constrain import constrain, parameter_groups
@@ -19,7 +20,7 @@ from stableopt.nn.layers import layers
 from stableopt.nn.losses import MarginCrossEntropy
 from stableopt.nn.pooling import InvertibleDownsampling, L2NormPool, ScaledAvgPool
 from stableopt.nn.recurrent import CellBound, cell_bound, cell_rule, sequence_gain
-from stableopt.nn.residual import SLL, AveragedResidual, FoldedBlock, GradientBlock
+from stableopt.nn.residual import SLL, AveragedResidual, CompensatedPair, FoldedBlock, GradientBlock, ResidualStack
 from stableopt.nn.rules import lipschitz
 from stableopt.nn.sandwich import Sandwich
 from stableopt.nn.splines import LinearSpline
@@ -27,6 +28,7 @@ from stableopt.nn.stabilize import layer_limit, stabilize
 from stableopt.nn.structure import Concat, Merge, Parallel
 from stableopt.nn.table import table
 from stableopt.nn.tokens import token_rule
+from stableopt.nn.training_constants import training_constant
 from stableopt.nn.uniform import uniform_bound
 from stableopt.nn.weights import METHODS, Geometry, WeightMap
 
@@ -35,7 +37,10 @@ __all__ = [
     "AveragedResidual",
     "BallProjection",
     "BatchCentering",
+    "BoundedNorm",
     "CellBound",
+    "ClippedAttention",
+    "CompensatedPair",
     "Concat",
     "FoldedBlock",
     "Geometry",
@@ -54,11 +59,14 @@ __all__ = [
     "Merge",
     "NActivation",
     "Parallel",
+    "ResidualStack",
+    "Positions",
     "SLL",
     "Sandwich",
     "Scale",
     "ScaledAvgPool",
     "SoftAbs",
+    "TransformerBlock",
     "UnitRowLinear",
     "WeightMap",
     "activation_constant",
@@ -80,5 +88,6 @@ __all__ = [
     "stabilize",
     "table",
     "token_rule",
+    "training_constant",
     "uniform_bound",
 ]

@@ -9,14 +9,22 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
 from stableopt.nn.rules import lipschitz
 from stableopt.nn.uniform import uniform_parts
 
-__all__ = ["branch_constant", "branches_of", "check_branches", "part_bound", "refuse_in_place", "uniform_of_branches"]
+__all__ = [
+    "branch_constant",
+    "branches_of",
+    "check_branches",
+    "part_bound",
+    "refuse_in_place",
+    "same_shape",
+    "uniform_of_branches",
+]
 
 
 @functools.singledispatch
@@ -113,6 +121,28 @@ def part_bound(branch: nn.Module, path: str, norm: str) -> Bound:
     except UncertifiableError as error:
         raise UncertifiableError(f"in {path}: {error}") from error
     return Bound(0.0, bound.upper, bound.proved)
+
+
+def same_shape(output: Tensor, input: Tensor, name: str) -> Tensor:  # noqa: A002 the name torch uses
+    """Return the output of a branch that is added to its input, after checking that torch does not broadcast it.
+
+    Args:
+        output: of the branch.
+        input: of the branch.
+        name: what the message calls it.
+
+    Raises:
+        ValueError: if the shapes differ.
+
+    Examples:
+        >>> import torch
+        >>> same_shape(torch.ones(2, 1), torch.ones(2, 3), "the branch of an AveragedResidual")
+        Traceback (most recent call last):
+        ValueError: the branch of an AveragedResidual must keep the shape, got (2, 1) from (2, 3).
+    """
+    if output.shape != input.shape:
+        raise ValueError(f"{name} must keep the shape, got {tuple(output.shape)} from {tuple(input.shape)}.")
+    return output
 
 
 def uniform_of_branches(module: nn.Module, norm: str) -> Bound | None:

@@ -3,6 +3,7 @@ r"""The convex mix of the input and a branch: nonexpansive in every norm in whic
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from stableopt.nn.branches import (
     check_branches,
     part_bound,
     refuse_in_place,
+    same_shape,
     uniform_of_branches,
 )
 from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule
@@ -86,13 +88,9 @@ class AveragedResidual(nn.Module):
         """
         return self.weight if self.raw_weight is None else wide(self.raw_weight)[0].sigmoid()
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
-        """Return the mix of the input and the branch."""
-        output = self.branch(input)
-        if output.shape != input.shape:
-            raise ValueError(
-                f"the branch of an AveragedResidual must keep the shape, got {tuple(output.shape)} from {tuple(input.shape)}."
-            )
+    def forward(self, input: Tensor, *others: Any, **options: Any) -> Tensor:  # noqa: A002 the name torch uses
+        """Return the mix of the input and the branch; further arguments, such as masks, go to the branch."""
+        output = same_shape(self.branch(input, *others, **options), input, "the branch of an AveragedResidual")
         return input + self.step_size() * (output - input)
 
     def extra_repr(self) -> str:

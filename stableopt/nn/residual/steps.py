@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from stableopt.nn.arguments import check_sizes
 
-__all__ = ["initial_fraction", "raw_fraction", "rounding_slack"]
+__all__ = ["SMALLEST", "floored", "initial_fraction", "raw_fraction", "rounding_slack"]
+
+SMALLEST = 1e-6
+"""Floor of the denominator of a step limit, so that a block with a zero weight has a finite step."""
 
 
 def initial_fraction(step: float | None, depth: int) -> float:
@@ -68,3 +71,16 @@ def rounding_slack(weight: Tensor) -> float:
     shape = (weight.shape[0], math.prod(weight.shape[1:]))
     terms, rank = sum(shape), min(shape)
     return 4.0 * (terms + 8) * torch.finfo(weight.dtype).eps + 2.0**-50 * rank * terms
+
+
+def floored(denominator: Tensor | float) -> Tensor | float:
+    """Return the denominator of a step limit, at least :data:`SMALLEST`.
+
+    Args:
+        denominator: a 0-d tensor, or a number.
+
+    Examples:
+        >>> floored(0.0), floored(torch.tensor(2.0))
+        (1e-06, tensor(2.))
+    """
+    return denominator.clamp_min(SMALLEST) if isinstance(denominator, Tensor) else max(denominator, SMALLEST)
