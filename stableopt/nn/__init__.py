@@ -16,15 +16,43 @@ from stableopt.nn.export import export, plain_state_dict, release
 from stableopt.nn.gap import norm_gap
 from stableopt.nn.heads import UnitRowLinear, margin_constants, margin_radii
 from stableopt.nn.householder import Householder
+from stableopt.nn.implicit import Anderson, Fista, ForwardBackward, ProximalBlock, ResolventBlock
+from stableopt.nn.isometric import HamiltonianBlock, SkewBlock, SkewEulerBlock
 from stableopt.nn.layers import layers
 from stableopt.nn.losses import MarginCrossEntropy
 from stableopt.nn.pooling import InvertibleDownsampling, L2NormPool, ScaledAvgPool
 from stableopt.nn.recurrent import CellBound, cell_bound, cell_rule, sequence_gain
-from stableopt.nn.residual import SLL, AveragedResidual, CompensatedPair, FoldedBlock, GradientBlock, ResidualStack
+from stableopt.nn.residual import (
+    SLL,
+    AveragedResidual,
+    CompensatedPair,
+    DissipativeBlock,
+    DissipativeField,
+    Field,
+    FieldBound,
+    FoldedBlock,
+    GradientBlock,
+    GradientField,
+    InfNormBlock,
+    InfNormField,
+    ResidualStack,
+    RungeKuttaBlock,
+    damped_bound,
+    field_bound,
+)
 from stableopt.nn.rules import lipschitz
 from stableopt.nn.sandwich import Sandwich
 from stableopt.nn.splines import LinearSpline
 from stableopt.nn.stabilize import layer_limit, stabilize
+from stableopt.nn.statespace import (
+    CappedLinear,
+    DiagonalStateSpace,
+    LinearSystem,
+    StateSpaceBlock,
+    StateSpaceStack,
+    discretize,
+    stable_eigenvalues,
+)
 from stableopt.nn.structure import Concat, Merge, Parallel
 from stableopt.nn.table import table
 from stableopt.nn.tokens import token_rule
@@ -34,38 +62,59 @@ from stableopt.nn.weights import METHODS, Geometry, WeightMap
 
 __all__ = [
     "Abs",
+    "Anderson",
     "AveragedResidual",
     "BallProjection",
     "BatchCentering",
     "BoundedNorm",
+    "CappedLinear",
     "CellBound",
     "ClippedAttention",
     "CompensatedPair",
     "Concat",
+    "DiagonalStateSpace",
+    "DissipativeBlock",
+    "DissipativeField",
+    "Field",
+    "FieldBound",
+    "Fista",
     "FoldedBlock",
+    "ForwardBackward",
     "Geometry",
     "GradientBlock",
+    "GradientField",
     "GroupSort",
+    "HamiltonianBlock",
     "Householder",
+    "InfNormBlock",
+    "InfNormField",
     "InputNormalization",
     "InvertibleDownsampling",
     "L2NormPool",
     "LayerCentering",
     "LearnedBudget",
     "LinearSpline",
-    "METHODS",
+    "LinearSystem",
     "MarginCrossEntropy",
     "MaxMin",
     "Merge",
+    "METHODS",
     "NActivation",
     "Parallel",
-    "ResidualStack",
     "Positions",
-    "SLL",
+    "ProximalBlock",
+    "ResidualStack",
+    "ResolventBlock",
+    "RungeKuttaBlock",
     "Sandwich",
     "Scale",
     "ScaledAvgPool",
+    "SkewBlock",
+    "SkewEulerBlock",
+    "SLL",
     "SoftAbs",
+    "StateSpaceBlock",
+    "StateSpaceStack",
     "TransformerBlock",
     "UnitRowLinear",
     "WeightMap",
@@ -73,7 +122,10 @@ __all__ = [
     "cell_bound",
     "cell_rule",
     "constrain",
+    "damped_bound",
+    "discretize",
     "export",
+    "field_bound",
     "layer_limit",
     "layers",
     "lipschitz",
@@ -86,6 +138,7 @@ __all__ = [
     "release",
     "sequence_gain",
     "stabilize",
+    "stable_eigenvalues",
     "table",
     "token_rule",
     "training_constant",
