@@ -16,7 +16,15 @@ from stableopt.nn.export import export, plain_state_dict, release
 from stableopt.nn.gap import norm_gap
 from stableopt.nn.heads import UnitRowLinear, margin_constants, margin_radii
 from stableopt.nn.householder import Householder
-from stableopt.nn.implicit import Anderson, Fista, ForwardBackward, ProximalBlock, ResolventBlock
+from stableopt.nn.implicit import (
+    Anderson,
+    BackwardEulerBlock,
+    Fista,
+    ForwardBackward,
+    ProximalBlock,
+    ResolventBlock,
+)
+from stableopt.nn.input_clip import clip_input
 from stableopt.nn.isometric import HamiltonianBlock, SkewBlock, SkewEulerBlock
 from stableopt.nn.layers import layers
 from stableopt.nn.losses import MarginCrossEntropy
@@ -33,11 +41,14 @@ from stableopt.nn.recurrent import (
     RecurrentCell,
     cell_bound,
     cell_rule,
+    contracting,
+    layer_bounds,
     sequence_gain,
 )
 from stableopt.nn.residual import (
     SLL,
     AveragedResidual,
+    CFLBlock,
     CompensatedPair,
     DissipativeBlock,
     DissipativeField,
@@ -50,6 +61,7 @@ from stableopt.nn.residual import (
     InfNormField,
     ResidualStack,
     RungeKuttaBlock,
+    cfl,
     damped_bound,
     field_bound,
 )
@@ -78,9 +90,11 @@ __all__ = [
     "Anderson",
     "AntisymmetricCell",
     "AveragedResidual",
+    "BackwardEulerBlock",
     "BallProjection",
     "BatchCentering",
     "BoundedNorm",
+    "CFLBlock",
     "CappedLinear",
     "CellBound",
     "ClippedAttention",
@@ -141,12 +155,16 @@ __all__ = [
     "WeightMap",
     "activation_constant",
     "cell_bound",
+    "cfl",
     "cell_rule",
+    "clip_input",
     "constrain",
+    "contracting",
     "damped_bound",
     "discretize",
     "export",
     "field_bound",
+    "layer_bounds",
     "layer_limit",
     "layers",
     "lipschitz",
