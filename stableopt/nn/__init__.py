@@ -11,6 +11,7 @@ from stableopt.nn.attention import BoundedNorm, ClippedAttention, Positions, Tra
 from stableopt.nn.budget import LearnedBudget
 from stableopt.nn.centering import BallProjection, BatchCentering, InputNormalization, LayerCentering
 from stableopt.nn.constrain import constrain, parameter_groups
+from stableopt.nn.continuous import ContinuousDepth, FlowBound, flow_bound
 from stableopt.nn.dispatch import lipschitz_rule
 from stableopt.nn.export import export, plain_state_dict, release
 from stableopt.nn.gap import norm_gap
@@ -50,6 +51,7 @@ from stableopt.nn.residual import (
     AveragedResidual,
     CFLBlock,
     CompensatedPair,
+    ConvGradientBlock,
     DissipativeBlock,
     DissipativeField,
     Field,
@@ -100,14 +102,17 @@ __all__ = [
     "ClippedAttention",
     "CompensatedPair",
     "Concat",
+    "ConvGradientBlock",
     "ContractingCell",
     "DiagonalMetricCell",
+    "ContinuousDepth",
     "DiagonalStateSpace",
     "DissipativeBlock",
     "DissipativeField",
     "Field",
     "FieldBound",
     "Fista",
+    "FlowBound",
     "FoldedBlock",
     "ForwardBackward",
     "Geometry",
@@ -165,6 +170,7 @@ __all__ = [
     "export",
     "field_bound",
     "layer_bounds",
+    "flow_bound",
     "layer_limit",
     "layers",
     "lipschitz",
