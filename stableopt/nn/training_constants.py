@@ -176,8 +176,8 @@ def _fixed(branch: nn.Module, norm: str, owner: str) -> dict[str, float]:
         if bound is None or not bound.proved or math.isinf(bound.upper):
             raise UncertifiableError(
                 f"{named(layer, path)} in a branch of {owner} has no constant that holds for all values of its parameters, and "
-                "none that is measured while it is trained. Replace it, freeze it with requires_grad_(False), or register a function: "
-                f"@stableopt.nn.training_constant.register({type(layer).__name__})."
+                "none that is measured while it is trained. Replace it, freeze it with requires_grad_(False), or register a "
+                f"function: @stableopt.nn.training_constant.register({type(layer).__name__})."
             )
         fixed[path] = bound.upper
     return fixed

@@ -2,7 +2,9 @@ r"""Residual blocks :math:`h^+ = h + \tau f(h)` whose step obeys the discrete CF
 
 from stableopt.nn.residual import contractions as _contractions  # noqa: F401 it registers
 from stableopt.nn.residual.averaged import AveragedResidual
+from stableopt.nn.residual.cfl import CFLBlock, cfl
 from stableopt.nn.residual.compensated import CompensatedPair
+from stableopt.nn.residual.conv_gradient import ConvGradientBlock
 from stableopt.nn.residual.dissipative import DissipativeBlock, DissipativeField
 from stableopt.nn.residual.fields import Field, FieldBound, GradientField, damped_bound, field_bound
 from stableopt.nn.residual.gradient import FoldedBlock, GradientBlock
@@ -13,7 +15,10 @@ from stableopt.nn.residual.stack import ResidualStack
 
 __all__ = [
     "AveragedResidual",
+    "CFLBlock",
+    "cfl",
     "CompensatedPair",
+    "ConvGradientBlock",
     "damped_bound",
     "DissipativeBlock",
     "DissipativeField",

@@ -108,7 +108,7 @@ class ResidualStack(nn.Module):
 
         Examples:
             >>> stack = ResidualStack([nn.Tanh(), nn.Sigmoid()], budget=math.e, allocate="uniform")
-            >>> [round(step, 6) for step in stack.step_sizes().tolist()]
+            >>> [round(step, 4) for step in stack.step_sizes().tolist()]
             [0.25, 1.0]
         """
         return torch.stack(self._steps())
@@ -118,7 +118,7 @@ class ResidualStack(nn.Module):
 
         Examples:
             >>> stack = ResidualStack([nn.Tanh(), nn.Sigmoid()], budget=math.e)
-            >>> [round(exponent, 6) for exponent in stack.exponents().tolist()]
+            >>> [round(exponent, 4) for exponent in stack.exponents().tolist()]
             [0.25, 0.25]
         """
         raw, depth = wide(self.raw_step), len(self.branches)
