@@ -7,21 +7,21 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from stableopt.linalg import Bound, gram_norm, inf_norm, one_norm, spectral_norm
-from stableopt.nn.arguments import check_nonnegative, check_sizes
+from stableopt.errors import UncertifiableError
+from stableopt.linalg import Bound, spectral_norm
+from stableopt.nn.arguments import check_sizes
 from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule
-from stableopt.nn.precision import full_precision, wide
-from stableopt.nn.residual.steps import initial_fraction, raw_fraction, rounding_slack
+from stableopt.nn.residual.gradient_step import GradientStep, gradient_step_factor
 from stableopt.nn.tokens import token_rule
 from stableopt.nn.uniform import uniform_rule
-from stableopt.nn.unit_slopes import UNIT_SLOPES, check_unit_slopes
+from stableopt.nn.weights.geometry import Geometry
 
 __all__ = ["FoldedBlock", "GradientBlock"]
 
-_SMALLEST = 1e-6
-"""Floor of the denominator of the step limit, so that a block with a zero weight has a finite step."""
+_HOMOGENEOUS = ("relu", "leaky_relu")
+r"""Activations with :math:`\sigma(tz) = t\sigma(z)` for :math:`t \ge 0`, which take a step per unit into the weight."""
 
 
 class FoldedBlock(NamedTuple):
@@ -39,7 +39,7 @@ class FoldedBlock(NamedTuple):
     activation: str
 
 
-class GradientBlock(nn.Module):
+class GradientBlock(GradientStep):
     r"""Residual block that takes a gradient step on a convex function, hence never expands.
 
     .. math::
@@ -51,6 +51,16 @@ class GradientBlock(nn.Module):
     value of the parameters :math:`A, b, r`. The limit is sharp: just past it, a bias that makes all units active gives an
     expansion.
 
+    With ``bound="rows"`` every hidden unit has a step of its own, no norm is needed, and
+
+    .. math::
+        h \mapsto (1 - \tau m)\, h - A^\top S\,\sigma(A h + b), \qquad
+        s_i = \operatorname{sigmoid}(r_i)\, \frac{2}{2m + \sum_j |AA^\top|_{ij}\, q_j/q_i}
+
+    with learned :math:`q > 0` and a learned :math:`\tau \le 2/(2m + \max_i \sum_j |AA^\top|_{ij}\, q_j/q_i)`. The spectrum
+    lies in :math:`[1 - \tau m - \|S^{1/2}A\|_2^2,\; 1 - \tau m]`, and :math:`2\tau m + \|S^{1/2}A\|_2^2 \le 2` by Gershgorin's
+    theorem (proof: :mod:`stableopt.nn.residual.per_unit`); without damping, at full steps, it is :class:`stableopt.nn.SLL`.
+
     Args:
         dim: number of features of input and output.
         hidden: rows of :math:`A`; None for ``dim``.
@@ -59,18 +69,26 @@ class GradientBlock(nn.Module):
         activation: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"softplus"`` or ``"hardtanh"``.
         strong: :math:`m \ge 0`, the strength of the linear damping.
         step: initial step as a fraction of its limit, in (0, 1); None for the one that fits the depth.
+        bound: how :math:`U` is computed. ``"gram"``: Gram iteration, 2 % above the norm for 64 units that are orthogonal and less
+            for others; ``"frobenius"`` and ``"schur"`` (:math:`U^2 = \|A\|_1\|A\|_\infty`): hardly any cost, and steps that
+            are smaller by the rank, and for random entries by 60 times with 256 units. ``"rows"``: a step per unit, for the
+            cost of one product :math:`AA^\top`.
+        limit_gradient: whether the backward pass goes through the limit of the step. False takes the limit as a constant there,
+            which halves the cost of ``"gram"`` and is no gradient of the loss any more; the bound does not depend on it.
 
     Raises:
         ValueError: if an argument is out of range, or the activation has slopes outside [0, 1].
 
     Note:
-        :math:`U` comes from Gram iteration, an upper bound in exact arithmetic, and the step is shrunk by a small multiple of the
-        machine precision against rounding. What is proved about the stored numbers is said by :func:`stableopt.nn.lipschitz`.
-        The denominator has a floor of 1e-6. The branch is in the dtype of the input; the step is computed in at least float32.
+        :math:`U` is an upper bound in exact arithmetic, and the step is shrunk by a small multiple of the machine precision
+        against rounding. What is proved about the stored numbers is said by :func:`stableopt.nn.lipschitz`; in the maximum norm
+        and its dual that is more than 1. The denominator has a floor of 1e-6 (rows: 1e-8). The branch is in the dtype of the
+        input; the step is computed in at least float32, and steps per unit are rounded down to the dtype of the weight.
 
     References:
         Meunier, Delattre, Araujo and Allauzen, *A Dynamical System Perspective for Lipschitz Neural Networks*, 2022; Baillon and
-        Haddad, 1977 (the limit).
+        Haddad, 1977 (the limit); Araujo, Havens, Delattre, Allauzen and Hu, *A Unified Algebraic Perspective on Lipschitz Neural
+        Networks*, 2023 (steps from row sums).
 
     Examples:
         >>> _ = torch.manual_seed(0)
@@ -78,6 +96,12 @@ class GradientBlock(nn.Module):
         >>> x, y = torch.randn(4), torch.randn(4)
         >>> bool((block(x) - block(y)).norm() <= (x - y).norm())
         True
+        >>> block = GradientBlock(2, step=0.25)
+        >>> _ = torch.nn.init.eye_(block.weight)
+        >>> bool(0.48 < block.step_size() <= 0.5)  # a quarter of 2 / |I|^2, up to the excess of the Gram iteration
+        True
+        >>> GradientBlock(2, strong=1.0, bound="rows").step_sizes().round(decimals=3)  # half of 2 / (2 m + 1)
+        tensor([0.3330, 0.3330], grad_fn=...)
     """
 
     def __init__(
@@ -89,57 +113,43 @@ class GradientBlock(nn.Module):
         activation: str = "relu",
         strong: float = 0.0,
         step: float | None = None,
+        bound: str = "gram",
+        limit_gradient: bool = True,
     ) -> None:
-        super().__init__()
         hidden = dim if hidden is None else hidden
         check_sizes(dim=dim, hidden=hidden)
-        check_nonnegative(strong=strong)
-        fraction = initial_fraction(step, depth)
-        check_unit_slopes(activation, "GradientBlock")
-        self.activation = activation
-        self.strong = float(strong)
-        self.weight = nn.Parameter(torch.empty(hidden, dim))
-        self.bias = nn.Parameter(torch.zeros(hidden))
-        self.raw_step = raw_fraction(fraction)
-        self.reset_parameters()
+        super().__init__(
+            torch.empty(hidden, dim),
+            Geometry("linear"),
+            depth=depth,
+            activation=activation,
+            strong=strong,
+            step=step,
+            bound=bound,
+            limit_gradient=limit_gradient,
+        )
 
-    def reset_parameters(self) -> None:
-        """Draw a new weight with orthonormal rows or columns and set the bias to zero; the step stays."""
-        nn.init.orthogonal_(self.weight)
-        nn.init.zeros_(self.bias)
+    def _linear(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
+        return F.linear(input, self.weight, self.bias)
 
-    def step_size(self) -> Tensor:
-        r"""Return the step :math:`\tau` that ``forward`` uses now, a 0-d tensor, at least float32 and differentiable.
+    def _adjoint(self, hidden: Tensor) -> Tensor:
+        return F.linear(hidden, self.weight.mT)
 
-        Examples:
-            >>> block = GradientBlock(2, step=0.25)
-            >>> _ = nn.init.eye_(block.weight)
-            >>> bool(
-            ...     0.45 < block.step_size() <= 0.5
-            ... )  # a quarter of 2 / ||I||^2, up to the excess of the Gram iteration
-            True
-        """
-        weight = wide(self.weight)
-        with full_precision(weight):
-            U = gram_norm(weight)
-        limit = 2.0 / (2.0 * self.strong + U * U).clamp_min(_SMALLEST)
-        return (1.0 - rounding_slack(weight)) * limit * self.raw_step[0].to(weight.dtype).sigmoid()
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
-        """Return the next state; the features are the last dimension of the input."""
-        branch = F.linear(UNIT_SLOPES[self.activation](F.linear(input, self.weight, self.bias)), self.weight.mT)
-        if self.strong:
-            branch = branch + self.strong * input
-        return input - self.step_size() * branch
+    def _per_unit(self, steps: Tensor) -> Tensor:
+        return steps
 
     def folded(self) -> FoldedBlock:
         r"""Return the current numbers with the step rounded down until :math:`\tau(2m + \|A\|_2^2) \le 2` is proved.
+
+        Steps per unit go into the weight where the activation is positively homogeneous:
+        :math:`s\,\sigma(z) = \sqrt s\,\sigma(\sqrt s z)`. The step is then 1 and the damping :math:`\tau m`.
 
         Returns:
             Copies of weight and bias, the step, the damping and the name of the activation. The step differs from
             :meth:`step_size` only if that one exceeds the proved limit.
 
         Raises:
+            UncertifiableError: with ``bound="rows"``, if the activation is not positively homogeneous.
             ValueError: if a parameter is NaN or infinite.
 
         Examples:
@@ -149,35 +159,35 @@ class GradientBlock(nn.Module):
             True
         """
         with torch.no_grad():
-            weight, bias, tau = self.weight.detach().clone(), self.bias.detach().clone(), float(self.step_size())
-        if not (math.isfinite(tau) and bool(bias.isfinite().all())):
+            weight, bias, tau, strong = self._numbers()
+        if not (math.isfinite(tau) and math.isfinite(strong) and bool(bias.isfinite().all())):
             raise ValueError(f"a GradientBlock with NaN or infinite parameters cannot be folded (step {tau}).")
-        curvature = Bound.point(self.strong) * 2 + Bound.point(spectral_norm(weight).upper) ** 2
+        curvature = Bound.point(strong) * 2 + Bound.point(spectral_norm(weight).upper) ** 2
         if curvature.upper > 0:
             tau = min(tau, (2.0 / Bound.point(curvature.upper)).lower)  # rounded down, so the product is at most 2
-        return FoldedBlock(weight, bias, tau, self.strong, self.activation)
+        return FoldedBlock(weight, bias, tau, strong, self.activation)
+
+    def _numbers(self) -> tuple[Tensor, Tensor, float, float]:
+        """Return weight, bias, step and damping of the block with a single step that computes the same."""
+        if self.bound != "rows":
+            return self.weight.clone(), self.bias.clone(), float(self.step_size()), self.strong
+        if self.activation not in _HOMOGENEOUS:
+            raise UncertifiableError(
+                f"a certificate has one step per block, and steps per unit go into the weight only with "
+                f"{' or '.join(_HOMOGENEOUS)}, got {self.activation}. Use one of these, or bound='gram'."
+            )
+        root = self.step_sizes().sqrt()
+        return root[:, None] * self.weight, root * self.bias, 1.0, float(self.damping())
 
     def extra_repr(self) -> str:
         """Return the arguments for printing."""
         hidden, dim = self.weight.shape
-        return f"{dim}, {hidden}, activation={self.activation!r}, strong={self.strong}"
+        return f"{dim}, {hidden}, {self._settings()}"
 
 
 @lipschitz_rule.register(GradientBlock)
 def _gradient_block(module: GradientBlock, norm: str) -> Bound:
-    r"""Bound :math:`I - \tau(mI + A^\top D A)`, :math:`0 \preceq D \preceq I`.
-
-    In l2 by the ends of its spectrum, in linf and l1 by :math:`|1 - \tau m| + \tau\|A^\top\|_\infty\|A\|_\infty` (loose, above 1).
-    """
-    tau = float(module.step_size().detach())
-    if not math.isfinite(tau) or not bool(module.bias.isfinite().all()):
-        raise ValueError(f"no bound holds for a GradientBlock with NaN or infinite parameters (step {tau}).")
-    smallest = abs(1.0 - Bound.point(tau) * module.strong)
-    if norm != "l2":
-        return Bound(0.0, (smallest + tau * one_norm(module.weight) * inf_norm(module.weight)).upper)
-    U = spectral_norm(module.weight).upper
-    largest = abs(1.0 - Bound.point(tau) * (Bound.point(module.strong) + Bound.point(U) ** 2))
-    return Bound(0.0, smallest.join(largest).upper)
+    return gradient_step_factor(module, norm)
 
 
 @uniform_rule.register(GradientBlock)
@@ -187,4 +197,4 @@ def _uniform(module: GradientBlock, norm: str) -> Bound | None:  # noqa: ARG001 
 
 @token_rule.register(GradientBlock)
 def _token(module: GradientBlock) -> Bound:
-    return _gradient_block(module, "l2")
+    return gradient_step_factor(module, "l2")

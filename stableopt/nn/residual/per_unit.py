@@ -40,7 +40,16 @@ from stableopt.nn.positive import bounded_exp
 from stableopt.nn.precision import full_precision, wide
 from stableopt.theory import strongly_convex_factor
 
-__all__ = ["UnitSteps", "damped_factor", "rounding_of_rows", "row_factor", "row_sums", "scaled_rows", "unit_steps"]
+__all__ = [
+    "UnitSteps",
+    "damped_factor",
+    "rounding_of_rows",
+    "row_curvature",
+    "row_factor",
+    "row_sums",
+    "scaled_rows",
+    "unit_steps",
+]
 
 _SMALLEST = 1e-8
 """Floor of the denominators, so that a row of zeros has a finite step."""
@@ -166,6 +175,35 @@ def damped_factor(damping: Bound, curvature: Bound) -> Bound:
     """
     factor = strongly_convex_factor(Bound.point(1.0), damping, damping + curvature.upper)
     return Bound(0.0, factor.upper if isinstance(factor, Bound) else factor)
+
+
+def row_curvature(scaled: Tensor, steps: Tensor, q: Tensor, groups: int = 1) -> Bound:
+    r"""Bound :math:`\|S^{1/2}A\|_2^2` by the row sums, for a matrix or a kernel and images of any size.
+
+    With :math:`B = S^{1/2}A` and the weights :math:`q_j/\sqrt{s_j}` the sums are :math:`s_ir_i`. The computed Gram matrix is off by
+    :math:`|E_{ij}| \le \gamma|b_i||b_j|` at each of the lags, a matrix whose norm is at most :math:`\gamma\|B\|_F^2` per lag.
+
+    Args:
+        scaled: :math:`B` in float64, from :func:`scaled_rows`.
+        steps: :math:`s`, which the weights need.
+        q: positive, of shape ``(hidden,)``; the bound holds for every one.
+        groups: of the convolution.
+
+    Examples:
+        >>> two = torch.tensor([[1.0], [1.0]], dtype=torch.float64)
+        >>> ones = torch.ones(2, dtype=torch.float64)
+        >>> round(row_curvature(two, ones, ones).upper, 12)
+        2.0
+    """
+    weights = q / steps.sqrt().clamp_min(1e-150)
+    sums = float(row_sums(scaled, weights, groups).max())
+    lags = math.prod([2 * k - 1 for k in scaled.shape[2:]])
+    terms, of_sums = scaled[0].numel(), lags * len(scaled) // groups
+    size = Bound.point(max(frobenius_norm(part.flatten(1)).upper for part in scaled.chunk(groups))) ** 2
+    exact = Bound.point(math.inf if math.isnan(sums) else sums) * (1.0 + (of_sums + 16) * 2.0**-52)
+    exact = exact + size * ((terms + 2) * 2.0**-52 * lags) + 1e-280
+    drift = rounding_of_rows(scaled) * math.sqrt(math.prod(scaled.shape[2:]))
+    return Bound(0.0, ((exact.sqrt() + drift) ** 2).upper)
 
 
 def row_factor(scaled: Tensor, damping: Bound) -> Bound:
