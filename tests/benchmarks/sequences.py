@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -193,7 +194,33 @@ STOCK = [
 ]
 
 
-ROWS: list[Row] = [*STOCK]
+def over_time(
+    cell: Callable[..., nn.Module], readout: Callable[[int], nn.Module] | None = None, **options: Any
+) -> Build:
+    """Return a maker of a cell over time, a readout of one vector (the last state) and a linear map to the logits."""
+
+    def build(data: Split, hidden: int) -> nn.Module:
+        read = stable.LastStep() if readout is None else readout(data.steps)
+        options.setdefault("memory", data.steps)
+        return nn.Sequential(
+            stable.Recurrence(cell(data.channels, hidden, **options)), read, nn.Linear(hidden, data.classes)
+        )
+
+    return build
+
+
+CELLS = [
+    Row("ContractingCell", over_time(stable.ContractingCell), "linf"),
+    Row("ContractingCell, gain 1", over_time(stable.ContractingCell, gain=1.0), "linf"),
+    Row("LeakyCell l2", over_time(stable.LeakyCell), "l2"),
+    Row("LeakyCell linf", over_time(stable.LeakyCell, norm="linf"), "linf"),
+    Row("DiagonalMetricCell", over_time(stable.DiagonalMetricCell), "l2"),
+    Row("AntisymmetricCell", over_time(stable.AntisymmetricCell), "l2"),
+    Row("AntisymmetricCell, gain 1", over_time(stable.AntisymmetricCell, gain=1.0), "l2"),
+]
+
+
+ROWS: list[Row] = [*STOCK, *CELLS]
 """What is compared; a family of models is a list of its own above, added here."""
 
 

@@ -17,7 +17,7 @@ from stableopt.nn.residual.steps import rounding_slack
 from stableopt.nn.unit_slopes import UNIT_SLOPES, check_unit_slopes
 from stableopt.nn.weights.isometry import one_matrix, stored
 
-__all__ = ["RecurrentCell", "capped", "check_memory", "log_spaced", "logit", "proof_slack"]
+__all__ = ["RecurrentCell", "capped", "check_memory", "cyclic", "initial_steps", "logit", "proof_slack"]
 
 _SMALLEST = 1e-30
 """Floor of a norm that is divided by."""
@@ -171,7 +171,7 @@ def proof_slack(terms: int, rate: float) -> float:
         rate: the cap of the factor.
 
     Examples:
-        >>> 0.0 < proof_slack(64, 0.99) < 1e-11
+        >>> 0.0 < proof_slack(64, 0.99) < 1e-10
         True
     """
     return 8.0 * (terms + 12) * 2.0**-52 / (1.0 - rate)
@@ -187,11 +187,41 @@ def logit(fraction: Tensor) -> Tensor:
     return fraction.clamp(1e-4, 1.0 - 1e-4).logit()
 
 
-def log_spaced(low: float, high: float, n: int) -> Tensor:
-    """Return numbers from ``low`` to ``high`` with equal quotients, ``low`` first.
+def initial_steps(memory: int, margin: float, n: int) -> Tensor:
+    r"""Return steps from the one with :math:`1 - \tau\,\text{margin} = 1 - 1/\text{memory}` up to 0.95, with equal quotients.
+
+    Args:
+        memory: the number of steps over which the slowest unit forgets.
+        margin: one minus the norm of what is mixed in, positive.
+        n: the number of units.
 
     Examples:
-        >>> log_spaced(0.25, 1.0, 3).tolist()
-        [0.25, 0.5, 1.0]
+        >>> initial_steps(4, 1.0, 1).tolist()
+        [0.25]
     """
-    return torch.logspace(math.log2(low), math.log2(high), n, base=2.0)
+    slowest = min(0.95, 1.0 / (memory * margin))
+    return torch.logspace(math.log2(slowest), math.log2(0.95), n, base=2.0)
+
+
+def cyclic(weight: Tensor, size: float) -> None:
+    r"""Fill a square matrix in place with a random cycle of all units, with random signs, times a number, plus a little noise.
+
+    A dense random matrix with rows of the absolute sum 1 has a Euclidean norm of about :math:`n^{-1/2}`: a state is averaged away
+    in one step. A cycle has the norm 1 in l2 as in linf, and hands the state on.
+
+    Args:
+        weight: the matrix.
+        size: the absolute value of the entries of the cycle.
+
+    Examples:
+        >>> weight = torch.zeros(3, 3)
+        >>> cyclic(weight, 1.0)
+        >>> bool((weight.abs().round().sum(1) == 1.0).all())
+        True
+    """
+    n = len(weight)
+    with torch.no_grad():
+        nn.init.normal_(weight, std=0.1 / n)
+        order = torch.randperm(n, device=weight.device)
+        signs = torch.randint(0, 2, (n,), device=weight.device) * 2 - 1
+        weight[order, order.roll(1)] += size * signs.to(weight.dtype)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stableopt.nn.infinity_parametrization import log_norm_bounded
 from stableopt.nn.precision import full_precision, wide
 from stableopt.nn.recurrent.bounds import CellBound, cell_rule
-from stableopt.nn.recurrent.cell import RecurrentCell, capped, check_memory, log_spaced, logit, proof_slack
+from stableopt.nn.recurrent.cell import RecurrentCell, capped, check_memory, cyclic, initial_steps, logit, proof_slack
 from stableopt.nn.recurrent.constants import check_finite, from_state, row_constants
 from stableopt.nn.residual.sll import bounded_exp
 
@@ -75,7 +75,7 @@ class ContractingCell(RecurrentCell):
         input_size: int,
         hidden_size: int,
         *,
-        log_norm: float = 0.5,
+        log_norm: float = 0.9,
         rate: float = 0.99,
         memory: int = 16,
         activation: str = "tanh",
@@ -109,12 +109,12 @@ class ContractingCell(RecurrentCell):
         super().reset_parameters()
         n = self.hidden_size
         with torch.no_grad():
-            nn.init.normal_(self.weight, std=n**-0.5)
+            cyclic(self.weight, max(self.log_norm, 0.5))
             self.weight.diagonal().fill_(-3.0)
             if self.raw_scaling is not None:
                 self.raw_scaling.zero_()
             largest = self._largest_steps(self.matrix())
-            steps = log_spaced(min(0.5, 1.0 / self.memory), 0.5, n).to(largest)
+            steps = initial_steps(self.memory, 1.0 - max(self.log_norm, 0.0), n).to(largest)
             floor = self.smallest_step
             self.raw_step.copy_(logit((steps - floor) / (largest - floor)))
 

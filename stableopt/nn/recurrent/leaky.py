@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stableopt.linalg import Bound, spectral_norm, upper
 from stableopt.nn.precision import full_precision, wide
 from stableopt.nn.recurrent.bounds import CellBound, cell_rule
-from stableopt.nn.recurrent.cell import RecurrentCell, capped, check_memory, log_spaced, logit, proof_slack
+from stableopt.nn.recurrent.cell import RecurrentCell, capped, check_memory, cyclic, initial_steps, logit, proof_slack
 from stableopt.nn.recurrent.constants import check_finite, from_state, into_state, row_constants
 from stableopt.theory import leaky_cell_factor
 
@@ -63,9 +63,9 @@ class LeakyCell(RecurrentCell):
         hidden_size: int,
         *,
         norm: str = "l2",
-        radius: float = 0.8,
+        radius: float = 0.9,
         rate: float = 0.99,
-        memory: int = 4,
+        memory: int = 16,
         activation: str = "tanh",
         gain: float | None = None,
     ) -> None:
@@ -92,10 +92,13 @@ class LeakyCell(RecurrentCell):
     def reset_parameters(self) -> None:
         """Draw new matrices, set the bias to zero and the leak to the memory."""
         super().reset_parameters()
-        nn.init.orthogonal_(self.weight)
-        slowest, floor = 1.0 / self.memory, self.smallest_step
+        if self.norm == "linf":
+            cyclic(self.weight, 1.0)
+        else:
+            nn.init.orthogonal_(self.weight)
+        floor = self.smallest_step
         with torch.no_grad():
-            steps = log_spaced(slowest, max(slowest, 0.5), len(self.raw_step)).to(self.raw_step)
+            steps = initial_steps(self.memory, 1.0 - self.radius, len(self.raw_step)).to(self.raw_step)
             self.raw_step.copy_(logit((steps - floor) / (1.0 - floor)))
 
     def step_size(self) -> Tensor:
