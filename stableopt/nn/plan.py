@@ -240,6 +240,11 @@ class _Finder:
     def _check_layer(self, layer: nn.Module, where: str) -> None:
         """Refuse a layer that is not known to be linear in its weight alone."""
         kind = registered_class(layer)
+        if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
+            raise UncertifiableError(
+                f"the gain of {named(layer, where)} is no product of the norms of its weights. Keep it contracting by "
+                "stableopt.nn.contracting and stabilize the layers around it, each by itself."
+            )
         if kind is None or isinstance(layer, nn.Embedding):
             rule_bound(layer, self.settings.norm, where)  # refuses it
         else:
@@ -267,6 +272,11 @@ class _Finder:
             raise UncertifiableError(
                 f"{named(layer, where)} has trainable parameters, so its Lipschitz constant {now.upper:.6g} may change while "
                 "training; freeze them with requires_grad_(False), or replace it."
+            )
+        if not bound.proved:
+            raise UncertifiableError(
+                f"the constant {bound.upper:.6g} of {named(layer, where)} is declared, not proved, so no limit of the model follows. "
+                "Replace it by a layer whose rule proves its constant."
             )
         return bound
 

@@ -40,7 +40,8 @@ def lipschitz(module: nn.Module, norm: str = "l2") -> Bound:
 
     Returns:
         An enclosure of the smallest :math:`L`; its upper end is proved for the numbers stored now and counts the rounding in its
-        own computation. For a chain it is the product of the layers' bounds and the lower end is 0.
+        own computation. For a chain it is the product of the layers' bounds and the lower end is 0. A bound that rests on what
+        you declared of a branch (:func:`stableopt.nn.cfl`) says ``proved=False``.
 
     Raises:
         TypeError: if ``module`` is no module.
@@ -61,7 +62,7 @@ def lipschitz(module: nn.Module, norm: str = "l2") -> Bound:
         True
         >>> lipschitz(nn.GRU(2, 2))
         Traceback (most recent call last):
-        stableopt.errors.UncertifiableError: no l2 Lipschitz rule is known for GRU: its gates multiply states ...
+        stableopt.errors.UncertifiableError: no l2 Lipschitz bound for sequences of every length is known for GRU: ...
     """
     require_norm(norm)
     if not isinstance(module, nn.Module):
