@@ -25,6 +25,8 @@ _ELEMENTWISE: tuple[type[nn.Module], ...] = (
 )  # fmt: skip
 _LAST_DIMENSION: tuple[type[nn.Module], ...] = (nn.Linear,)
 """What acts on each token alone and in the same way: the l2 constant of one token is that of all."""
+_REGROUPING: tuple[type[nn.Module], ...] = (nn.Unflatten,)
+"""What splits tokens or counts them in another way; no entry moves into the token of another."""
 
 
 @functools.singledispatch
@@ -65,5 +67,5 @@ def _of_one_token(module: nn.Module) -> Bound:
     return Bound(0.0, bound.upper, bound.proved)
 
 
-for _kind in (*_ELEMENTWISE, *_LAST_DIMENSION):
+for _kind in (*_ELEMENTWISE, *_LAST_DIMENSION, *_REGROUPING):
     token_rule.register(_kind, _of_one_token)

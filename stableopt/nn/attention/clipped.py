@@ -130,6 +130,55 @@ class ClippedAttention(nn.Module):
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(scale)))
         self.reset_parameters()
 
+    @classmethod
+    def from_torch(
+        cls,
+        attention: nn.MultiheadAttention,
+        radius: float | tuple[float, float, float],
+        *,
+        lipschitz: float | None = None,
+        causal: bool = False,
+    ) -> ClippedAttention:
+        r"""Take the weights of torch's attention; where nothing is clipped or limited the outputs are the same.
+
+        Args:
+            attention: self-attention with one size of queries, keys and values.
+            radius: as for the class. Without a limit the constant grows with it.
+            lipschitz: as for the class.
+            causal: as for the class; torch takes the mask at every call instead.
+
+        Raises:
+            TypeError: if ``attention`` is no MultiheadAttention.
+            ValueError: if it has keys or values of other sizes, ``add_bias_kv`` or ``add_zero_attn``.
+
+        Examples:
+            >>> plain = nn.MultiheadAttention(8, 2, batch_first=True)
+            >>> x = torch.randn(1, 3, 8)
+            >>> layer = ClippedAttention.from_torch(plain, radius=100.0)
+            >>> torch.allclose(layer(x), plain(x, x, x)[0], atol=1e-5)
+            True
+        """
+        if not isinstance(attention, nn.MultiheadAttention):
+            raise TypeError(f"from_torch needs a torch.nn.MultiheadAttention, got {type(attention).__name__}.")
+        if attention.in_proj_weight is None or attention.bias_k is not None or attention.add_zero_attn:
+            raise ValueError(
+                "from_torch needs a MultiheadAttention with one size of queries, keys and values and without add_bias_kv and "
+                "add_zero_attn, which this layer does not have."
+            )
+        weight, bias = attention.in_proj_weight, attention.in_proj_bias
+        layer = cls(
+            attention.embed_dim, attention.num_heads,
+            radius=radius, logit_scale=attention.head_dim**-0.5, lipschitz=lipschitz, causal=causal, bias=bias is not None,
+            dropout=attention.dropout,
+        ).to(weight)  # fmt: skip
+        state = dict(zip(("query_weight", "key_weight", "value_weight"), weight.detach().chunk(3), strict=True))
+        state |= {"output_weight": attention.out_proj.weight.detach(), "log_scale": layer.log_scale.detach()}
+        if bias is not None:
+            state |= dict(zip(("query_bias", "key_bias", "value_bias"), bias.detach().chunk(3), strict=True))
+            state["output_bias"] = attention.out_proj.bias.detach()
+        layer.load_state_dict(state)
+        return layer
+
     def reset_parameters(self) -> None:
         """Draw new weights with orthonormal rows or columns and set the biases to zero; the scale of the logits stays."""
         for name, parameter in self.named_parameters():

@@ -18,7 +18,7 @@ from stableopt.nn.rules import lipschitz
 from stableopt.nn.tokens import token_rule
 from stableopt.nn.uniform import uniform_bound, uniform_rule
 
-__all__ = ["Positions", "TransformerBlock"]
+__all__ = ["JoinTokens", "Positions", "TransformerBlock"]
 
 
 class Positions(nn.Module):
@@ -32,7 +32,8 @@ class Positions(nn.Module):
         max_length: the largest number of tokens.
         dim: size of a token.
         learned: whether :math:`p` is a parameter, drawn at the start; otherwise its entries are sines and cosines of the place.
-        size: root mean square of the entries of :math:`p` at the start.
+        size: norm of a vector :math:`p_i` at the start, in the units of the tokens (on average, if drawn). A position much larger
+            than the tokens and the radii of attention hides them.
 
     Raises:
         ValueError: if an argument is out of range; in ``forward``, if the input is too long or of another dimension.
@@ -43,8 +44,8 @@ class Positions(nn.Module):
     Examples:
         >>> layer = Positions(16, 4, learned=False)
         >>> layer(torch.zeros(1, 2, 4)).round(decimals=2)
-        tensor([[[0.0000, 1.4100, 0.0000, 1.4100],
-                 [1.1900, 0.7600, 0.0100, 1.4100]]])
+        tensor([[[0.0000, 0.7100, 0.0000, 0.7100],
+                 [0.6000, 0.3800, 0.0100, 0.7100]]])
     """
 
     vectors: Tensor
@@ -65,13 +66,13 @@ class Positions(nn.Module):
     def reset_parameters(self) -> None:
         """Draw the vectors, or compute them anew."""
         if self.learned:
-            self.vectors.normal_(std=self.size)
+            self.vectors.normal_(std=self.size / math.sqrt(self.vectors.shape[1]))
             return
         length, dim = self.vectors.shape
         place = torch.arange(length, dtype=torch.float64, device=self.vectors.device)[:, None]
         entry = torch.arange(dim, dtype=torch.float64, device=self.vectors.device)
         angle = place * 10_000.0 ** (-2.0 * (entry // 2) / dim) + entry % 2 * (math.pi / 2.0)
-        self.vectors.copy_(math.sqrt(2.0) * self.size * angle.sin())
+        self.vectors.copy_(self.size * math.sqrt(2.0 / dim) * angle.sin())
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the tokens with their places; the input has the shape ``(batch, ..., tokens, dim)``."""
@@ -87,6 +88,44 @@ class Positions(nn.Module):
         """Return the arguments for printing."""
         length, dim = self.vectors.shape
         return f"{length}, {dim}, learned={self.learned}"
+
+
+class JoinTokens(nn.Module):
+    r"""Join the tokens of a sequence into one vector, so that a linear map can read them all.
+
+    .. math:: (x_1, \dots, x_N) \mapsto (x_1, \dots, x_N) / \sqrt N
+
+    From the norm :math:`\max_i\|x_i\|_2` to the Euclidean norm of one vector the constant is exactly 1, attained where all tokens
+    move alike; in l2, linf and l1 it is :math:`1/\sqrt N`. The mean of the tokens is this layer and a matrix of norm 1.
+
+    Args:
+        tokens: N, the number of tokens, which is fixed.
+
+    Raises:
+        ValueError: if ``tokens`` is no positive integer; in ``forward``, if the input has another number of tokens.
+
+    Examples:
+        >>> JoinTokens(4)(torch.ones(1, 4, 2)).tolist()
+        [[0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5]]
+    """
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        check_sizes(tokens=tokens)
+        self.tokens = tokens
+        self.divisor = Bound.point(tokens).sqrt().upper  # rounded up, so that the constant is at most 1
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
+        """Return one vector for each item of the batch; the input has the shape ``(batch, ..., tokens, dim)``."""
+        if input.ndim < 3 or input.shape[-2] != self.tokens:
+            raise ValueError(
+                f"JoinTokens({self.tokens}) needs an input of shape (batch, ..., {self.tokens}, dim), got {tuple(input.shape)}."
+            )
+        return input.flatten(-2) / self.divisor
+
+    def extra_repr(self) -> str:
+        """Return the argument for printing."""
+        return f"{self.tokens}"
 
 
 class TransformerBlock(nn.Module):
@@ -187,3 +226,18 @@ def _positions_token(module: Positions) -> Bound:
 @uniform_rule.register(Positions)
 def _positions_uniform(module: Positions, norm: str) -> Bound:  # noqa: ARG001 a translation in every norm
     return Bound.point(1.0)
+
+
+@lipschitz_rule.register(JoinTokens)
+def _join(module: JoinTokens, norm: str) -> Bound:  # noqa: ARG001 a multiple of the identity in each of them
+    return Bound.point(1.0) / module.divisor
+
+
+@token_rule.register(JoinTokens)
+def _join_token(module: JoinTokens) -> Bound:
+    return Bound(0.0, (Bound.point(Bound.point(module.tokens).sqrt().upper) / module.divisor).upper)
+
+
+@uniform_rule.register(JoinTokens)
+def _join_uniform(module: JoinTokens, norm: str) -> Bound:
+    return _join_token(module) if norm == TOKEN_MAX else _join(module, norm)

@@ -9,12 +9,13 @@ from stableopt.nn.dispatch import refuse
 __all__: list[str] = []
 
 _ATTENTION = (
-    "dot-product attention multiplies its input by itself, so its slope grows with the input. Use attention with a fixed memory "
-    "(a gradient block with softmax), or mix tokens by a linear layer"
+    "dot-product attention multiplies its input by itself, so its slope grows with the input. Use stableopt.nn.ClippedAttention or "
+    "TransformerBlock, which clip queries, keys and values and have a constant for every length in the norm 'token_max'; "
+    "ClippedAttention.from_torch takes the weights over"
 )
 _RECURRENT = (
-    "its gates multiply states, and it returns several tensors over a time of unknown length. Unroll it into layers with a "
-    "constant, for example GradientBlock, or bound its weights by stableopt.nn.stabilize with radius="
+    "it is one step of a recurrence, a map of an input and a state. Ask stableopt.nn.cell_bound for its constants, and keep it "
+    "contracting by stableopt.nn.contracting"
 )
 _LOSS = "it is a loss, which compares its input with a target. Bound the model without it"
 _TWO = "it takes two inputs. Register a rule for the module that calls it"
@@ -25,9 +26,10 @@ _REASONS: dict[str, tuple[str, ...]] = {
         "MultiheadAttention", "Transformer", "TransformerDecoder", "TransformerDecoderLayer", "TransformerEncoder",
         "TransformerEncoderLayer",
     ),
-    _RECURRENT: ("GRU", "GRUCell", "LSTM", "LSTMCell", "RNN", "RNNBase", "RNNCell", "RNNCellBase"),
+    _RECURRENT: ("GRUCell", "LSTMCell", "RNNCell", "RNNCellBase"),
     _TWO: ("CosineSimilarity", "PairwiseDistance"),
     _CONTAINER: ("Module", "Container", "ModuleDict", "ModuleList", "ParameterDict", "ParameterList"),
+    "it is the base of RNN, GRU and LSTM. Use one of them, which have rules": ("RNNBase",),
     "it needs the indices of a pool as a second input. Use nn.Upsample or a transposed convolution": (
         "MaxUnpool1d", "MaxUnpool2d", "MaxUnpool3d",
     ),
