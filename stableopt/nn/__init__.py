@@ -7,7 +7,7 @@ it, :class:`MarginCrossEntropy` is the loss that goes with it.
 
 from stableopt.nn.activation_constants import activation_constant
 from stableopt.nn.activations import Abs, GroupSort, MaxMin, NActivation, Scale, SoftAbs
-from stableopt.nn.attention import BoundedNorm, ClippedAttention, Positions, TransformerBlock
+from stableopt.nn.attention import BoundedNorm, ClippedAttention, JoinTokens, Positions, TransformerBlock
 from stableopt.nn.budget import LearnedBudget
 from stableopt.nn.centering import BallProjection, BatchCentering, InputNormalization, LayerCentering
 from stableopt.nn.constrain import constrain, parameter_groups
@@ -127,6 +127,7 @@ __all__ = [
     "InvertibleDownsampling",
     "L2NormPool",
     "LastStep",
+    "JoinTokens",
     "LayerCentering",
     "LeakyCell",
     "LearnedBudget",

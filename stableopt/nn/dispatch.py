@@ -13,6 +13,7 @@ from torch.nn.modules import module as hooks
 
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
+from stableopt.nn.input_clip import ClippedInput
 from stableopt.nn.parametrized import is_adopted
 
 __all__ = [
@@ -35,9 +36,9 @@ _REFUSALS: dict[type[nn.Module], str] = {}
 
 _HARMLESS = frozenset(
     {
-        "__annotations__", "__constants__", "__deepcopy__", "__dict__", "__doc__", "__firstlineno__", "__getstate__",
-        "__init__", "__module__", "__orig_bases__", "__parameters__", "__qualname__", "__repr__", "__setstate__",
-        "__static_attributes__", "__weakref__", "_version", "extra_repr", "reset_parameters",
+        "__abstractmethods__", "__annotations__", "__constants__", "__deepcopy__", "__dict__", "__doc__", "__firstlineno__",
+        "__getstate__", "__init__", "__module__", "__orig_bases__", "__parameters__", "__qualname__", "__repr__",
+        "__setstate__", "__static_attributes__", "__weakref__", "_abc_impl", "_version", "extra_repr", "reset_parameters",
     }
 )  # fmt: skip
 """What a subclass may define anew without changing the map: construction, printing, copying."""
@@ -120,7 +121,9 @@ def check_forward(module: nn.Module, kind: type[nn.Module], path: str = "") -> N
             f"{where} overrides {', '.join(overridden)} of {kind.__name__}, so the rule of {kind.__name__} need not hold for it. "
             f"Register its own: @stableopt.nn.lipschitz_rule.register({type(module).__name__})."
         )
-    if module._forward_hooks or module._forward_pre_hooks:  # noqa: SLF001 torch has no public accessor
+    before = module._forward_pre_hooks.values()  # noqa: SLF001 torch has no public accessor
+    recurrent = issubclass(kind, nn.RNNBase | nn.RNNCellBase)  # their rules know what clip_input does
+    if module._forward_hooks or not all(recurrent and type(hook) is ClippedInput for hook in before):  # noqa: SLF001
         raise UncertifiableError(
             f"{where} has a forward hook, which may change its output or its weight. Remove the hook first "
             "(torch.nn.utils.weight_norm and spectral_norm of the old kind are such hooks; use torch.nn.utils.parametrizations)."

@@ -15,9 +15,11 @@ from stableopt.nn.constrain import unproject
 from stableopt.nn.limits import Limit, estimates_evaluated, limited_slots
 from stableopt.nn.loading import refuse_plain_weights
 from stableopt.nn.parametrized import restored
+from stableopt.nn.recurrent.stock_contracting import contracting_names, forget_contracting
 from stableopt.nn.sharded import refuse_spread
 from stableopt.nn.slots import Slot
 from stableopt.nn.stabilize import forget_record
+from stableopt.nn.weights import Geometry
 
 __all__ = ["export", "plain_state_dict", "proved_within", "release"]
 
@@ -26,7 +28,7 @@ def release(model: nn.Module) -> nn.Module:
     """Take the limits of a model off, in place; its weights become plain parameters with the values that they have now.
 
     Args:
-        model: a stabilized model, or any other, which is left as it is.
+        model: a stabilized model, or one with parts that are kept contracting, or any other, which is left as it is.
 
     Returns:
         The same model. An optimizer that holds its parameters goes on working, without limits.
@@ -56,6 +58,13 @@ def release(model: nn.Module) -> nn.Module:
             unproject(slot.module, slot.name)
         else:
             _fold(slot)
+    for path, module in list(model.named_modules()):
+        for name in contracting_names(module):
+            if P.is_parametrized(module, name):
+                _fold(Slot(path, module, name, Geometry("linear")))
+            else:
+                unproject(module, name)
+        forget_contracting(module)
     forget_record(model)
     return model
 

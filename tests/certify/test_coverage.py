@@ -23,6 +23,7 @@ from stableopt.nn import (
     BallProjection,
     BatchCentering,
     Concat,
+    ConvGradientBlock,
     GradientBlock,
     GroupSort,
     Householder,
@@ -162,6 +163,9 @@ OPTIONS: dict[type[nn.Module], list[tuple[Callable[[], nn.Module], tuple[int, ..
     GradientBlock: [
         (lambda a=a: GradientBlock(4, 6, strong=0.3, step=0.8, activation=a), (4,))
         for a in ("relu", "leaky_relu", "tanh", "softplus", "hardtanh")
+    ] + [
+        (lambda a=a, m=m: GradientBlock(4, 6, strong=m, activation=a, bound="rows"), (4,))
+        for a in ("relu", "leaky_relu", "tanh") for m in (0.0, 0.3)
     ],
 }  # fmt: skip
 """Each class with a rule, with options that are not the defaults: those that the format has, and others."""
@@ -273,6 +277,8 @@ NOT_COVERED: list[tuple[Callable[[], nn.Module], tuple[int, ...], str]] = [
     (lambda: Concat(nn.ReLU(), nn.Tanh()), (4,), BRANCH),
     (lambda: Parallel(nn.ReLU(), nn.Tanh(), sizes=(2, 2)), (4,), BRANCH),
     (lambda: Merge(nn.ReLU(), nn.Tanh()), (4,), BRANCH),
+    (lambda: GradientBlock(4, activation="tanh", bound="rows"), (4,), "only with relu or leaky_relu, got tanh"),
+    (lambda: ConvGradientBlock(1), (1, 4, 4), "gradient blocks of matrices only"),
     (lambda: L2NormPool(2), (1, 4, 4), "average and max pooling only. Use ScaledAvgPool"),
     (lambda: LayerCentering(4), (4,), "Use BatchCentering"),
     (lambda: InvertibleDownsampling(2), (1, 4, 4), "no rearrangement of pixels. Use a convolution with a stride"),
@@ -303,8 +309,8 @@ def test_a_module_that_is_not_covered_has_a_sentence(
 
 def test_the_sentence_points_to_a_bound_only_where_there_is_one() -> None:
     assert uncovered(SLL(2), "").endswith("Its bound without a file is stableopt.nn.lipschitz(module).")
-    assert "lipschitz(module)" not in uncovered(nn.GRU(2, 2), "")
-    assert KNOWN in uncovered(nn.GRU(2, 2), "3")
+    assert "lipschitz(module)" not in uncovered(nn.GRUCell(2, 2), "")
+    assert KNOWN in uncovered(nn.GRUCell(2, 2), "3")
     assert "(GRU)" in uncovered(stabilize_quietly(nn.GRU(2, 2)), "").replace("ParametrizedGRU", "GRU")
 
 

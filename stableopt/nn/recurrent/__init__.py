@@ -7,6 +7,8 @@ from stableopt.nn.recurrent.contracting import ContractingCell
 from stableopt.nn.recurrent.diagonal_metric import DiagonalMetricCell
 from stableopt.nn.recurrent.leaky import LeakyCell
 from stableopt.nn.recurrent.over_time import LastStep, MeanOverTime, Recurrence
+from stableopt.nn.recurrent.stock import layer_bounds
+from stableopt.nn.recurrent.stock_contracting import contracting
 
 __all__ = [
     "AntisymmetricCell",
@@ -20,5 +22,7 @@ __all__ = [
     "RecurrentCell",
     "cell_bound",
     "cell_rule",
+    "contracting",
+    "layer_bounds",
     "sequence_gain",
 ]
