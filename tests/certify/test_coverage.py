@@ -205,7 +205,7 @@ def test_a_certificate_is_about_the_function_of_the_model_or_is_refused(kind: ty
         accepted += 1
         x = torch.cat([scale * torch.randn(40, *shape, dtype=torch.float64) for scale in (0.1, 1.0, 10.0, 100.0)])
         torch.testing.assert_close(cert.module()(x.clone()), model.eval()(x.clone()), rtol=1e-12, atol=1e-11 + jump)
-        assert steepness(model, x[50:51]) <= cert.lipschitz
+        assert steepness(model, x[50:51]) <= cert.lipschitz * (1.0 + 1e-14)  # the singular value is rounded
     assert accepted
 
 

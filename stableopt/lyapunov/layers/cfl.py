@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from stableopt.constraints.sharding import is_sharded, whole
 from stableopt.errors import UncertifiableError
 from stableopt.nn.residual.averaged import AveragedResidual
-from stableopt.nn.residual.gradient import GradientBlock
+from stableopt.nn.residual.gradient_step import GradientStep
 from stableopt.nn.residual.sll import SLL, FoldedSLL
 from stableopt.nn.rules import lipschitz
 from stableopt.nn.sharded import class_of
+from stableopt.nn.weights.geometry import Geometry
 
 Block = TypeVar("Block", bound=nn.Module)
 
@@ -33,12 +34,13 @@ __all__ = ["StepLaw", "constant_of", "has_law", "mix_of", "step_law"]
 
 @dataclass(frozen=True, eq=False)
 class StepLaw:
-    r"""The use of a block as a function of the norm of one matrix: :math:`c + s\,\|\operatorname{diag}(r) W\|_2^2`.
+    r"""The use of a block as a function of the norm of one operator: :math:`c + s\,\|\operatorname{diag}(r) W\|_2^2`.
 
     Args:
         scale: :math:`s`, for a step :math:`\tau` half of it.
         damping: :math:`c`, that of a linear part of the branch.
-        rows: :math:`r`, one entry per row; None for ones, so that the matrix is the weight itself.
+        rows: :math:`r`, one entry per row or output channel; None for ones, so that the operator is that of the weight itself.
+        geometry: the operator that the weight is: a matrix, or a convolution.
 
     Examples:
         >>> import torch
@@ -49,6 +51,7 @@ class StepLaw:
     scale: Tensor | float
     damping: Tensor | float = 0.0
     rows: Tensor | None = None
+    geometry: Geometry = Geometry("linear")
 
     @property
     def is_weight(self) -> bool:
@@ -56,8 +59,8 @@ class StepLaw:
         return self.rows is None
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Return the matrix whose norm counts."""
-        return weight if self.rows is None else self.rows.to(weight).unsqueeze(1) * weight
+        """Return the matrix or kernel whose norm counts."""
+        return weight if self.rows is None else self.rows.to(weight).view(-1, *[1] * (weight.ndim - 1)) * weight
 
     def use(self, norm: Tensor) -> Tensor:
         """Return the use of the step limit for a norm of the matrix; an estimate from below gives one from below."""
@@ -69,14 +72,17 @@ def step_law(module: nn.Module) -> StepLaw | None:  # noqa: ARG001 for classes t
     r"""Return the law of a residual block; register a function here for a class of your own.
 
     Args:
-        module: a block whose matrix :math:`W` is its attribute ``weight``; of ours :class:`stableopt.nn.GradientBlock`, with the
-            use :math:`\tau\,(2m + \|A\|^2)/2`, and :class:`stableopt.nn.SLL`, with :math:`\|S^{1/2}W\|^2/2`.
+        module: a block whose matrix or kernel :math:`W` is its attribute ``weight``; of ours
+            :class:`stableopt.nn.GradientBlock` and :class:`stableopt.nn.ConvGradientBlock`, with the use
+            :math:`\tau\,(2m + \|A\|^2)/2` or, for a step per unit, :math:`\tau m + \|S^{1/2}A\|^2/2`, and
+            :class:`stableopt.nn.SLL`, with :math:`\|S^{1/2}W\|^2/2`.
 
     Returns:
         The law; None for a class that is not known.
 
     Examples:
         >>> import torch
+        >>> from stableopt.nn import GradientBlock
         >>> block = GradientBlock(3, step=0.25, strong=0.5)
         >>> use = step_law(block).use(torch.linalg.matrix_norm(block.weight, 2))
         >>> bool(0.24 < use <= 0.25), step_law(nn.Linear(2, 2)) is None
@@ -85,10 +91,12 @@ def step_law(module: nn.Module) -> StepLaw | None:  # noqa: ARG001 for classes t
     return None
 
 
-@step_law.register(GradientBlock)
-def _(module: GradientBlock) -> StepLaw:
-    step = _gathered(module).step_size()
-    return StepLaw(step / 2.0, step * module.strong)
+@step_law.register(GradientStep)
+def _(module: GradientStep) -> StepLaw:
+    block = _gathered(module)
+    if block.bound == "rows":
+        return StepLaw(0.5, block.damping(), block.step_sizes().sqrt(), module.geometry)
+    return StepLaw(block.step_size() / 2.0, block.damping(), geometry=module.geometry)
 
 
 @step_law.register(SLL)
@@ -105,7 +113,7 @@ def has_law(module: nn.Module) -> bool:
     """Return whether the class of a module has a law, without computing it.
 
     Examples:
-        >>> has_law(GradientBlock(2)), has_law(nn.Linear(2, 2))
+        >>> has_law(SLL(2)), has_law(nn.Linear(2, 2))
         (True, False)
     """
     return step_law.dispatch(type(module)) is not step_law.dispatch(object)

@@ -180,12 +180,12 @@ class NormEstimator:
         self._generator.set_state(state["generator"])
 
     def _block(self, readout: Readout, path: str, module: nn.Module) -> None:
-        """Leave the norm of the matrix of a block, and its CFL use, in the readout."""
+        """Leave the norm of the operator of a block, and its CFL use, in the readout."""
         weight, law = _read(module, "weight"), step_law(module)
         if weight is None or law is None:
             return
         key = f"{path}.weight" if path else "weight"
-        norm = self._norm(key, law.matrix(weight), Geometry("linear"))
+        norm = self._norm(key, law.matrix(weight), law.geometry)
         if law.is_weight:
             readout.add(("norm", key), norm)
         readout.add(("cfl", path), law.use(norm))

@@ -10,7 +10,7 @@ from torch import nn
 
 from stableopt.lyapunov.layers import LayerProbe, NormEstimator, StepLaw, step_law
 from stableopt.lyapunov.layers.cfl import constant_of, has_law
-from stableopt.nn import SLL, AveragedResidual, GradientBlock
+from stableopt.nn import SLL, AveragedResidual, ConvGradientBlock, GradientBlock
 
 
 class FreeStep(nn.Module):
@@ -71,6 +71,36 @@ def test_the_use_of_an_sll_layer_is_that_of_its_steps(stretch):
         assert settled(nn.Sequential(layer)) == {"0": pytest.approx(exact, rel=1e-6)}
         assert exact <= 1.0
     assert (expansion(folded, 4) <= 1.0 + 1e-12) == (exact <= 1.0)
+
+
+@pytest.mark.parametrize("strong", [0.0, 0.7])
+def test_the_use_of_a_block_with_steps_per_unit_counts_each_step(strong):
+    torch.manual_seed(0)
+    block = GradientBlock(5, 7, strong=strong, bound="rows", step=0.6)
+    for name in ("weight", "raw_q", "raw_step"):
+        nn.init.normal_(block.get_parameter(name))
+    nn.init.constant_(block.bias, 100.0)
+    W, s, kappa = block.weight.detach(), block.step_sizes().detach(), float(block.damping().detach())
+    exact = kappa + float(torch.linalg.matrix_norm(s.sqrt().unsqueeze(1) * W, 2) ** 2 / 2.0)
+    assert settled(nn.Sequential(block)) == {"0": pytest.approx(exact, rel=1e-6)}
+    smallest = float(torch.linalg.eigvalsh(torch.autograd.functional.jacobian(block, torch.randn(5)))[0])
+    assert smallest == pytest.approx(1.0 + kappa - 2.0 * exact)  # all units are active: 1 - kappa - |S^(1/2) W|^2
+    assert 0.0 < exact <= 1.0
+
+
+@pytest.mark.parametrize("bound", ["gram", "rows"])
+@pytest.mark.parametrize("mode", ["zeros", "circular"])
+def test_the_use_of_a_convolutional_block_is_that_of_its_kernel_on_images_of_any_size(bound, mode):
+    torch.manual_seed(0)
+    block = ConvGradientBlock(2, 3, dims=1, bound=bound, strong=0.2, step=0.9, padding_mode=mode)
+    nn.init.normal_(block.weight)
+    nn.init.constant_(block.bias, 100.0)
+    (use,) = settled(nn.Sequential(block)).values()
+    kappa, n = float(block.damping().detach()), 60
+    J = torch.autograd.functional.jacobian(lambda x: block(x.view(2, n)).flatten(), torch.randn(2 * n))
+    shown = (1.0 + kappa - float(torch.linalg.eigvalsh(J)[0])) / 2.0  # the use of a signal of 60 pixels
+    assert shown == pytest.approx(use, rel=0.02)
+    assert 0.3 < use <= 1.0
 
 
 def test_a_convex_mix_uses_its_weight_while_its_branch_does_not_expand():
