@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stableopt.errors import UncertifiableError
@@ -29,6 +29,7 @@ EPS = torch.finfo(torch.float64).eps
 ACTIVATIONS = ["tanh", "relu", "leaky_relu", "softplus", "hardtanh"]
 
 
+@settings(max_examples=40)
 @given(
     name=st.sampled_from(sorted(CELLS)), inputs=st.integers(1, 4), hidden=st.integers(1, 5), rate=st.sampled_from([0.95, 0.999]),
     activation=st.sampled_from(ACTIVATIONS), log_scale=st.integers(-3, 3), rank_one=st.booleans(), seed=st.integers(0, 99),
@@ -53,6 +54,7 @@ def test_a_step_never_exceeds_its_bound_nor_its_cap(
         assert lipschitz(Recurrence(cell), cell.norm).upper <= cell.gain
 
 
+@settings(max_examples=30)
 @given(
     name=st.sampled_from(sorted(CELLS)), hidden=st.integers(1, 4), steps=st.integers(1, 6), seed=st.integers(0, 99),
     norm=st.sampled_from(["l2", "linf", "l1"]), declared=st.booleans(),
@@ -71,8 +73,8 @@ def test_the_jacobian_of_a_sequence_never_exceeds_the_gain(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", sorted(CELLS))
 def test_rounding_never_lifts_a_cell_over_its_cap_or_its_gain(name: str, dtype: torch.dtype) -> None:
-    for log_scale in (-3.0, 0.0, 1.0, 3.5):
-        for hidden in (1, 5, 24):
+    for log_scale in (-3.0, 0.5, 3.5):
+        for hidden in (1, 12):
             cell = random_parameters(CELLS[name](3, hidden, rate=0.97, gain=0.7, memory=4), log_scale).to(dtype)
             assert cell_bound(cell, cell.norm).state.upper <= 0.97
             assert lipschitz(Recurrence(cell), cell.norm).upper <= 0.7

@@ -85,11 +85,16 @@ def test_the_cell_with_its_isometry_outside_of_the_nonlinearity_contracts_on_the
         cell.weight.copy_(torch.eye(2))
         cell.skew.copy_(0.05 * K)  # a turn by about 0.05 per step
         cell.weight_input.copy_(torch.eye(2))
+    _, A, Q, tau, damping = (t.detach() for t in cell.prepared())
     h, product = torch.zeros(2), torch.eye(2)
     for step in range(480):
-        x = saturated(step // 80 % 2) - h
-        product = torch.autograd.functional.jacobian(lambda h, x=x: cell(x, h), h) @ product
-        h = cell(x, h).detach()
+        target = saturated(step // 80 % 2)
+        J = damping * Q @ (torch.eye(2) - tau * A.mT @ torch.diag(1 - target.tanh() ** 2) @ A)
+        if step % 160 == 0:
+            exact = torch.autograd.functional.jacobian(lambda h, x=target - h: cell(x, h), h)
+            torch.testing.assert_close(torch.as_tensor(exact), J)
+        product = J @ product
+        h = damping * Q @ (h - tau * A.mT @ target.tanh())
     assert float(torch.linalg.matrix_norm(product, 2)) <= cell_bound(cell).state.upper ** 480
     assert lipschitz(Recurrence(cell)).upper < math.inf
 
