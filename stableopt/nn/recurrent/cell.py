@@ -151,16 +151,16 @@ def capped(
     """
     W, dtype = wide(V), V.dtype if dtype is None else dtype
     with full_precision(W):
-        limit = (W.new_full((), limit) if isinstance(limit, float) else limit) * (1.0 - rounding_slack(W))
+        cap = (W.new_full((), limit) if isinstance(limit, float) else limit) * (1.0 - rounding_slack(W))
         if norm == "l2":
             matrices, factor = folded(W)
             size = factor * gram_norm(matrices[0], steps)
         else:  # rounding changes each entry by half a unit, and subnormal ones by half of the smallest
             kind = torch.finfo(dtype)
-            limit = ((1.0 - kind.eps) * limit - V.shape[1] * kind.smallest_normal * kind.eps).clamp_min(0.0)
+            cap = ((1.0 - kind.eps) * cap - V.shape[1] * kind.smallest_normal * kind.eps).clamp_min(0.0)
             size = W.abs().sum(1, keepdim=True)
-        W = (limit / size.clamp_min(_SMALLEST)).clamp_max(1.0) * W
-        return stored(W, dtype, limit, folded) if norm == "l2" else W.to(dtype)
+        W = (cap / size.clamp_min(_SMALLEST)).clamp_max(1.0) * W
+        return stored(W, dtype, cap, folded) if norm == "l2" else W.to(dtype)
 
 
 def proof_slack(terms: int, rate: float) -> float:
