@@ -36,6 +36,7 @@ class LinearSystem(NamedTuple):
     r"""The numbers of :math:`h_t = \lambda \odot h_{t-1} + Bx_t`, :math:`y_t = \operatorname{Re}(Ch_t) + Dx_t` as they are used.
 
     Examples:
+        >>> import torch
         >>> zero, one = torch.zeros(1), torch.ones(1, 1)
         >>> LinearSystem(zero, zero, torch.ones(2, 1), torch.ones(1, 2), None, 1.0).skip is None
         True
@@ -70,6 +71,7 @@ def system_gain(system: LinearSystem, norm: str) -> Bound:
         ValueError: if a number is NaN or infinite.
 
     Examples:
+        >>> import torch
         >>> half = torch.full((1,), 0.5)
         >>> system = LinearSystem(half, torch.zeros(1), torch.tensor([[0.5], [0.0]]), torch.tensor([[3.0, 0.0]]), None)
         >>> 3.0 in system_gain(system, "l2") and system_gain(system, "l2").upper < 3.0 + 1e-12
@@ -124,8 +126,8 @@ def _by_columns(output: Array, scaled: Array, norm: str) -> float:
     if norm != "token_max":
         return np.inf
     n = len(scaled) // 2
-    columns = np.sqrt((output * output).sum(0)).reshape(2, n)
-    rows = np.sqrt((scaled * scaled).sum(1)).reshape(2, n)
+    columns = np.hypot.reduce(output, 0).reshape(2, n)
+    rows = np.hypot.reduce(scaled, 1).reshape(2, n)
     total = float((np.hypot(*columns) * np.hypot(*rows)).sum())
     return total * (1.0 + gamma(output.shape[0] + scaled.shape[1] + n + 24)) + 2.0**-500
 

@@ -130,10 +130,11 @@ class StateSpaceBlock(nn.Module):
 class StateSpaceStack(nn.Module):
     r"""A deep sequence model whose l2 gain from input to output sequence cannot exceed a limit.
 
-    .. math:: x \mapsto E x_t + e \;\to\; \text{blocks} \;\to\; G\,R\,h_t + c, \qquad \|E\|_2 \le 1, \quad \|R\|_2 \le 1 .
+    .. math:: x_t \mapsto E x_t + e \;\to\; \text{blocks} \;\to\; R\,h_t + c, \qquad
+        \|E\|_2 \le G^f, \quad \|R\|_2 \le G^{1-f} .
 
-    All parts but the last have at most the gain 1 (:class:`CappedLinear`, :class:`StateSpaceBlock`), so the whole has at most
-    :math:`G`, for every value of its parameters, every depth and every length.
+    The blocks have at most the gain 1 (:class:`StateSpaceBlock`), so the whole has at most :math:`G^f\,G^{1-f} = G`, for every
+    value of its parameters, every depth and every length.
 
     Args:
         d_in: number of features of the input.
@@ -142,6 +143,8 @@ class StateSpaceStack(nn.Module):
         layers: number of blocks.
         d_out: number of features of the output.
         gain: :math:`G > 0`.
+        front: :math:`f` in [0, 1], the part of the gain that acts before the blocks. What the blocks see should not be much
+            smaller than the biases that an optimizer gives them.
         hidden: rows of the gradient step of a block; None for ``d_model``.
         activation: of the blocks.
         step: see :class:`StateSpaceBlock`.
@@ -172,6 +175,7 @@ class StateSpaceStack(nn.Module):
         d_out: int,
         *,
         gain: float = 1.0,
+        front: float = 0.7,
         hidden: int | None = None,
         activation: str = "relu",
         step: float | None = None,
@@ -182,7 +186,10 @@ class StateSpaceStack(nn.Module):
         super().__init__()
         check_sizes(d_in=d_in, d_model=d_model, d_state=d_state, layers=layers, d_out=d_out)
         check_positive(gain=gain)
-        self.encoder = CappedLinear(d_in, d_model)
+        if not 0.0 <= front <= 1.0:
+            raise ValueError(f"front is a part of the gain and must lie in [0, 1], got {front!r}.")
+        self.gain = float(gain)
+        self.encoder = CappedLinear(d_in, d_model, limit=gain**front)
         self.blocks = nn.ModuleList(
             StateSpaceBlock(
                 d_model, d_state, hidden=hidden, depth=layers, activation=activation, step=step, radius=radius, phase=phase,
@@ -190,7 +197,7 @@ class StateSpaceStack(nn.Module):
             )
             for _ in range(layers)
         )  # fmt: skip
-        self.decoder = CappedLinear(d_model, d_out, limit=gain)
+        self.decoder = CappedLinear(d_model, d_out, limit=gain ** (1.0 - front))
 
     def forward(
         self,
@@ -302,9 +309,9 @@ def _uniform_block(module: StateSpaceBlock, norm: str) -> Bound | None:
 
 @uniform_rule.register(StateSpaceStack)
 def _uniform_stack(module: StateSpaceStack, norm: str) -> Bound | None:
-    product = Bound.point(1.0)
-    for part in (module.encoder, *module.blocks, module.decoder):
-        bound = uniform_bound(part, norm)
+    product = Bound.point(module.gain)  # that of the ends together; their margins cover the rounding of the two powers
+    for block in module.blocks:
+        bound = uniform_bound(block, norm)
         if bound is None:
             return None
         product = product * bound.upper
