@@ -29,14 +29,14 @@ class BackwardEulerBlock(nn.Module):
     .. math:: y_{k+1} = \frac{h\,\bigl(y_k + \tau f(y_k)\bigr) + \tau x}{h + \tau}, \qquad y_0 = x, \quad \tau = \rho\,\tau_{\max} .
 
     **Proof.** If Euler's step at :math:`\tau` has the constant :math:`F(\tau) \le 1` in some norm, the iterates have
-    :math:`c_{k+1} \le (hF(\tau)c_k + \tau)/(h + \tau)` in that norm, :math:`c_0 = 1`: every iterate is nonexpansive, and its constant
-    falls to :math:`\tau/(h + \tau - hF(\tau))`, which is :math:`1/(1 + hm)` where :math:`F(\tau) = 1 - \tau m`. So what
+    :math:`c_{k+1} \le (hF(\tau)c_k + \tau)/(h + \tau)` in that norm, :math:`c_0 = 1`: every iterate is nonexpansive, and its
+    constant falls to :math:`\tau/(h + \tau - hF(\tau))`, which is :math:`1/(1 + hm)` where :math:`F(\tau) = 1 - \tau m`. So what
     :func:`stableopt.nn.lipschitz` says is about the map as it is computed, with as many iterations as there are.
 
     Args:
         field: a :class:`stableopt.nn.Field`, which knows its limit; it must keep the shape.
         iterations: how many, at least 1. The distance to the solution shrinks by :math:`hF(\tau)/(h + \tau)` in each.
-        relaxation: :math:`\rho` in (0, 1], the share of Euler's limit. Without a rotation all up to 1/2 have :math:`F = 1 - \tau m`.
+        relaxation: :math:`\rho` in (0, 1], the share of Euler's limit. Without a rotation :math:`F = 1 - \tau m` for all up to 1/2.
         depth: number of blocks in the stack. The initial step is :math:`2/\max(2, \text{depth})`.
         step: initial step :math:`h`, in [1e-6, 1e6]; None for the one that fits the depth. The learned one stays in that range.
 
@@ -54,7 +54,7 @@ class BackwardEulerBlock(nn.Module):
     Examples:
         >>> from stableopt.nn import GradientField
         >>> block = BackwardEulerBlock(GradientField(3, strong=0.5), step=2.0, iterations=100)
-        >>> round(_backward_euler(block, "l2").upper, 6)
+        >>> round(_backward_euler(block, "l2").upper, 4)
         0.5
     """
 

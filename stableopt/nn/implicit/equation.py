@@ -122,14 +122,32 @@ class Equation(NamedTuple):
         with full_precision(weight):
             return gram_norm(weight).square().clamp_min(_SMALLEST)
 
-    def splitting(self) -> Splitting:
-        """Return the numbers of the splitting, rounded so that the conditions of its proof hold for them."""
+    def size(self) -> Tensor:
+        r"""Return :math:`1 + h(m + U^2 + \|K\|_F)`, at least the norm of every Jacobian."""
+        rest = self.square() + self.strong
+        if self.skew is not None:
+            rest = rest + torch.linalg.vector_norm(wide(self.skew))
+        return 1.0 + self.step * rest
+
+    def splitting(self, *, inward: bool = True) -> Splitting:
+        """Return the numbers of the splitting.
+
+        Args:
+            inward: whether they are rounded so that the conditions of the proof hold for them. That moves the fixed point by a few
+                units in the last place; otherwise it is the solution, up to rounding.
+        """
         weight = wide(self.weight)
         eps = torch.finfo(weight.dtype).eps
-        w = 2.0 * (1.0 - rounding_slack(weight)) / self.square()
+        slack, last = (rounding_slack(weight), 8.0 * eps) if inward else (0.0, 0.0)
+        w = 2.0 * (1.0 - slack) / self.square()
         alpha = w / self.step
-        inverse = (1.0 - 8.0 * eps) / (1.0 + alpha + self.strong * w)
+        inverse = (1.0 - last) / (1.0 + alpha + self.strong * w)
         rotation = None
-        if self.skew is not None:  # the half: Cayley takes V - V^T, which for a skew V is 2V
-            rotation = _ROTATION(((-0.5 * w * inverse) * wide(self.skew)).to(self.skew.dtype))
+        if self.skew is not None:
+            B = (w * inverse) * wide(self.skew)
+            if inward:  # the half: Cayley takes the difference of a matrix and its transpose
+                rotation = _ROTATION((-0.5 * B).to(self.skew.dtype))
+            else:
+                eye = torch.eye(len(B), dtype=B.dtype, device=B.device)
+                rotation = torch.linalg.solve(eye - B, eye + B)
         return Splitting(inverse, w * inverse, alpha * inverse, 1.0 / (1.0 + self.step * self.strong), rotation)

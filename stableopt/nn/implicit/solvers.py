@@ -85,7 +85,7 @@ class ToTolerance(Solver):
 
     They stop when every vector :math:`y` has
 
-    .. math:: \|F(y)\| \le \text{tolerance} \cdot \bigl(\|x\| + (1 + h(m + U^2))\,\|y\|\bigr), \qquad F \text{ the residual}.
+    .. math:: \|F(y)\| \le \text{tolerance} \cdot \bigl(\|x\| + (1 + h(m + U^2 + \|K\|_F))\,\|y\|\bigr), \quad F \text{ the residual}.
 
     Args:
         tolerance: relative to the sizes of the terms of the equation; None for 256 times the precision of the dtype.
@@ -114,13 +114,11 @@ class ToTolerance(Solver):
         if self.tolerance is not None and not 0.0 < self.tolerance < 1.0:
             raise ValueError(f"tolerance must be None or lie in (0, 1), got {self.tolerance!r}.")
 
-    def _iterate(
-        self, equation: Equation, x: Tensor, advance: Callable[[], Tensor], y: Tensor, square: Tensor
-    ) -> Tensor:
+    def _iterate(self, equation: Equation, x: Tensor, advance: Callable[[], Tensor], y: Tensor) -> Tensor:
         """Call ``advance`` for the next iterate until the tolerance is met."""
         readable = _readable(x)
         tolerance = 256 * torch.finfo(x.dtype).eps if self.tolerance is None else self.tolerance
-        largest = 1.0 + equation.step * (equation.strong + square)
+        largest = equation.size()
         for k in range(1, self.max_iterations + 1):
             y = advance()
             if readable and (k % self.check_every == 0 or k == self.max_iterations):
@@ -171,9 +169,7 @@ class Fista(ToTolerance):
         """Return the first iterate that meets the tolerance."""
         if equation.skew is not None:
             raise ValueError("Fista minimises, and an equation with a skew part is no gradient: use Anderson.")
-        square = equation.square()
-        smallest = 1.0 + equation.step * equation.strong
-        largest = 1.0 + equation.step * (equation.strong + square)
+        smallest, largest = 1.0 + equation.step * equation.strong, equation.size()
         root = (largest / smallest).sqrt()
         beta, rate = (root - 1.0) / (root + 1.0), 1.0 / largest
         y = before = x / smallest
@@ -184,7 +180,7 @@ class Fista(ToTolerance):
             before, y = y, v - rate * equation.residual(x, v)
             return y
 
-        return self._iterate(equation, x, advance, y, square)
+        return self._iterate(equation, x, advance, y)
 
 
 @dataclass(frozen=True)
@@ -215,7 +211,7 @@ class Anderson(ToTolerance):
         [2.0, 2.0]
     """
 
-    memory: int = 5
+    memory: int = 8
 
     def __post_init__(self) -> None:
         """Check the numbers."""
@@ -224,7 +220,7 @@ class Anderson(ToTolerance):
 
     def solve(self, equation: Equation, x: Tensor) -> Tensor:
         """Return the first iterate that meets the tolerance."""
-        splitting = equation.splitting()
+        splitting = equation.splitting(inward=False)
         y, f = splitting.start * x, torch.zeros_like(x)  # the last accepted iterate and its fixed-point residual
         trial = y
         accepted = x.new_full((*x.shape[:-1], 1), math.inf)
@@ -245,7 +241,7 @@ class Anderson(ToTolerance):
             trial = y + f - _extrapolation(moves, changes, f)
             return y
 
-        return self._iterate(equation, x, advance, y, equation.square())
+        return self._iterate(equation, x, advance, y)
 
 
 @dataclass(frozen=True)
@@ -280,7 +276,7 @@ class ConjugateGradient(ToTolerance):
             p = r + square / before.clamp_min(tiny) * p
             return y
 
-        return self._iterate(equation, x, advance, y, equation.square())
+        return self._iterate(equation, x, advance, y)
 
 
 def _extrapolation(moves: Tensor, changes: Tensor, f: Tensor) -> Tensor:

@@ -122,7 +122,7 @@ class HamiltonianBlock(nn.Module):
             >>> block = HamiltonianBlock(
             ...     4, growth=4.0, step=0.5
             ... )  # half of the budget for two shears: t = sqrt(2), u = 1/sqrt(2)
-            >>> [round(float(h), 1) for h in block.step_sizes()]
+            >>> [round(h.item(), 1) for h in block.step_sizes()]
             [0.7, 0.7]
         """
         shares = wide(self.raw_step).softmax(0)
@@ -135,7 +135,8 @@ class HamiltonianBlock(nn.Module):
         weight = wide(weight)
         with full_precision(weight):
             U = gram_norm(weight)
-        budget = math.log(self.limit) * (1.0 - 2.0 * rounding_slack(weight))
+        # relative: what the step may be rounded by; absolute: what the proof rounds up by
+        budget = max(0.0, math.log(self.limit) * (1.0 - 2.0 * rounding_slack(weight)) - 2.0**-48)
         return 2.0 * (share * budget).sinh() / (U * U).clamp_min(_SMALLEST)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
