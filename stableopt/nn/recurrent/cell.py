@@ -151,7 +151,7 @@ def capped(
     """
     W, dtype = wide(V), V.dtype if dtype is None else dtype
     with full_precision(W):
-        cap = (W.new_full((), limit) if isinstance(limit, float) else limit) * (1.0 - rounding_slack(W))
+        cap = (limit if isinstance(limit, Tensor) else W.new_full((), limit)) * (1.0 - rounding_slack(W))
         if norm == "l2":
             matrices, factor = folded(W)
             size = factor * gram_norm(matrices[0], steps)
