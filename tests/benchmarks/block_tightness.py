@@ -59,8 +59,26 @@ GRADIENT = [
     Row("GradientBlock, strong", lambda: drawn(stable.GradientBlock(8, 12, strong=0.5)), (8,)),
 ]
 
+
+def over_time(cell: Callable[..., nn.Module], **options: Any) -> nn.Module:
+    """A cell over time, moved to a random place, with units that are mostly active."""
+    layer = drawn(stable.Recurrence(cell(2, 6, memory=4, activation="relu", **options)), scale=0.3, step=0.0)
+    nn.init.uniform_(layer.cell.bias, 0.0, 2.0)
+    return layer
+
+
+RECURRENT_CELLS = [
+    Row("ContractingCell, 24 steps", lambda: over_time(stable.ContractingCell), (24, 2), "linf"),
+    Row("ContractingCell, gain 1, 24 steps", lambda: over_time(stable.ContractingCell, gain=1.0), (24, 2), "linf"),
+    Row("LeakyCell, 24 steps", lambda: over_time(stable.LeakyCell), (24, 2)),
+    Row("LeakyCell linf, 24 steps", lambda: over_time(stable.LeakyCell, norm="linf"), (24, 2), "linf"),
+    Row("DiagonalMetricCell, 24 steps", lambda: over_time(stable.DiagonalMetricCell), (24, 2)),
+    Row("AntisymmetricCell, 24 steps", lambda: over_time(stable.AntisymmetricCell), (24, 2)),
+]
+
 ROWS: list[Row] = [
     *GRADIENT,
+    *RECURRENT_CELLS,
 ]
 """The rows of all tables; a new block or cell adds a list."""
 

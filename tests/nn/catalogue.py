@@ -8,7 +8,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from stableopt.nn import GradientBlock, GroupSort, Scale
+from stableopt.nn import (
+    AntisymmetricCell,
+    ContractingCell,
+    DiagonalMetricCell,
+    GradientBlock,
+    GroupSort,
+    LastStep,
+    LeakyCell,
+    MeanOverTime,
+    Recurrence,
+    Scale,
+)
 
 
 @dataclass(frozen=True)
@@ -205,8 +216,19 @@ POOLS = [
     Row("l4 pool", lambda: nn.LPPool1d(4, 2), (1, 1, 6)),
 ]
 
+RECURRENCES = [
+    Row("contracting cell", lambda: Recurrence(ContractingCell(2, 3, memory=4)), (1, 4, 2)),
+    Row("contracting cell weighted", lambda: Recurrence(ContractingCell(2, 3, weighted=True, gain=1.0)), (1, 3, 2)),
+    Row("leaky cell", lambda: Recurrence(LeakyCell(2, 3, memory=4), length=4), (1, 4, 2)),
+    Row("leaky cell linf", lambda: Recurrence(LeakyCell(2, 3, norm="linf"), reverse=True), (1, 3, 2)),
+    Row("diagonal metric cell", lambda: Recurrence(DiagonalMetricCell(2, 3, activation="relu")), (1, 3, 2)),
+    Row("antisymmetric cell", lambda: Recurrence(AntisymmetricCell(2, 3, memory=4)), (1, 3, 2)),
+    Row("last step", LastStep, (1, 3, 2), 1.0),
+    Row("mean over time", lambda: MeanOverTime(3), (1, 3, 2), 1.0 + 1e-12),
+]
+
 AFFINE += [*NORMALIZATIONS, *COPIES, *TRANSPOSED]
-CATALOGUE = [*AFFINE, *ACTIVATIONS, *POOLS, *OF_SAMPLE, *COMPOSED]
+CATALOGUE = [*AFFINE, *ACTIVATIONS, *POOLS, *OF_SAMPLE, *COMPOSED, *RECURRENCES]
 
 
 def jacobian(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
