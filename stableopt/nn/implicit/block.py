@@ -8,7 +8,7 @@ from abc import ABC
 import torch
 from torch import Tensor, nn
 
-from stableopt.linalg import Bound, inf_norm, one_norm, spectral_norm
+from stableopt.linalg import Bound, inf_norm, one_norm, spectral_norm, upper
 from stableopt.nn.arguments import check_nonnegative, check_sizes
 from stableopt.nn.dispatch import TOKEN_MAX
 from stableopt.nn.implicit.derivative import solve_implicitly
@@ -170,7 +170,7 @@ def bound(module: ImplicitBlock, norm: str) -> Bound:
         raise ValueError(f"no bound holds for a {type(module).__name__} with NaN or infinite parameters (step {h}).")
     exact = implicit_factor(Bound.point(h), module.strong)
     if not module.solver.certified:
-        euclidean = Bound(0.0, exact.upper, proved=False)
+        euclidean = Bound(0.0, upper(exact), proved=False)
         return euclidean if norm == "l2" else Bound(0.0, (euclidean * _spread(module)).upper, proved=False)
     euclidean = Bound(0.0, _iterated(module))
     if norm == "l2":

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stableopt.linalg import Bound, gram_norm, inf_norm, one_norm, spectral_norm
+from stableopt.linalg import Bound, gram_norm, inf_norm, lower, one_norm, spectral_norm, upper
 from stableopt.nn.arguments import check_positive, check_sizes
 from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule
 from stableopt.nn.isometric.skew import check_finite, draw_skew
@@ -113,7 +113,7 @@ def _skew_euler_block(module: SkewEulerBlock, norm: str) -> Bound:
     omega = spectral_norm(K)
     factor = skew_damped_factor(Bound.point(h), gamma, omega)
     largest = 1.0 if h <= skew_damped_max_step(gamma, omega) else math.inf
-    return Bound(min(factor.lower, largest), min(factor.upper, largest))
+    return Bound(min(lower(factor), largest), min(upper(factor), largest))
 
 
 @uniform_rule.register(SkewEulerBlock)

@@ -109,7 +109,9 @@ def test_nothing_is_read_while_compiling_exporting_or_mapping(kind: type) -> Non
     x = torch.randn(3, 4)
     expected = block(x)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch makes an instance of its own class while it compiles
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # torch makes an instance of its own class while it compiles
         torch.testing.assert_close(torch.compile(block, backend="eager", fullgraph=True)(x), expected)
     torch.testing.assert_close(torch.func.vmap(block)(x), expected)
     with torch.no_grad():
