@@ -312,7 +312,7 @@ class RowLaw:
     def linf(self, steps: Sequence[Bound]) -> Bound:
         """Bound the largest row sum of the step."""
         rows = zip(steps, self.diagonal.tolist(), self.row_sums, strict=True)
-        return Bound(0.0, max(max(self._idle(t), (self._diagonal(t, a) + t * s).upper) for t, a, s in rows))
+        return Bound(0.0, max(max(self._idle(t), self._row(t, a, s)) for t, a, s in rows))
 
     def l1(self, steps: Sequence[Bound]) -> Bound:
         """Bound the largest column sum of the step; the slopes of different rows are independent."""
@@ -331,6 +331,13 @@ class RowLaw:
 
     def _idle(self, step: Bound) -> float:
         return abs(1.0 - step * self.decay).upper
+
+    def _row(self, step: Bound, entry: float, others: float) -> float:
+        """Return the absolute sum of a row with slope 1; with the step in one place, rounding does not lift it above 1."""
+        left = Bound.point(self.decay) - entry
+        if (1.0 - step * left).lower >= 0.0:
+            return (1.0 - step * (left - others)).upper
+        return (self._diagonal(step, entry) + step * others).upper
 
     def _diagonal(self, step: Bound, entry: float) -> Bound:
         return abs(1.0 - step * (Bound.point(self.decay) - entry))
