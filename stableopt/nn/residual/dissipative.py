@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from stableopt.linalg import Bound, gram_norm, inf_norm, one_norm, spectral_norm
 from stableopt.nn.arguments import check_nonnegative, check_positive, check_sizes
+from stableopt.nn.dispatch import lipschitz_rule
 from stableopt.nn.positive import bounded_exp
 from stableopt.nn.precision import full_precision, wide
-from stableopt.nn.residual.fields import Field, FieldBound, damped_bound, gradient_part
+from stableopt.nn.residual.fields import Field, FieldBound, damped_bound, gradient_part, lipschitz_of_field
 from stableopt.nn.residual.runge_kutta import RungeKuttaBlock
 from stableopt.nn.residual.steps import floored, rounding_slack
 from stableopt.nn.tokens import token_rule
@@ -250,6 +251,9 @@ class DissipativeBlock(RungeKuttaBlock):
         super().__init__(field, substeps=1, depth=depth, step=step)
 
 
+lipschitz_rule.register(DissipativeField)(lipschitz_of_field)
+
+
 @token_rule.register(DissipativeField)
 def _token(module: DissipativeField) -> Bound:
-    return Bound(0.0, module.bound("l2").lipschitz.upper)
+    return lipschitz_of_field(module, "l2")

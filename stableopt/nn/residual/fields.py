@@ -37,6 +37,7 @@ __all__ = [
     "field_bound",
     "field_norm",
     "gradient_part",
+    "lipschitz_of_field",
 ]
 
 _ZERO = Bound.point(0.0)
@@ -298,14 +299,26 @@ def gradient_part(input: Tensor, weight: Tensor, bias: Tensor, activation: str) 
     return F.linear(UNIT_SLOPES[activation](F.linear(input, weight, bias)), weight.mT)
 
 
-@lipschitz_rule.register(Field)
-def _field(module: Field, norm: str) -> Bound:
+def lipschitz_of_field(module: Field, norm: str) -> Bound:
+    """Return the rule of a class of fields, to be registered for it.
+
+    Args:
+        module: the field.
+        norm: ``"l2"``, ``"linf"`` or ``"l1"``.
+
+    Examples:
+        >>> lipschitz_of_field(GradientField(3, strong=0.5), "l2").lower
+        0.0
+    """
     return Bound(0.0, field_bound(module, norm).lipschitz.upper)
+
+
+lipschitz_rule.register(GradientField)(lipschitz_of_field)
 
 
 @token_rule.register(GradientField)
 def _token(module: GradientField) -> Bound:
-    return _field(module, "l2")
+    return lipschitz_of_field(module, "l2")
 
 
 def field_norm(field: Field, norm: str) -> str:

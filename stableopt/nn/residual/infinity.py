@@ -16,7 +16,7 @@ from stableopt.linalg.proved import gamma
 from stableopt.nn.arguments import check_nonnegative, check_positive, check_sizes
 from stableopt.nn.dispatch import lipschitz_rule
 from stableopt.nn.precision import full_precision, wide
-from stableopt.nn.residual.fields import Field, FieldBound, check_field, damped_bound
+from stableopt.nn.residual.fields import Field, FieldBound, check_field, damped_bound, lipschitz_of_field
 from stableopt.nn.residual.steps import initial_fraction, raw_fraction
 from stableopt.nn.tokens import token_rule
 from stableopt.nn.uniform import uniform_rule
@@ -383,10 +383,13 @@ def _token(module: InfNormBlock) -> Bound:
     return _inf_norm(module, "l2")
 
 
+lipschitz_rule.register(InfNormField)(lipschitz_of_field)
+
+
 @token_rule.register(InfNormField)
 def _field_token(module: InfNormField) -> Bound:
     _refuse_mixing(module)
-    return Bound(0.0, module.bound("l2").lipschitz.upper)
+    return lipschitz_of_field(module, "l2")
 
 
 def _refuse_mixing(field: InfNormField) -> None:
