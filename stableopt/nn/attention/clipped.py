@@ -25,8 +25,8 @@ __all__ = ["ClippedAttention"]
 
 _LOGS = 4096.0
 """Roundings of a unit in logarithms up to some hundreds, in the constant that the output is divided by."""
-_STEEPEST = 20.0
-"""The scale of the logits is kept between e^-20 and e^20."""
+_RANGE = 10.0
+"""The scale of the logits is kept between e^-10 and e^10 times the one at the start."""
 
 
 class ClippedAttention(nn.Module):
@@ -53,8 +53,9 @@ class ClippedAttention(nn.Module):
         heads: number of heads.
         head_dim: size of queries, keys and values of a head; None for ``dim // heads``.
         radius: :math:`R_q, R_k, R_v`, or one number for all three, in units of the input.
-        logit_scale: :math:`s` at the start, one for all heads; None for :math:`1/(R_qR_k)`. It is learned, as the parameter
-            ``log_scale``; no logit exceeds :math:`sR_qR_k`. Learned radii would add nothing: scaling a matrix does the same.
+        logit_scale: :math:`s` at the start, one for all heads; None for :math:`1/(R_qR_k)`. It is learned for each head, times
+            :math:`e^r` with the parameter ``log_scale``; no logit exceeds :math:`sR_qR_k`. Learned radii would add nothing: scaling
+            a matrix does the same.
         lipschitz: L, the limit of the constant in the token-max norm; None for :math:`a = 1`.
         causal: whether a token attends only to itself and to those before it.
         bias: whether the four maps have biases, which are translations and cost nothing.
@@ -114,10 +115,8 @@ class ClippedAttention(nn.Module):
         if len(radii) != 3:
             raise ValueError(f"radius must be one number or those of queries, keys and values, got {radius!r}.")
         check_positive(query_radius=radii[0], key_radius=radii[1], value_radius=radii[2])
-        scale = 1.0 / (radii[0] * radii[1]) if logit_scale is None else float(logit_scale)
-        check_positive(logit_scale=scale, lipschitz=1.0 if lipschitz is None else lipschitz)
-        if not abs(math.log(scale)) <= _STEEPEST:
-            raise ValueError(f"logit_scale must lie between e^-20 and e^20, got {scale!r}; choose other radii.")
+        self.start = 1.0 / (radii[0] * radii[1]) if logit_scale is None else float(logit_scale)
+        check_positive(logit_scale=self.start, lipschitz=1.0 if lipschitz is None else lipschitz)
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"dropout must lie in [0, 1), got {dropout!r}.")
         self.dim, self.heads, self.head_dim, self.radii = dim, heads, width, radii
@@ -127,7 +126,7 @@ class ClippedAttention(nn.Module):
         self.key_weight, self.key_bias = _affine(heads * width, dim, bias=bias)
         self.value_weight, self.value_bias = _affine(heads * width, dim, bias=bias)
         self.output_weight, self.output_bias = _affine(dim, heads * width, bias=bias)
-        self.log_scale = nn.Parameter(torch.full((heads,), math.log(scale)))
+        self.log_scale = nn.Parameter(torch.zeros(heads))
         self.reset_parameters()
 
     @classmethod
@@ -194,7 +193,7 @@ class ClippedAttention(nn.Module):
             >>> ClippedAttention(4, 2, radius=(1.0, 4.0, 1.0)).logit_scale().detach()
             tensor([0.2500, 0.2500])
         """
-        return wide(self.log_scale).clamp(-_STEEPEST, _STEEPEST).exp()
+        return self.start * wide(self.log_scale).clamp(-_RANGE, _RANGE).exp()
 
     def output_factor(self) -> Tensor | float:
         r"""Return the factor :math:`a` that ``forward`` uses now, a 0-d tensor in at least float32, or 1 without a limit.
@@ -212,7 +211,7 @@ class ClippedAttention(nn.Module):
         R_q, R_k, R_v = (math.log(R) for R in self.radii)
         output = wide(self.output_weight)
         with full_precision(output):
-            log_s = wide(self.log_scale).clamp(-_STEEPEST, _STEEPEST)
+            log_s = math.log(self.start) + wide(self.log_scale).clamp(-_RANGE, _RANGE)
             steepest = log_s.detach().amax()  # taken out, so that no product overflows
             relative = (log_s - steepest).exp()[:, None, None]
             queries = _log_norm((relative * self._by_head(self.query_weight)).flatten(0, 1)) + steepest + (R_v + R_k)
@@ -223,7 +222,7 @@ class ClippedAttention(nn.Module):
             constant = _log_norm(output) + torch.logaddexp(0.5 * torch.logsumexp(2.0 * heads, 0), queries)
             weights = (self.query_weight, self.key_weight, self.value_weight, self.output_weight)
             slack = _LOGS * torch.finfo(output.dtype).eps + sum(rounding_slack(wide(W)) for W in weights)
-            factor = (1.0 - slack) * (math.log(self.lipschitz) - constant).clamp_max(0.0).exp()
+            factor: Tensor = (1.0 - slack) * (math.log(self.lipschitz) - constant).clamp_max(0.0).exp()
             return torch.where(
                 factor < torch.finfo(factor.dtype).tiny, 0.0, factor
             )  # a subnormal number has few digits
@@ -261,8 +260,8 @@ class ClippedAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, rows.mask, dropout_p=p, is_causal=rows.causal, scale=1.0)
         if rows.empty is not None:
             mixed = mixed.masked_fill(rows.empty, 0.0)
-        output = self.output_factor() * F.linear(mixed.transpose(-3, -2).flatten(-2), self.output_weight)
-        return output if self.output_bias is None else output + self.output_bias
+        weight = (self.output_factor() * wide(self.output_weight)).to(self.output_weight.dtype)
+        return F.linear(mixed.transpose(-3, -2).flatten(-2), weight, self.output_bias)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(-3, -2)
@@ -271,22 +270,22 @@ class ClippedAttention(nn.Module):
         return wide(weight).unflatten(0, (self.heads, self.head_dim))
 
     def _check(self, input: Tensor, context: Tensor) -> None:  # noqa: A002
-        for name, x in (("input", input), ("context", context)):
+        for name, x in (("an input", input), ("a context", context)):
             if x.ndim < 3 or x.shape[-1] != self.dim:
                 raise ValueError(
-                    f"ClippedAttention needs an {name} of shape (batch, ..., tokens, {self.dim}), got {tuple(x.shape)}; for one "
+                    f"ClippedAttention needs {name} of shape (batch, ..., tokens, {self.dim}), got {tuple(x.shape)}; for one "
                     "sequence, unsqueeze(0) adds the batch."
                 )
             if self.max_length is not None and x.shape[-2] > self.max_length:
                 raise ValueError(
-                    f"the {name} has {x.shape[-2]} tokens, more than max_length={self.max_length}, for which the l2 bound holds."
+                    f"ClippedAttention got {name} with {x.shape[-2]} tokens, more than its max_length={self.max_length}."
                 )
 
     def extra_repr(self) -> str:
         """Return the arguments for printing."""
         return (
-            f"{self.dim}, heads={self.heads}, head_dim={self.head_dim}, radius={self.radii}, lipschitz={self.lipschitz}, "
-            f"causal={self.causal}"
+            f"{self.dim}, heads={self.heads}, head_dim={self.head_dim}, radius={self.radii}, logit_scale={self.start}, "
+            f"lipschitz={self.lipschitz}, causal={self.causal}"
         )
 
 
@@ -301,7 +300,8 @@ def _log_norm(W: Tensor) -> Tensor:
 
 def _constant(module: ClippedAttention, weight_sums: list[Real] | None) -> Bound:
     """Bound the module by its stored numbers, a times C."""
-    factor = float(module.output_factor())
+    with torch.no_grad():
+        factor = float(module.output_factor())
     scales = module.logit_scale().detach().to("cpu", torch.float64)
     if not (math.isfinite(factor) and all(bool(p.isfinite().all()) for p in module.parameters())):
         raise ValueError(f"no bound holds for a ClippedAttention with NaN or infinite parameters (factor {factor}).")

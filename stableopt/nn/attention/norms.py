@@ -12,6 +12,7 @@ from stableopt.linalg import Bound
 from stableopt.nn.activations import at_least_float32
 from stableopt.nn.arguments import check_positive, check_sizes
 from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule
+from stableopt.nn.pooling import largest_entry
 from stableopt.nn.precision import full_precision
 from stableopt.nn.rules.normalization import largest_gain
 from stableopt.nn.tokens import token_rule
@@ -77,9 +78,11 @@ class BoundedNorm(nn.Module):
         if input.shape[-1:] != (self.dim,):
             raise ValueError(f"BoundedNorm({self.dim}) got an input of shape {tuple(input.shape)}.")
         with full_precision(input):
-            unit = at_least_float32(input) / (self.radius * math.sqrt(self.dim))
-            size = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
-            output = at_least_float32(input) / torch.hypot(torch.ones_like(size), size)
+            x = at_least_float32(input)
+            size = largest_entry(x, (-1,)).clamp_min(1.0)  # it cancels; with it no square overflows
+            unit = x / size
+            norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
+            output = unit / torch.hypot(1.0 / size, norm / (self.radius * math.sqrt(self.dim)))
             gain = self.gain()
             return (output if gain is None else output * gain).to(input.dtype)
 
