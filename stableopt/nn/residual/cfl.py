@@ -249,7 +249,7 @@ class CFLBlock(nn.Module):
             raise UncertifiableError(
                 f"refuted_by knows the declarations in l2, and this block is one in {self.norm!r}."
             )
-        m, L = (float(number) for number in self.current())
+        m, L = float(self.declared(_FIRST.get(self.kind, ""), lower)), float(self.current()[1])
         d = (x - y).flatten(1).double()
         df = (self.branch(x) - self.branch(y)).flatten(1).double()
         gap, spread, inner = d.norm(dim=1), df.norm(dim=1), (df * d).sum(1)
