@@ -31,6 +31,8 @@ Block = TypeVar("Block", bound=nn.Module)
 
 __all__ = ["StepLaw", "constant_of", "has_law", "mix_of", "step_law"]
 
+_MATRIX = Geometry("linear")
+
 
 @dataclass(frozen=True, eq=False)
 class StepLaw:
@@ -51,7 +53,7 @@ class StepLaw:
     scale: Tensor | float
     damping: Tensor | float = 0.0
     rows: Tensor | None = None
-    geometry: Geometry = Geometry("linear")
+    geometry: Geometry = _MATRIX
 
     @property
     def is_weight(self) -> bool:

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import spectral_norm
-from stableopt.nn import GradientBlock, lipschitz, lipschitz_rule, stabilize, unit_slopes
+from stableopt.nn import SLL, GradientBlock, lipschitz, lipschitz_rule, stabilize, unit_slopes
 from tests.nn.catalogue import jacobian, operator_norm
+from tests.nn.module_laws import check_copies, check_devices_and_dtypes, check_gradients
 from tests.nn.training import digits, train
 
 EPS = torch.finfo(torch.float64).eps
@@ -331,3 +332,243 @@ def test_sixty_four_blocks_learn_with_a_proved_bound_of_one_and_plain_blocks_hav
     for block in plain[1:-1]:
         bound = bound * (1 + lipschitz(block.first) * lipschitz(block.second))  # type: ignore[arg-type]
     assert bound.lower >= 1e20
+
+
+# A step per unit, and the other limits.
+
+
+def per_unit(dim: int, hidden: int, **options: object) -> GradientBlock:
+    """A block with random parameters and steps per unit near their limits."""
+    block = GradientBlock(dim, hidden, bound="rows", **options)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_()
+        block.raw_step.add_(3.0)
+    return block
+
+
+@settings(max_examples=60)
+@given(
+    hidden=st.integers(1, 7), dim=st.integers(1, 6), strong=st.sampled_from([0.0, 1e-6, 0.3, 5.0, 1e9]),
+    log_scale=st.integers(-8, 8), raw=st.floats(-50, 50), activation=st.sampled_from(ACTIVATIONS), seed=st.integers(0, 99),
+    dtype=st.sampled_from([torch.float64, torch.float32, torch.bfloat16]), kind=st.sampled_from(["any", "one", "rows"]),
+)  # fmt: skip
+def test_steps_per_unit_never_expand_whatever_the_parameters(
+    hidden: int,
+    dim: int,
+    strong: float,
+    log_scale: int,
+    raw: float,
+    activation: str,
+    seed: int,
+    dtype: torch.dtype,
+    kind: str,
+) -> None:
+    torch.manual_seed(seed)
+    block = per_unit(dim, hidden, strong=strong, activation=activation)
+    with torch.no_grad():
+        if kind == "one":
+            block.weight.copy_(torch.outer(torch.randn(hidden), torch.randn(dim)))
+        block.weight.mul_(10.0**log_scale if kind != "rows" else 10.0 ** torch.randint(-3, 4, (hidden, 1)))
+        block.raw_step.fill_(raw)
+        block.get_parameter("raw_q").mul_(5.0)
+    block = block.to(dtype)
+    bound, kappa = lipschitz(block).upper, float(block.damping().detach())
+    assert bound <= 1.0
+    assert bound == pytest.approx(1.0 - kappa, abs=1e-9)
+    J = jacobian(copy.deepcopy(block).double(), torch.randn(1, dim))
+    torch.testing.assert_close(J, J.mT, rtol=0, atol=1e-9)
+    if dtype == torch.float64:  # the Jacobian of the numbers of the bound
+        assert operator_norm(J, "l2") <= bound + 1e3 * EPS
+        assert operator_norm(J, "linf") <= lipschitz(block, "linf").upper * (1 + 1e3 * EPS)
+
+
+@pytest.mark.parametrize("strong", [0.0, 0.4])
+def test_steps_per_unit_at_their_limit_are_sharp(strong: float) -> None:
+    """Orthogonal rows of different lengths: every unit reaches the other end of the spectrum, and none may take more."""
+    block = GradientBlock(4, 3, strong=strong, bound="rows")
+    with torch.no_grad():
+        block.weight.mul_(torch.tensor([[0.2], [1.0], [3.0]]))
+        block.bias.fill_(30.0)
+        block.raw_step.fill_(40.0)
+        if strong:
+            block.get_parameter("raw_damping").fill_(40.0)
+    steps, kappa = block.step_sizes().detach(), float(block.damping().detach())
+    torch.testing.assert_close(steps, 2 / (2 * strong + torch.tensor([0.04, 1.0, 9.0])), rtol=1e-9, atol=0)
+    assert kappa == pytest.approx(2 * strong / (2 * strong + 9.0))  # the damping obeys the steepest unit
+    for over, expands in ((1.0, False), (1.001, True)):
+        J = (1 - kappa) * torch.eye(4) - over * block.weight.mT @ torch.diag(steps) @ block.weight
+        smallest = float(torch.linalg.eigvalsh(J.detach())[0])
+        assert (-smallest > 1 - kappa + 1e-6) is expands
+    torch.testing.assert_close(jacobian(block, torch.zeros(1, 4)), jacobian(block, torch.ones(1, 4)))
+    assert lipschitz(block).upper == pytest.approx(1 - kappa, abs=1e-12)
+
+
+def test_steps_per_unit_without_damping_at_full_length_are_the_sdp_layer() -> None:
+    block, layer = per_unit(5, 7), SLL(5, 7)
+    layer.load_state_dict({name: block.get_parameter(name) for name in ("weight", "bias", "raw_q")})
+    nn.init.constant_(block.raw_step, 60.0)
+    x = torch.randn(3, 5)
+    torch.testing.assert_close(block(x), layer(x), rtol=0, atol=0)
+    assert set(block.state_dict()) == {"weight", "bias", "raw_step", "raw_q"}  # no damping, no step for it
+    assert set(GradientBlock(2).state_dict()) == {"weight", "bias", "raw_step"}
+
+
+@pytest.mark.parametrize("strong", [0.0, 0.3])
+def test_the_map_with_steps_per_unit_is_the_formula(strong: float) -> None:
+    block = per_unit(4, 6, strong=strong, activation="tanh")
+    W, b, x = block.weight, block.bias, torch.randn(5, 4)
+    q = torch.exp(15 * torch.tanh(block.get_parameter("raw_q") / 15))
+    r = (W @ W.mT).abs() @ q / q
+    s = 2 / (2 * strong + r) * block.raw_step.sigmoid()
+    tau = 2 / (2 * strong + r.max()) * block.get_parameter("raw_damping").sigmoid() if strong else 0.0
+    torch.testing.assert_close(
+        block(x), x - tau * strong * x - (s * torch.tanh(x @ W.mT + b)) @ W, rtol=1e-9, atol=1e-12
+    )
+    torch.testing.assert_close(block.step_sizes(), s, rtol=1e-9, atol=0)
+    with pytest.raises(ValueError, match=r"no single one; call step_sizes\(\)"):
+        block.step_size()
+    scalar = GradientBlock(4, 6, strong=0.5)
+    torch.testing.assert_close(scalar.step_sizes(), scalar.step_size().expand(6), rtol=0, atol=0)
+    torch.testing.assert_close(scalar.damping(), 0.5 * scalar.step_size(), rtol=0, atol=0)
+
+
+def test_steps_per_unit_are_not_above_those_of_the_norm_and_nearly_so_for_rows_that_are_orthogonal() -> None:
+    torch.manual_seed(0)
+    mean = {}
+    for hidden in (4, 256):
+        A = torch.randn(hidden, 256)
+        block = GradientBlock(256, hidden, bound="rows", step=0.5)
+        with torch.no_grad():
+            block.weight.copy_(A)
+        largest = float(torch.linalg.matrix_norm(A, 2)) ** 2
+        mean[hidden] = (
+            float(block.step_sizes().detach().mean()) * largest
+        )  # 1 is the step of the norm, at half of the limit
+    assert 0.7 < mean[4] <= 1.0
+    assert 0.25 < mean[256] < 0.6
+
+
+@pytest.mark.parametrize("bound", ["frobenius", "schur"])
+def test_the_cheap_limits_are_their_formulas_and_below_that_of_the_norm(bound: str) -> None:
+    block = GradientBlock(6, 9, strong=0.2, bound=bound, step=0.3)
+    with torch.no_grad():
+        block.weight.copy_(torch.randn(9, 6))
+    A = block.weight.detach()
+    square = float((A**2).sum() if bound == "frobenius" else A.abs().sum(0).max() * A.abs().sum(1).max())
+    assert float(block.step_size().detach()) == pytest.approx(0.3 * 2 / (0.4 + square), rel=1e-9)
+    assert float(block.step_size().detach()) < 0.3 * 2 / (0.4 + square)
+    tight = GradientBlock(6, 9, strong=0.2, step=0.3)
+    tight.load_state_dict(block.state_dict())
+    assert float(block.step_size().detach()) < float(tight.step_size().detach())
+
+
+@pytest.mark.parametrize("bound", ["gram", "frobenius", "schur"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_no_limit_is_broken_by_rounding(bound: str, dtype: torch.dtype) -> None:
+    """Rank one, or one row: the bounds of the norm are exact, so that only the slack is left."""
+    for size in (1, 3, 33) * 2:
+        block = GradientBlock(size, 1, bound=bound, strong=0.1)
+        with torch.no_grad():
+            block.weight.copy_(torch.randn(1).sign() if bound == "schur" else torch.randn(1, size))
+            block.raw_step.fill_(60.0)
+        assert lipschitz(block.to(dtype)).upper <= 1.0
+
+
+@pytest.mark.parametrize("bound", ["gram", "frobenius", "schur", "rows"])
+def test_a_limit_without_gradient_is_the_same_map_with_steps_as_constants(bound: str) -> None:
+    block = GradientBlock(4, 6, strong=0.3, bound=bound)
+    nn.init.normal_(block.weight)
+    constant = GradientBlock(4, 6, strong=0.3, bound=bound, limit_gradient=False)
+    constant.load_state_dict(block.state_dict())
+    x = torch.randn(3, 4)
+    assert constant(x).equal(block(x))
+    for module in (block, constant):
+        module(x).square().sum().backward()
+        assert module.raw_step.grad is not None
+        assert bool(module.raw_step.grad.any())
+    assert not torch.allclose(block.get_parameter("weight").grad, constant.get_parameter("weight").grad)  # type: ignore[arg-type]
+    torch.testing.assert_close(block.raw_step.grad, constant.raw_step.grad)
+    if bound == "rows":
+        assert constant.get_parameter("raw_q").grad is None
+        assert block.get_parameter("raw_q").grad is not None
+    else:
+        A, s = constant.weight.detach().clone().requires_grad_(), constant.step_size().detach()
+        y = x - s * (0.3 * x + torch.relu(x @ A.mT) @ A)
+        (expected,) = torch.autograd.grad(y.square().sum(), A)
+        torch.testing.assert_close(constant.weight.grad, expected)
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+@pytest.mark.parametrize("strong", [0.0, 0.3])
+def test_steps_per_unit_fold_into_the_weight(activation: str, strong: float) -> None:
+    block = per_unit(4, 6, strong=strong, activation=activation)
+    weight, bias, tau, damping, name = block.folded()
+    x = torch.randn(20, 4)
+    act = F.relu if activation == "relu" else F.leaky_relu
+    torch.testing.assert_close(
+        x - tau * (damping * x + act(x @ weight.mT + bias) @ weight), block(x), rtol=1e-9, atol=1e-9
+    )
+    assert name == activation
+    assert damping == float(block.damping().detach())
+    assert Fraction(tau) * (2 * Fraction(damping) + Fraction(spectral_norm(weight).upper) ** 2) <= 2
+    with pytest.raises(UncertifiableError, match="only with relu or leaky_relu, got tanh"):
+        per_unit(4, 6, activation="tanh").folded()
+
+
+def test_blocks_with_steps_per_unit_live_in_the_ecosystem() -> None:
+    block = per_unit(4, 6, strong=0.3)
+    check_copies(block, (4,))
+    check_devices_and_dtypes(block, (4,))
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(torch.func.vmap(block)(x), block(x))
+    torch.testing.assert_close(pickle.loads(pickle.dumps(block))(x), block(x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = block.float().step_sizes()
+    assert inside.equal(block.step_sizes())
+    for name, _ in block.named_parameters():
+        broken = copy.deepcopy(block)
+        nn.init.constant_(broken.get_parameter(name), math.nan)
+        with pytest.raises(ValueError, match=r"NaN|finite"):
+            lipschitz(broken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bound", ["frobenius", "schur", "rows"])
+def test_the_gradients_of_every_limit_are_right(bound: str) -> None:
+    block = GradientBlock(3, 4, activation="tanh", strong=0.1, bound=bound)
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.normal_()
+    check_gradients(block, (3,))
+    parameters, x = dict(block.named_parameters()), torch.randn(2, 3)
+
+    def f(*values: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(block, dict(zip(parameters, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(f, tuple(p.detach().clone().requires_grad_() for p in parameters.values()))
+    assert torch.autograd.gradgradcheck(f, tuple(p.detach().clone().requires_grad_() for p in parameters.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bound", ["gram", "frobenius", "schur", "rows"])
+def test_training_never_breaks_the_promise(bound: str) -> None:
+    torch.set_default_dtype(torch.float32)
+    torch.manual_seed(0)
+    x, y, _, _ = digits()
+    blocks = [GradientBlock(32, depth=4, bound=bound, strong=m) for m in (0.0, 0.1, 0.0, 0.1)]
+    model = nn.Sequential(nn.Linear(64, 32), *blocks, nn.Linear(32, 10))
+    opt = torch.optim.AdamW(model.parameters(), lr=3e-2)
+    loss = torch.tensor(math.inf)
+    for batch in torch.randperm(len(x)).split(64):
+        opt.zero_grad()
+        loss = F.cross_entropy(model(x[batch]), y[batch])
+        loss.backward()
+        opt.step()
+        assert all(lipschitz(block).upper <= 1.0 for block in blocks)
+    assert float(loss.detach()) < 1.0
+
+
+def test_bad_bounds_are_refused() -> None:
+    with pytest.raises(ValueError, match="bound must be one of gram, frobenius, schur, rows, got 'svd'"):
+        GradientBlock(3, bound="svd")
