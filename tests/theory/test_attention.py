@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import stableopt.theory as th
+from stableopt.linalg import Bound
 
 
 def clip(x: torch.Tensor, radius: float) -> torch.Tensor:
@@ -121,3 +122,56 @@ def test_layer_norm_has_the_constant_316_at_torchs_eps() -> None:
     assert float(torch.linalg.matrix_norm(J, 2)) == pytest.approx(th.normalization_constant(1.0))
     with pytest.raises(ValueError, match="eps"):
         th.normalization_constant(1.0, 0.0)
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5, 2.0, 400.0])
+@pytest.mark.parametrize("tokens", [1, 2, 9])
+def test_the_weights_that_one_token_gets_are_bounded_and_the_bound_is_attained_without_a_mask(
+    limit: float, tokens: int
+) -> None:
+    logits = torch.full((tokens, tokens), -limit)
+    logits[:, 0] = limit  # the first token is what all others like best
+    weights = logits.softmax(-1)
+    bound = th.attention_weight_sum(limit, tokens)
+    assert float(weights[:, 0].sum()) == pytest.approx(bound)
+    assert bound <= th.attention_weight_sum(limit) * (1 + 1e-12)
+    causal = logits.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), -math.inf).softmax(-1)
+    ceiling = th.attention_weight_sum(limit, tokens, causal=True)
+    assert float(causal[:, 0].sum()) <= ceiling * (1 + 1e-12)
+    assert ceiling <= tokens * (1 + 1e-12)
+    enclosure = th.attention_weight_sum(Bound.point(limit), tokens, causal=True)
+    assert isinstance(enclosure, Bound)
+    assert enclosure.upper <= tokens * (1 + 1e-12)
+
+
+def test_the_weights_grow_with_the_logarithm_of_the_length_under_a_causal_mask() -> None:
+    sums = [th.attention_weight_sum(1.0, n, causal=True) for n in (10, 1000, 100_000)]
+    assert sums[0] < sums[1] < sums[2]
+    assert sums[2] - sums[1] == pytest.approx(math.exp(2.0) * math.log(100.0), rel=0.01)
+    assert th.attention_weight_sum(1.0, 10**6) == pytest.approx(th.attention_weight_sum(1.0), rel=1e-4)
+    with pytest.raises(ValueError, match="grow with the length"):
+        th.attention_weight_sum(1.0, causal=True)
+    for length in (0, 2.0, True):
+        with pytest.raises(ValueError, match="length must be an integer >= 1"):
+            th.attention_weight_sum(1.0, length)  # type: ignore[arg-type]
+
+
+def test_queries_of_all_heads_share_one_perturbation() -> None:
+    """Orthogonal queries of four heads: bounded together they cost 1, one by one 2."""
+    apart = th.attention_constant(1.0, [th.attention_head_constant(
+        1.0, 0.0, 0.0, query_radius=1.0, key_radius=1.0, value_radius=1.0, logit_scale=1.0
+    )] * 4)  # fmt: skip
+    assert apart == 2.0
+    assert th.attention_constant(1.0, [0.0] * 4, queries=1.0) == 1.0
+    assert th.attention_constant(3.0, [1.0], queries=0.5, weight_sums=[9.0]) == 10.5
+    with pytest.raises(ValueError, match="one number per head, got 1 for 2"):
+        th.attention_constant(1.0, [1.0, 1.0], weight_sums=[1.0])
+
+
+def test_the_constant_of_a_head_lies_between_its_parts_and_their_sum() -> None:
+    law = lambda q, k, v: th.attention_head_constant(  # noqa: E731
+        q, k, v, query_radius=2.0, key_radius=3.0, value_radius=0.5, logit_scale=0.7
+    )
+    q, k, v = 0.7 * 0.5 * 3.0 * 1.1, 0.7 * 0.5 * 2.0 * 1.3, 0.9
+    assert law(1.1, 1.3, 0.9) == pytest.approx((v + k + math.hypot(v, k)) / 2 + q)
+    assert max(v, k) + q < law(1.1, 1.3, 0.9) < q + k + v
