@@ -57,6 +57,17 @@ def drawn(module: nn.Module, *, scale: float = 0.5, step: float = 4.0) -> nn.Mod
 GRADIENT = [
     Row("GradientBlock", lambda: drawn(stable.GradientBlock(8, 12)), (8,)),
     Row("GradientBlock, strong", lambda: drawn(stable.GradientBlock(8, 12, strong=0.5)), (8,)),
+    Row("GradientBlock, linf", lambda: drawn(stable.GradientBlock(8, 12)), (8,), "linf"),
+    Row("GradientBlock, rows", lambda: drawn(stable.GradientBlock(8, 12, bound="rows", strong=0.5)), (8,)),
+    Row("ConvGradientBlock", lambda: drawn(stable.ConvGradientBlock(4, 6)), (4, 6, 6)),
+    Row("ConvGradientBlock, strong", lambda: drawn(stable.ConvGradientBlock(4, 6, strong=0.5)), (4, 6, 6)),
+    Row(
+        "ConvGradientBlock, circular",
+        lambda: drawn(stable.ConvGradientBlock(4, padding_mode="circular", strong=0.5)),
+        (4, 6, 6),
+    ),
+    Row("ConvGradientBlock, rows", lambda: drawn(stable.ConvGradientBlock(4, 6, bound="rows", strong=0.5)), (4, 6, 6)),
+    Row("ConvGradientBlock, linf", lambda: drawn(stable.ConvGradientBlock(4, 6)), (4, 6, 6), "linf"),
 ]
 
 
@@ -76,9 +87,51 @@ RECURRENT_CELLS = [
     Row("AntisymmetricCell, 24 steps", lambda: over_time(stable.AntisymmetricCell), (24, 2)),
 ]
 
+STATE_SPACES = [
+    Row("DiagonalStateSpace, 24 steps", lambda: drawn(stable.DiagonalStateSpace(2, 8)), (24, 2)),
+    Row("DiagonalStateSpace, token_max", lambda: drawn(stable.DiagonalStateSpace(2, 8)), (24, 2), "token_max"),
+    Row("DiagonalStateSpace, linf", lambda: drawn(stable.DiagonalStateSpace(2, 8)), (24, 2), "linf"),
+    Row(
+        "DiagonalStateSpace, both directions",
+        lambda: drawn(stable.DiagonalStateSpace(2, 8, bidirectional=True)),
+        (24, 2),
+    ),
+    Row("StateSpaceBlock, 24 steps", lambda: drawn(stable.StateSpaceBlock(4, 8)), (24, 4)),
+    Row("StateSpaceStack, 3 blocks, gain 5", lambda: drawn(stable.StateSpaceStack(2, 8, 8, 3, 2, gain=5.0)), (24, 2)),
+    Row("CappedLinear", lambda: drawn(stable.CappedLinear(8, 6)), (8,)),
+]
+
+
+def mlp(hidden: int = 8) -> nn.Module:
+    """A plain branch."""
+    return nn.Sequential(nn.Linear(6, hidden), nn.Tanh(), nn.Linear(hidden, 6))
+
+
+BUDGETED = [
+    Row("AveragedResidual", lambda: drawn(stable.AveragedResidual(mlp())), (6,)),
+    Row("AveragedResidual", lambda: drawn(stable.AveragedResidual(mlp())), (6,), "linf"),
+    Row("AveragedResidual", lambda: drawn(stable.AveragedResidual(mlp())), (3, 6), "token_max"),
+    Row("ResidualStack, 4 branches, G = 4", lambda: drawn(stable.ResidualStack([mlp() for _ in range(4)], 4.0)), (6,)),
+    Row(
+        "ResidualStack, 4 branches, G = 4",
+        lambda: drawn(stable.ResidualStack([mlp() for _ in range(4)], 4.0, norm="linf")),
+        (6,),
+        "linf",
+    ),
+    Row(
+        "CompensatedPair",
+        lambda: drawn(stable.CompensatedPair(stable.GradientBlock(6, strong=1.0), mlp())),
+        (6,),
+    ),
+    Row("cfl, averaged", lambda: drawn(stable.cfl(mlp(), "averaged")), (6,)),
+    Row("cfl, growth of 2", lambda: drawn(stable.cfl(mlp(), "lipschitz", growth=2.0)), (6,)),
+]
+
 ROWS: list[Row] = [
     *GRADIENT,
     *RECURRENT_CELLS,
+    *STATE_SPACES,
+    *BUDGETED,
 ]
 """The rows of all tables; a new block or cell adds a list."""
 

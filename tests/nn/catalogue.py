@@ -10,8 +10,11 @@ from torch import nn
 
 from stableopt.nn import (
     AntisymmetricCell,
+    CappedLinear,
     ContractingCell,
+    ConvGradientBlock,
     DiagonalMetricCell,
+    DiagonalStateSpace,
     GradientBlock,
     GroupSort,
     LastStep,
@@ -19,6 +22,8 @@ from stableopt.nn import (
     MeanOverTime,
     Recurrence,
     Scale,
+    StateSpaceBlock,
+    StateSpaceStack,
 )
 
 
@@ -124,6 +129,19 @@ COMPOSED = [
     Row("gradient block damped", lambda: GradientBlock(5, 3, strong=0.7, activation="tanh", step=0.99), (1, 5)),
     Row("gradient block leaky", lambda: GradientBlock(4, activation="leaky_relu", step=0.9), (1, 4)),
     Row("gradient block softplus", lambda: GradientBlock(4, activation="softplus", step=0.9), (1, 4)),
+    Row("gradient block frobenius", lambda: GradientBlock(5, 7, bound="frobenius", step=0.9), (1, 5)),
+    Row("gradient block schur", lambda: GradientBlock(5, 3, bound="schur", strong=0.2, limit_gradient=False), (1, 5)),
+    Row("gradient block rows", lambda: GradientBlock(5, 7, bound="rows", strong=0.2, step=0.9), (1, 5)),
+    Row("conv gradient block 1d", lambda: ConvGradientBlock(2, 3, dims=1, strong=0.2, step=0.9), (1, 2, 7)),
+    Row("conv gradient block 2d", lambda: ConvGradientBlock(2, 4, groups=2, bound="rows", step=0.9), (1, 2, 4, 5)),
+    Row(
+        "conv gradient block circular",
+        lambda: ConvGradientBlock(2, dims=1, padding_mode="circular", dilation=2, step=0.9),
+        (1, 2, 6),
+    ),
+    Row(
+        "conv gradient block 3d", lambda: ConvGradientBlock(1, 2, 2, dims=3, padding=1, bound="schur"), (1, 1, 2, 3, 2)
+    ),
     Row("gradient block hardtanh", lambda: GradientBlock(4, activation="hardtanh", step=0.9), (1, 4)),
     Row("mlp", lambda: nn.Sequential(nn.Linear(4, 6), GroupSort(), nn.Linear(6, 3)), (1, 4)),
     Row("empty", nn.Sequential, (1, 4)),
@@ -227,8 +245,20 @@ RECURRENCES = [
     Row("mean over time", lambda: MeanOverTime(3), (1, 3, 2), 1.0 + 1e-12),
 ]
 
+STATE_SPACES = [
+    Row("state space", lambda: DiagonalStateSpace(2, 3), (1, 4, 2)),
+    Row(
+        "state space both ways",
+        lambda: DiagonalStateSpace(2, 2, 3, gain=2.0, skip=False, bidirectional=True),
+        (1, 3, 2),
+    ),
+    Row("state space block", lambda: StateSpaceBlock(3, 2), (1, 3, 3)),
+    Row("state space stack", lambda: StateSpaceStack(2, 3, 2, layers=2, d_out=2, gain=3.0), (1, 3, 2)),
+    Row("capped linear", lambda: CappedLinear(3, 4, limit=2.0), (1, 3), 1.0 + 1e-10),
+]
+
 AFFINE += [*NORMALIZATIONS, *COPIES, *TRANSPOSED]
-CATALOGUE = [*AFFINE, *ACTIVATIONS, *POOLS, *OF_SAMPLE, *COMPOSED, *RECURRENCES]
+CATALOGUE = [*AFFINE, *ACTIVATIONS, *POOLS, *OF_SAMPLE, *COMPOSED, *RECURRENCES, *STATE_SPACES]
 
 
 def jacobian(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
