@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from stableopt.linalg import Bound, gram_norm, inf_norm, one_norm, spectral_norm
 from stableopt.nn.arguments import check_nonnegative, check_sizes
 from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule
+from stableopt.nn.isometric.shears import pair_limit, pair_norm
 from stableopt.nn.isometric.skew import check_finite
 from stableopt.nn.precision import full_precision, wide
-from stableopt.nn.residual.steps import rounding_slack
+from stableopt.nn.residual.steps import raw_fraction, rounding_slack
 from stableopt.nn.tokens import token_rule
 from stableopt.nn.uniform import uniform_rule
 from stableopt.nn.unit_slopes import UNIT_SLOPES, check_unit_slopes
 
-__all__ = ["HamiltonianBlock", "shear_norm"]
+__all__ = ["HamiltonianBlock"]
 
 _SMALLEST = 1e-6
 """Floor of the squares of the norms of the weights, so that a zero weight has a finite step."""
@@ -34,15 +35,18 @@ class HamiltonianBlock(nn.Module):
         p \leftarrow p - h_1 A^\top\sigma(Aq + b), \qquad q \leftarrow q + h_2 B^\top\sigma(Bp + c), \qquad
         \text{then both times } e^{-\gamma} .
 
-    It is *not* a contraction, and cannot be one without damping: the determinant of its Jacobian is 1. **Proof of the budget.** A
-    shear with a symmetric :math:`S`, :math:`0 \preceq S \preceq uI`, has the singular values :math:`t, 1/t` with
-    :math:`t(u) = \tfrac12(u + \sqrt{u^2 + 4}) = e^{\operatorname{arsinh}(u/2)}`, and :math:`u_1 = h_1\|A\|_2^2`,
-    :math:`u_2 = h_2\|B\|_2^2` here. The steps are chosen such that
+    It is *not* a contraction, and cannot be one without damping: the determinant of its Jacobian is 1. **The budget.** The Jacobian
+    is the product of two opposite shears with the symmetric parts :math:`h_1A^\top D_1A \preceq u_1I` and :math:`h_2B^\top D_2B
+    \preceq u_2I`, :math:`u_1 = h_1\|A\|_2^2`, :math:`u_2 = h_2\|B\|_2^2`. The largest norm of such a product is known exactly
+    (:mod:`stableopt.nn.isometric.shears`), and the steps
 
-    .. math:: t(u_1)\,t(u_2) = G^{(\theta_1 + \theta_2)/\text{depth}}, \qquad \theta = \operatorname{softmax}(r_1, r_2, r_3) ,
+    .. math::
+        h_1 = \operatorname{sigmoid}(r_1)\,\frac{\bar u}{\|A\|_2^2}, \quad
+        h_2 = \operatorname{sigmoid}(r_2)\,\frac{\bar u}{\|B\|_2^2}, \qquad
+        \bar u = 2\tanh(\log L) \ \text{or, for } L > 1 + \sqrt2,\ \sqrt{L - 1/L}
 
-    so the constant of the block is at most :math:`G^{1/\text{depth}}e^{-\gamma}`, and no distance shrinks by more than
-    :math:`G^{-1/\text{depth}}e^{-\gamma}`: without damping, gradients of a stack neither grow nor shrink by more than :math:`G`.
+    keep it within :math:`L = G^{1/\text{depth}}`. So the constant of the block is at most :math:`Le^{-\gamma}`, and no distance
+    shrinks by more than :math:`e^{-\gamma}/L`: without damping, gradients of a stack neither grow nor shrink by more than :math:`G`.
 
     Args:
         dim: number of features of input and output, even.
@@ -52,16 +56,15 @@ class HamiltonianBlock(nn.Module):
         activation: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"softplus"`` or ``"hardtanh"``.
         damping: :math:`\gamma \ge 0` of this block. With :math:`\gamma = \log(G)/\text{depth}` the block is nonexpansive, at the
             price of damping all directions.
-        step: initial share of the budget that is used, in (0, 1).
+        step: initial steps as a fraction of their limit, in (0, 1).
 
     Raises:
         ValueError: if an argument is out of range, the activation has slopes outside [0, 1], or, in ``inverse``, the input has
             another number of features.
 
     Note:
-        The norms come from Gram iteration and the shares are shrunk against rounding; what is proved of the stored numbers is said
-        by :func:`stableopt.nn.lipschitz`. The product of the norms of the two shears is a bound of that of their composition, which
-        reaches it only to first order in the steps.
+        The norms come from Gram iteration and the steps are shrunk against rounding; what is proved of the stored numbers is said
+        by :func:`stableopt.nn.lipschitz`.
 
     References:
         Galimberti, Furieri, Xu and Ferrari-Trecate, *Hamiltonian Deep Neural Networks Guaranteeing Nonvanishing Gradients by
@@ -98,7 +101,7 @@ class HamiltonianBlock(nn.Module):
                 "growth use SkewBlock."
             )
         if not 0.0 < step < 1.0:
-            raise ValueError(f"step is a fraction of the budget and must lie in (0, 1), got {step!r}.")
+            raise ValueError(f"step is a fraction of the limit and must lie in (0, 1), got {step!r}.")
         self.activation = activation
         self.growth, self.depth, self.damping = float(growth), depth, float(damping)
         self.limit, self.decay = _root_below(self.growth, depth), math.exp(-self.damping)
@@ -106,7 +109,7 @@ class HamiltonianBlock(nn.Module):
         self.weight_p = nn.Parameter(torch.empty(hidden, dim // 2))
         self.bias_q = nn.Parameter(torch.zeros(hidden))
         self.bias_p = nn.Parameter(torch.zeros(hidden))
-        self.raw_step = nn.Parameter(torch.tensor([step / 2.0, step / 2.0, 1.0 - step]).log())
+        self.raw_step = raw_fraction(step, 2)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -119,25 +122,18 @@ class HamiltonianBlock(nn.Module):
         r"""Return the steps :math:`h_1, h_2` that ``forward`` uses now, 0-d tensors, at least float32.
 
         Examples:
-            >>> block = HamiltonianBlock(
-            ...     4, growth=4.0, step=0.5
-            ... )  # half of the budget for two shears: t = sqrt(2), u = 1/sqrt(2)
+            >>> block = HamiltonianBlock(4, growth=3.0**0.5, step=0.5)  # the limit is 1 for matrices of norm 1
             >>> [round(h.item(), 1) for h in block.step_sizes()]
-            [0.7, 0.7]
+            [0.5, 0.5]
         """
-        shares = wide(self.raw_step).softmax(0)
-        q, p = (
-            self._step(weight, share) for weight, share in zip((self.weight_q, self.weight_p), shares, strict=False)
-        )
-        return q, p
+        share = wide(self.raw_step).sigmoid()
+        return self._step(self.weight_q, share[0]), self._step(self.weight_p, share[1])
 
     def _step(self, weight: Tensor, share: Tensor) -> Tensor:
         weight = wide(weight)
         with full_precision(weight):
             U = gram_norm(weight)
-        # relative: what the step may be rounded by; absolute: what the proof rounds up by
-        budget = max(0.0, math.log(self.limit) * (1.0 - 2.0 * rounding_slack(weight)) - 2.0**-48)
-        return 2.0 * (share * budget).sinh() / (U * U).clamp_min(_SMALLEST)
+        return (1.0 - rounding_slack(weight)) * pair_limit(self.limit) * share / (U * U).clamp_min(_SMALLEST)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the next state; the features are the last dimension of the input, :math:`q` before :math:`p`."""
@@ -193,30 +189,18 @@ def _root_below(growth: float, depth: int) -> float:
     return root
 
 
-def shear_norm(u: Bound) -> Bound:
-    r"""Return the norm of a shear, :math:`t(u) = \tfrac12(u + \sqrt{u^2 + 4})`.
-
-    Args:
-        u: :math:`u \ge 0`, the norm of its symmetric part.
-
-    Examples:
-        >>> shear_norm(Bound.point(1.5)).upper
-        2.0
-    """
-    return 0.5 * (u + (u**2 + 4.0).sqrt())
-
-
 @lipschitz_rule.register(HamiltonianBlock)
 def _hamiltonian_block(module: HamiltonianBlock, norm: str) -> Bound:
-    r"""Bound the product of the shears: :math:`t(u_1)t(u_2)e^{-\gamma}` in l2; else also by the sums of rows and columns."""
+    """Bound it by the largest norm of two opposite shears in l2; in linf and l1 also by the sums of rows and columns."""
     check_finite(module)
     steps = [float(h.detach()) for h in module.step_sizes()]
     if not all(map(math.isfinite, steps)):
         raise ValueError(f"no bound holds for a HamiltonianBlock with the steps {steps}; its weights are too large.")
-    euclidean = summed = Bound.point(module.decay)
+    summed, sizes = Bound.point(module.decay), []
     for h, weight in zip(steps, (module.weight_q, module.weight_p), strict=True):
-        euclidean = euclidean * shear_norm(h * Bound.point(spectral_norm(weight).upper) ** 2)
+        sizes.append((h * Bound.point(spectral_norm(weight).upper) ** 2).upper)
         summed = summed * (1.0 + h * one_norm(weight) * inf_norm(weight))
+    euclidean = module.decay * pair_norm(*sizes)
     if norm == "l2":
         return Bound(0.0, euclidean.upper)
     spread = Bound.point(2.0 * module.weight_q.shape[1]).sqrt()

@@ -131,8 +131,8 @@ def test_copies_compilation_and_state_round_trips_keep_the_map(kind: str) -> Non
 
 def test_a_changed_field_and_nan_are_refused() -> None:
     class Other(GradientField):
-        def forward(self, input: torch.Tensor) -> torch.Tensor:
-            return -super().forward(input)
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return -super().forward(x)
 
     block = BackwardEulerBlock(Other(3))
     for question in (lipschitz, uniform_bound):

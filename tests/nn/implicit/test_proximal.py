@@ -344,24 +344,23 @@ def test_the_equation_is_that_of_its_splitting() -> None:
 
 
 @pytest.mark.slow
-def test_stacks_learn_with_a_proved_constant_of_one_after_every_step() -> None:
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_stacks_learn_with_a_proved_constant_of_one_after_every_step(
+    kind: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.set_default_dtype(torch.float32)
-    for kind in BLOCKS:
-        torch.manual_seed(0)
-        blocks = [kind(64, depth=8, solver=ForwardBackward(4)) for _ in range(8)]
-        model = stabilize(nn.Sequential(nn.Linear(64, 64), *blocks, nn.Linear(64, 10)), 1.0)
-        checks = []
-        opt_step = torch.optim.AdamW.step
+    blocks = [kind(64, depth=8, solver=ForwardBackward(4)) for _ in range(8)]
+    model = stabilize(nn.Sequential(nn.Linear(64, 64), *blocks, nn.Linear(64, 10)), 1.0)
+    uppers = []
+    original = torch.optim.AdamW.step
 
-        def step(self: torch.optim.AdamW, *args: object, **kwargs: object) -> object:
-            result = opt_step(self, *args, **kwargs)  # type: ignore[arg-type]
-            checks.append(max(lipschitz(block).upper for block in blocks))
-            return result
+    def step(self: torch.optim.AdamW) -> None:
+        original(self)
+        uppers.append(max(lipschitz(block).upper for block in blocks))
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.optim.AdamW, "step", step)
-            accuracy = float((train(model, 16.0, 0.4, lr=1e-2, epochs=5) > 0).double().mean())
-        assert len(checks) == 5 * math.ceil(len(digits()[0]) / 128)
-        assert max(checks) <= 1.0
-        assert lipschitz(model).upper <= 1.0
-        assert accuracy >= 0.93
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    accuracy = float((train(model, 16.0, 0.4, lr=1e-2, epochs=4) > 0).double().mean())
+    assert len(uppers) == 4 * math.ceil(len(digits()[0]) / 128)
+    assert max(uppers) <= 1.0
+    assert lipschitz(model).upper <= 1.0
+    assert accuracy >= 0.93

@@ -15,7 +15,7 @@ from torch import nn
 
 from stableopt.linalg import Bound
 from stableopt.nn import HamiltonianBlock, lipschitz, lipschitz_rule, stabilize, uniform_bound
-from stableopt.nn.isometric.hamiltonian import shear_norm
+from stableopt.nn.isometric.shears import pair_limit, pair_norm, shear_norm
 from tests.nn.adversary import worst_ratio
 from tests.nn.catalogue import jacobian, operator_norm
 from tests.nn.training import train
@@ -34,7 +34,7 @@ def filled(block: HamiltonianBlock, scale: float = 1.0) -> HamiltonianBlock:
 @settings(max_examples=40)
 @given(
     half=st.integers(1, 3), hidden=st.integers(1, 5), growth=st.sampled_from([1.0001, 2.0, 1e3]), depth=st.integers(1, 7),
-    damping=st.sampled_from([0.0, 0.3]), log_scale=st.integers(-6, 6), raw=st.tuples(*[st.floats(-60, 60)] * 3),
+    damping=st.sampled_from([0.0, 0.3]), log_scale=st.integers(-6, 6), raw=st.tuples(*[st.floats(-60, 60)] * 2),
     activation=st.sampled_from(ACTIVATIONS), dtype=st.sampled_from([torch.float64, torch.float32]), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_distances_grow_and_shrink_within_the_budget_whatever_the_parameters(
@@ -72,38 +72,81 @@ def test_distances_grow_and_shrink_within_the_budget_whatever_the_parameters(
         assert lipschitz(block, norm).upper <= most.upper
 
 
+def product(S1: torch.Tensor, S2: torch.Tensor) -> torch.Tensor:
+    eye, zero = torch.eye(len(S1)), torch.zeros_like(S1)
+    return torch.cat([torch.cat([eye, S2], 1), torch.cat([zero, eye], 1)]) @ torch.cat(
+        [torch.cat([eye, zero], 1), torch.cat([-S1, eye], 1)]
+    )
+
+
+@settings(max_examples=40)
+@given(u1=st.floats(1e-3, 30.0), u2=st.floats(1e-3, 30.0), size=st.integers(1, 4), seed=st.integers(0, 99))
+def test_the_norm_of_two_shears_is_a_bound(u1: float, u2: float, size: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    parts = []
+    for u in (u1, u2):
+        Q = torch.linalg.qr(torch.randn(size, size)).Q
+        parts.append(u * (Q * torch.rand(size).round(decimals=seed % 2)) @ Q.T)  # also of zeros and ones
+    assert operator_norm(product(*parts), "l2") <= pair_norm(u1, u2).upper * (1 + 1e3 * EPS)
+
+
+@pytest.mark.parametrize(
+    ("u1", "u2"),
+    [(0.01, 0.01), (0.3, 0.5), (1.0, 1.0), (2.0, 1.5), (1.5, 2.0), (3.0, 0.2), (2.5, 2.4), (9.0, 7.0), (1.2, 0.0)],
+)
+def test_the_norm_of_two_shears_is_attained_at_some_angle(u1: float, u2: float) -> None:
+    angles = torch.linspace(0, math.pi / 2, 2001)
+    v = torch.tensor([1.0, 0.0])
+    w = torch.stack([angles.cos(), angles.sin()], 1)
+    best = max(operator_norm(product(u1 * torch.outer(v, v), u2 * torch.outer(b, b)), "l2") for b in w)
+    assert pair_norm(u1, u2).upper == pytest.approx(best, rel=1e-6)
+    assert pair_norm(u1, u2).width <= 1e-12 * best
+
+
+@pytest.mark.parametrize("L", [1 + 1e-9, 1.0001, 1.5, 1 + math.sqrt(2), 3.0, 100.0])
+def test_the_limit_of_two_shears_uses_up_the_norm(L: float) -> None:
+    u = pair_limit(L)
+    assert pair_norm(u, u).upper <= L
+    assert pair_norm(u, u).upper == pytest.approx(L, rel=1e-13, abs=1e-14)
+    assert pair_norm(1.001 * u, 1.001 * u).lower > L
+    assert shear_norm(Bound.point(u)).upper <= L
+
+
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(("over", "exceeds"), [(1.0, False), (1.001, True)])
-def test_one_shear_attains_the_budget_and_a_longer_step_exceeds_it(first: bool, over: float, exceeds: bool) -> None:
-    block = HamiltonianBlock(6, growth=3.0, activation="relu")
+def test_one_shear_attains_the_bound_and_a_step_past_the_budget_exceeds_it(
+    first: bool, over: float, exceeds: bool
+) -> None:
+    block = HamiltonianBlock(6, growth=1.5, activation="relu")
     with torch.no_grad():
-        block.raw_step.copy_(torch.tensor([60.0, -60.0, -60.0] if first else [-60.0, 60.0, -60.0]))
+        block.raw_step.fill_(60.0)
         (block.weight_p if first else block.weight_q).zero_()
         block.bias_q.fill_(1e3)
         block.bias_p.fill_(1e3)
     weight = (block.weight_q if first else block.weight_p).detach()
     U2 = float(torch.linalg.matrix_norm(weight, 2)) ** 2
-    exact = (3.0 - 1 / 3.0) / U2  # u = t - 1/t
     h = block.step_sizes()[0 if first else 1].item()
-    assert 0.9 * exact <= h <= exact
-    zero = torch.zeros(())
+    assert 0.9 * pair_limit(1.5) / U2 <= h <= pair_limit(1.5) / U2
+    zero, exact = torch.zeros(()), (1.5 - 1 / 1.5) / U2  # alone it may be longer: u = t - 1/t
     block.step_sizes = lambda: (over * exact + zero, zero) if first else (zero, over * exact + zero)
     norm = operator_norm(jacobian(block, torch.zeros(1, 6)), "l2")
-    assert norm == pytest.approx(shear_norm(Bound.point(over * (3.0 - 1 / 3.0))).upper, rel=1e-12)
-    assert (norm > 3.0 + 1e-4) is exceeds
+    assert norm == pytest.approx(shear_norm(Bound.point(over * (1.5 - 1 / 1.5))).upper, rel=1e-12)
+    assert (norm > 1.5 + 1e-4) is exceeds
     assert lipschitz_rule(block, "l2").upper == pytest.approx(norm, rel=1e-9)
 
 
-def test_small_steps_use_what_the_bound_says() -> None:
-    """The product of the shears is attained to first order; together with the best directions it is at least half in the log."""
-    block = HamiltonianBlock(4, growth=1.01, activation="softplus", step=0.999)
-    nn.init.constant_(block.bias_q, 50.0)
-    nn.init.constant_(block.bias_p, 50.0)
+def test_both_shears_use_up_the_budget_at_the_worst_angle() -> None:
+    block = HamiltonianBlock(4, 1, growth=math.sqrt(3.0), activation="relu")
     with torch.no_grad():
-        block.weight_p.zero_()
-        block.raw_step[1] = -60.0
-    found, bound = worst_ratio(block, (4,), steps=100), lipschitz(block).upper
-    assert 0.95 * math.log(bound) <= math.log(found) <= math.log(bound)
+        block.weight_q.copy_(torch.tensor([[1.0, 0.0]]))
+        block.weight_p.copy_(torch.tensor([[1.0, math.sqrt(2.0)]]) / math.sqrt(3.0))  # cos^2 = 1/3 at u = 1
+        block.raw_step.fill_(60.0)
+        block.bias_q.fill_(1e3)
+        block.bias_p.fill_(1e3)
+    norm = operator_norm(jacobian(block, torch.zeros(1, 4)), "l2")
+    assert norm == pytest.approx(math.sqrt(3.0), rel=1e-9)
+    assert norm <= lipschitz(block).upper <= block.limit
+    assert 0.95 * norm <= worst_ratio(block, (4,), steps=30) <= norm * (1 + 1e-9)
 
 
 def test_it_is_never_a_contraction_and_damping_makes_it_one() -> None:
@@ -154,14 +197,11 @@ def test_the_budget_belongs_to_the_stack() -> None:
     assert 0.5 <= float(s[-1]) <= 1.0 <= float(s[0]) <= 2.0
 
 
-def test_half_of_the_budget_is_used_at_the_start() -> None:
-    block = HamiltonianBlock(8, growth=4.0)
-    assert 0.9 * math.log(2.0) <= math.log(lipschitz(block).upper) <= math.log(2.0)
-    assert (
-        0.9 * math.log(4**0.9)
-        <= math.log(lipschitz(HamiltonianBlock(8, growth=4.0, step=0.9)).upper)
-        <= math.log(4**0.9)
-    )
+def test_the_initial_steps_are_the_fraction_of_their_limit() -> None:
+    for growth, depth, step in ((4.0, 1, 0.5), (4.0, 8, 0.5), (1.5, 1, 0.9)):
+        block = HamiltonianBlock(8, growth=growth, depth=depth, step=step)
+        for h in block.step_sizes():
+            assert 0.9 * step * pair_limit(block.limit) <= h.item() <= step * pair_limit(block.limit)
 
 
 def test_copies_compilation_and_state_round_trips_keep_the_map() -> None:
@@ -210,7 +250,7 @@ def test_nan_parameters_cannot_be_bounded() -> None:
         ({"dim": 2, "growth": 1.0 + 1e-12, "depth": 8}, "leaves nothing for a block"),
         ({"dim": 2, "depth": 0}, "depth must be"),
         ({"dim": 2, "damping": -0.1}, "damping must be finite"),
-        ({"dim": 2, "step": 1.0}, "step is a fraction of the budget"),
+        ({"dim": 2, "step": 1.0}, "step is a fraction of the limit"),
         ({"dim": 2, "activation": "gelu"}, "HamiltonianBlock needs slopes"),
     ],
 )
