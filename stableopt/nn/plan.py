@@ -15,11 +15,13 @@ from stableopt.linalg import Bound
 from stableopt.nn.branches import branch_constant, branches_of
 from stableopt.nn.budget import Budgeted, fixed_radii
 from stableopt.nn.constrain import check_parameter, check_unwrapped, constraint_of, parametrizations_of, projections
-from stableopt.nn.dispatch import check_forward, named, registered_class
+from stableopt.nn.dispatch import NORMS, TOKEN_MAX, check_forward, named, registered_class
 from stableopt.nn.layers import layers
 from stableopt.nn.limits import Stacked
+from stableopt.nn.recurrent.stock_contracting import contracting_names
 from stableopt.nn.rules import rule_bound
 from stableopt.nn.slots import Slot, find_slots, skipped, slots_of
+from stableopt.nn.tokens import known_for_tokens
 from stableopt.nn.uniform import uniform_bound
 from stableopt.nn.weights import WeightMap
 from stableopt.nn.weights.geometry import KINDS
@@ -27,7 +29,7 @@ from stableopt.nn.weights.geometry import KINDS
 __all__ = ["Plan", "Settings", "check_settings", "make_plan"]
 
 _INITS = ("rescale", "orthogonal", "keep")
-_NORMS = ("l2", "linf", "l1")
+_NORMS = (*NORMS, TOKEN_MAX)
 _BUDGETS = ("even", "fan", "learned")
 
 
@@ -48,6 +50,16 @@ class Settings:
     by: str
     skip: tuple[Any, ...]
     init: str
+
+    @property
+    def weight_norm(self) -> str:
+        """The norm of maps that the weights are limited in; of a layer for each token it is l2.
+
+        Examples:
+            >>> check_settings(1.0, None, "token_max", "even", None, "parametrization", (), "keep").weight_norm
+            'l2'
+        """
+        return "l2" if self.norm == TOKEN_MAX else self.norm
 
     def differences(self, other: Settings) -> str:
         """Return the arguments that differ, as words.
@@ -207,7 +219,7 @@ class _Finder:
         below: list[Chain] = []
         for where, layer in layers(module, path):
             skip = skipped(self.model, where, self.settings.skip)
-            found = [] if skip else slots_of(layer, where)
+            found = [] if skip or contracting_names(layer) else slots_of(layer, where)
             for slot in found:
                 _check_slot(self.model, slot)
                 slots.setdefault(_identity(slot), slot)
@@ -243,9 +255,10 @@ class _Finder:
         if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
             raise UncertifiableError(
                 f"the gain of {named(layer, where)} is no product of the norms of its weights. Keep it contracting by "
-                "stableopt.nn.contracting and stabilize the layers around it, each by itself."
+                "stableopt.nn.contracting with a gain, then it counts as that constant in linf; or stabilize the layers around it."
             )
-        if kind is None or isinstance(layer, nn.Embedding):
+        for_tokens = self.settings.norm != TOKEN_MAX or known_for_tokens(layer) is not None
+        if kind is None or isinstance(layer, nn.Embedding) or not for_tokens:
             rule_bound(layer, self.settings.norm, where)  # refuses it
         else:
             check_forward(layer, kind, where)

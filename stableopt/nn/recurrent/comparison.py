@@ -33,7 +33,7 @@ from stableopt.nn.recurrent.gates import Array, Chosen, Mix, Worst, up
 
 __all__ = ["Comparison", "cell_constants", "sequence_constant"]
 
-_LADDER = 8
+_LADDER = 6
 """How many rates are tried for weights, by bisection."""
 _INFLATION = 1e-9
 """By how much a computed solution is enlarged, so that rounding does not spoil the check."""
@@ -97,8 +97,8 @@ def sequence_constant(cell: Comparison, norm: str) -> tuple[float, CellBound]:
     one = FEATURE_NORMS[norm]
     candidates = _candidates(cell, one, everything=True)
     gains = [bound.gain().upper for bound in candidates]
-    if norm in {"linf", TOKEN_MAX}:
-        gains.append(_largest_of_constant_inputs(cell, one))
+    if norm in {"linf", TOKEN_MAX} and (w := _under_constant_inputs(cell, one)) is not None:
+        gains.append(_size(w[cell.visible], one))
     if norm != TOKEN_MAX:
         gains.append(_norm_of_majorant(cell, norm))
     return min(gains), _selected(candidates)
@@ -106,9 +106,11 @@ def sequence_constant(cell: Comparison, norm: str) -> tuple[float, CellBound]:
 
 def _candidates(cell: Comparison, norm: str, *, everything: bool = False) -> list[CellBound]:
     """Return the bounds in several metrics, the plain one first; the others only if that one does not contract, or if asked for."""
-    found = cell.plain(norm) or [_weighted(cell, norm, np.ones(cell.states))]
+    peak = _under_constant_inputs(cell, norm) if norm == "linf" else None
+    ones = np.ones(cell.states)
+    found = cell.plain(norm) or [_weighted(cell, norm, ones, peak)]
     if everything or not found[0].contracts:
-        found += [_weighted(cell, norm, w) for w in _weights(cell, norm)]
+        found += [_weighted(cell, norm, w, peak) for w in (ones, *_weights(cell, norm))]
     return found
 
 
@@ -119,13 +121,19 @@ def _selected(candidates: list[CellBound]) -> CellBound:
     return min(contracting, key=lambda bound: bound.gain().upper) if contracting else candidates[0]
 
 
-def _weighted(cell: Comparison, norm: str, w: Array) -> CellBound:
-    """Return the constants in the maximum norm with weights."""
+def _weighted(cell: Comparison, norm: str, w: Array, peak: Array | None) -> CellBound:
+    """Return the constants in the maximum norm with weights; ``peak`` bounds all states under inputs of at most 1."""
     zero = np.zeros(cell.states)
     a = _largest_quotient(cell.grown(w, None, Worst()), w)
     b = _largest_quotient(cell.grown(zero, norm, Worst()), w)
     weighted = "" if (w == 1.0).all() else ", weighted entry by entry"
-    return CellBound(Bound(0.0, a), Bound(0.0, b), Bound(0.0, _size(w[cell.visible], norm)), cell.metric + weighted)
+    return CellBound(
+        Bound(0.0, a),
+        Bound(0.0, b),
+        Bound(0.0, _size(w[cell.visible], norm)),
+        cell.metric + weighted,
+        None if peak is None else Bound(0.0, _largest_quotient(peak, w)),
+    )
 
 
 def _largest_quotient(x: Array, w: Array) -> float:
@@ -141,6 +149,8 @@ def _size(w: Array, norm: str) -> float:
 def _weights(cell: Comparison, norm: str) -> Iterator[Array]:
     r"""Yield weights of :math:`w = v + T(w, 0)/r` for rates r between the growth of T and 1, v being what the input does."""
     push = cell.grown(np.zeros(cell.states), norm, Worst())
+    if not np.isfinite(push).all():
+        return
     push = push + 1e-6 * max(float(push.max(initial=0.0)), 1e-150)
     low, high = 0.0, 1.0
     rate = 1.0
@@ -175,33 +185,34 @@ def _solution(cell: Comparison, push: Array, rate: float) -> Array | None:
     return w if w.min(initial=1.0) > 1e-200 else None
 
 
-def _largest_of_constant_inputs(cell: Comparison, norm: str) -> float:
-    """Return the norm of a w with T(w, 1) <= w, infinite if none is found."""
+def _under_constant_inputs(cell: Comparison, norm: str) -> Array | None:
+    """Return a w with T(w, 1) <= w, found by Newton's method, None if there is none."""
     n = cell.states
     w = np.ones(n)
     for _ in range(30):
         worst = Worst()
-        total = cell.settled(w, norm, worst)
+        if not np.isfinite(cell.settled(w, norm, worst)).all():
+            return None
         push = cell.settled(np.zeros(n), norm, Chosen(worst.places))
         A = cell.settled(np.eye(n), norm, Chosen(worst.places)) - push[:, None]
         floor = 1e-9 * max(float(push.max(initial=0.0)), 1e-150)
         new = _solved(A, push + floor)
-        if new is None or not np.isfinite(total).all():
-            return math.inf
+        if new is None:
+            return None
         settled = np.abs(new - w).max(initial=0.0) <= 1e-12 * new.max(initial=0.0)
         w = new
         if settled:
             break
     w = w * (1.0 + _INFLATION)
-    return _size(w[cell.visible], norm) if (cell.settled(w, norm, Worst()) <= w).all() else math.inf
+    return w if (cell.settled(w, norm, Worst()) <= w).all() else None
 
 
 def _norm_of_majorant(cell: Comparison, norm: str) -> float:
     """Return the norm of a G with A G + B <= G, infinite if none is found."""
     n = cell.states
     A, B = cell.grown(np.eye(n), None, Worst()), cell.input_columns(Worst())
-    if not B.size:
-        return 0.0
+    if not B.size or not (np.isfinite(A).all() and np.isfinite(B).all()):
+        return math.inf if B.size else 0.0
     floor = 1e-9 * max(float(B.max()), 1e-150)
     G = _solved(A, B + floor)
     if G is None:

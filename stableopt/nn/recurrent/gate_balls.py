@@ -23,18 +23,19 @@ class GateBalls(Constraint):
 
     .. math:: \sum_g \omega_g \|W_{g,i}\|_1 \le 1 ,
 
-    the rows :math:`W_{g,i}` being those of unit i. One ball may limit several gates together; a gate with weight 0 is not part of it.
+    the rows :math:`W_{g,i}` being those of unit i. One ball may limit several gates together, and a gate be part of several balls; with
+    weight 0 it is not part of one.
 
     Args:
         balls: for each ball, one weight >= 0 per gate in the order in which torch stacks them.
 
     Raises:
-        ValueError: if the balls have different lengths, a weight is negative or not finite, a ball is empty, or two balls share a
-            gate.
+        ValueError: if the balls have different lengths, a weight is negative or not finite, or a ball is empty.
 
     Note:
-        :meth:`project` gives the nearest point, with zeros; :meth:`map` multiplies the rows of each ball by a common factor, which
-        keeps their directions, and is what a parametrization uses.
+        :meth:`project` projects on one ball after the other, which only lowers moduli, so that all hold in the end; it is the nearest
+        point if no gate is part of two balls. It makes zeros. :meth:`map` multiplies the rows of each ball by a common factor,
+        one ball after the other, which keeps their directions, and is what a parametrization uses.
 
     Examples:
         >>> W = torch.tensor([[3.0], [1.0]])  # two gates of one unit
@@ -52,8 +53,6 @@ class GateBalls(Constraint):
             raise ValueError(f"GateBalls needs balls with one weight per gate each, got {balls!r}.")
         if any(not (math.isfinite(w) and w >= 0.0) for ball in balls for w in ball) or not all(map(any, balls)):
             raise ValueError(f"GateBalls needs finite weights >= 0, some of each ball positive, got {balls!r}.")
-        if any(sum(w > 0.0 for w in gate) > 1 for gate in zip(*balls, strict=True)):
-            raise ValueError(f"a gate can be part of one ball of a GateBalls only, got {balls!r}.")
 
     @property
     def gates(self) -> int:
@@ -61,7 +60,7 @@ class GateBalls(Constraint):
         return len(self.balls[0])
 
     def project(self, x: Tensor) -> Tensor:
-        """Return the nearest point, the projection of each ball on its own.
+        """Return the point that the projections on the balls lead to, one after the other; the nearest one if they share no gate.
 
         Args:
             x: ``(gates * units, ...)``; never changed.
@@ -127,9 +126,9 @@ class GateBalls(Constraint):
             slack += 2.0 * (stacked.shape[2] + 16) * self.gates * torch.finfo(stacked.dtype).eps
             factors = [torch.ones_like(sums[0])] * self.gates
             for ball in self.balls:
-                total = sum(w * sums[g] for g, w in enumerate(ball) if w > 0.0)
+                total = sum(w * sums[g] * factors[g] for g, w in enumerate(ball) if w > 0.0)
                 factor = (total * (1.0 + slack)).clamp_min(1.0).reciprocal()  # pyright: ignore[reportAttributeAccessIssue]
-                factors = [factor if w > 0.0 else old for w, old in zip(ball, factors, strict=True)]
+                factors = [old * factor if w > 0.0 else old for w, old in zip(ball, factors, strict=True)]
             scaled = stacked * torch.stack(factors).unsqueeze(2)
         return scaled.reshape(x.shape).to(x.dtype)
 

@@ -16,6 +16,10 @@ comparison map of ``stock_gru`` is at most :math:`z + (1 - z)\,(N + \tfrac14 Q R
 :math:`\sup_o o\,a + o(1 - o) O`, which is a if :math:`O \le a`. The limits are taken for :math:`\varphi = 0.8\,a`; the gate f is kept
 below it like z above. A projection gets row sums of at most 1.
 
+**Gain.** With :math:`N + \tfrac14(m + \beta)R + 2\zeta Z \le m` for the state and the same combination of the rows of
+:math:`W_{xn}, W_{xr}, W_{xz}` at most :math:`g(1 - m)`, the map S of ``stock_gru`` takes g to at most :math:`gm + g(1 - m) = g`: states
+under inputs that differ by at most 1 differ by at most g in the maximum norm. For the LSTM it is :math:`g(1 - a)`.
+
 The limits are sufficient, and a part of the weights that contract is outside of them: what is proved about the weights as they are is
 said by :func:`stableopt.nn.layer_bounds`, and is at most the rate.
 """
@@ -23,6 +27,7 @@ said by :func:`stableopt.nn.layer_bounds`, and is at most the rate.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -30,23 +35,44 @@ import torch.nn.utils.parametrize as P
 from torch import Tensor, nn
 
 from stableopt.constraints import Constraint, OneNormBall, SpectralBall
+from stableopt.linalg import Bound
+from stableopt.nn.arguments import check_positive
 from stableopt.nn.constrain import check_parameter, check_unwrapped, constrain, projections
 from stableopt.nn.dispatch import check_forward
 from stableopt.nn.input_clip import clip_input
 from stableopt.nn.parametrized import plain_class, remember_order
 from stableopt.nn.recurrent.gate_balls import GateBalls
 from stableopt.nn.recurrent.stock import STOCK_CELLS, STOCK_LAYERS
+from stableopt.nn.uniform import uniform_rule
 
 __all__ = ["contracting", "contracting_names", "forget_contracting"]
 
 _RECORD = "_stableopt_contracting"
-"""Plain attribute of a module: the names of the tensors that are limited. It follows deepcopy and pickle."""
+"""Plain attribute of a module: the names of the tensors that are limited, and the gain in linf that follows for all their values. It
+follows deepcopy and pickle."""
 _MARGIN = 1.0 - 2.0**-20
 """Factor of all limits, so that the rounding of a parametrization and of the proof stays below the rate."""
 _SMALLEST_RATE = 0.8
 """Below it there is no room for a gate."""
 _INNER_BIAS = 0.5
 r""":math:`\beta`, the limit of :math:`b_{hn}` of a GRU."""
+
+
+@dataclass(frozen=True)
+class _Settings:
+    """What is promised of one direction of one layer."""
+
+    rate: float
+    norm: str
+    bound: float
+    gain: float | None
+
+    def of_one_direction(self, layers: int, directions: int) -> _Settings:
+        """Share the gain of a whole module: layers multiply, directions stand side by side."""
+        if self.gain is None:
+            return self
+        joined = {"l2": math.sqrt(directions), "linf": 1.0, "l1": directions}[self.norm]
+        return replace(self, gain=self.gain ** (1.0 / layers) / joined)
 
 
 def contracting(
@@ -56,6 +82,7 @@ def contracting(
     by: Literal["parametrization", "projection"] = "parametrization",
     norm: Literal["l2", "linf", "l1"] | None = None,
     input_bound: float | None = None,
+    gain: float | None = None,
 ) -> nn.Module:
     r"""Keep a recurrent layer of torch contracting, in place, for the whole training.
 
@@ -77,6 +104,9 @@ def contracting(
             :func:`stableopt.nn.parameter_groups`.
         norm: ``"l2"`` (None), ``"linf"`` or ``"l1"`` for an RNN; the gated ones have ``"linf"`` (None).
         input_bound: :math:`u > 0`, from which on inputs are clipped, entry by entry; a must for the gated ones.
+        gain: a limit of the gain from input to output sequences of any length in the norm, which limits the weights of the inputs
+            too; None for none. With it, and by parametrization, a layer counts as this constant for :func:`stableopt.nn.stabilize`
+            in ``"linf"``.
 
     Returns:
         The same module.
@@ -103,7 +133,10 @@ def contracting(
         True
     """
     kind = _kind_of(module)
-    limits = _limits(module, kind, *_settings(kind, rate, by, norm, input_bound))
+    settings = _settings(kind, rate, by, norm, input_bound, gain)
+    limits = _limits(module, kind, settings)
+    if by == "projection":
+        limits = {name: _apart(constraint) for name, constraint in limits.items()}
     check_unwrapped(module)
     for name in limits:
         check_parameter(module, name, root=module)
@@ -121,7 +154,8 @@ def contracting(
                 parameter.copy_(constraint.map(parameter))
         remember_order(module)
         constrain(module, name, constraint, by=by)
-    vars(module)[_RECORD] = tuple(limits)
+    promised = settings.gain if by == "parametrization" and settings.norm == "linf" else None
+    vars(module)[_RECORD] = (tuple(limits), promised)
     return module
 
 
@@ -132,7 +166,7 @@ def contracting_names(module: nn.Module) -> tuple[str, ...]:
         >>> contracting_names(contracting(nn.RNN(2, 2)))
         ('weight_hh_l0',)
     """
-    return vars(module).get(_RECORD, ())
+    return vars(module).get(_RECORD, ((), None))[0]
 
 
 def forget_contracting(module: nn.Module) -> None:
@@ -157,87 +191,118 @@ def _kind_of(module: nn.Module) -> type[nn.Module]:
 
 
 def _settings(
-    kind: type[nn.Module], rate: float, by: str, norm: str | None, input_bound: float | None
-) -> tuple[float, str, float]:
-    """Check the arguments; return the rate, the norm and the limit of the inputs."""
+    kind: type[nn.Module], rate: float, by: str, norm: str | None, input_bound: float | None, gain: float | None
+) -> _Settings:
+    """Check the arguments."""
     plain = issubclass(kind, nn.RNN | nn.RNNCell)
     lowest = 0.0 if plain else _SMALLEST_RATE
     if not (lowest <= rate < 1.0 and rate > 0.0):
-        raise ValueError(
-            f"the rate of a contracting {kind.__name__} must lie in {'(0' if plain else '[0.8'}, 1), got {rate!r}."
-        )
+        interval = "(0, 1)" if plain else f"[{_SMALLEST_RATE}, 1)"
+        raise ValueError(f"the rate of a contracting {kind.__name__} must lie in {interval}, got {rate!r}.")
     if by not in {"parametrization", "projection"}:
         raise ValueError(f"by must be 'parametrization' or 'projection', got {by!r}.")
     norms = ("l2", "linf", "l1") if plain else ("linf",)
     if norm is not None and norm not in norms:
         raise ValueError(f"the norm of a contracting {kind.__name__} must be one of {', '.join(norms)}, got {norm!r}.")
-    if not plain and input_bound is None:
+    if gain is not None:
+        check_positive(gain=gain)
+    if input_bound is not None:
+        check_positive(input_bound=input_bound)
+    elif not plain:
         raise ValueError(
             f"a {kind.__name__} needs input_bound: large inputs hold its gates open, and nothing is forgotten then. Give a bound that "
             "your inputs keep, such as 3.0 for standardized ones; what exceeds it is clipped."
         )
-    return float(rate), norm or norms[0], 1.0 if input_bound is None else float(input_bound)
+    return _Settings(float(rate), norm or norms[0], 1.0 if input_bound is None else float(input_bound), gain)
 
 
-def _limits(module: nn.Module, kind: type[nn.Module], rate: float, norm: str, bound: float) -> dict[str, Constraint]:
+def _limits(module: nn.Module, kind: type[nn.Module], settings: _Settings) -> dict[str, Constraint]:
     """Return the sets of all tensors of a module that are limited, by name."""
-    if issubclass(kind, nn.RNNCellBase):
-        suffixes, bounds = [""], [bound]
-    else:
-        layers = range(module.num_layers)  # pyright: ignore[reportArgumentType]
-        ends = ["", "_reverse"] if module.bidirectional else [""]
-        suffixes = [f"_l{layer}{end}" for layer in layers for end in ends]
-        bounds = [
-            bound if layer == 0 else 1.0 for layer in layers for _ in ends
-        ]  # outputs of gated layers are within 1
+    suffixes, first = [""], 1
+    if not issubclass(kind, nn.RNNCellBase):
+        layers, ends = range(int(module.num_layers)), ["", "_reverse"] if module.bidirectional else [""]  # pyright: ignore[reportArgumentType]
+        suffixes, first = [f"_l{layer}{end}" for layer in layers for end in ends], len(ends)
+        settings = settings.of_one_direction(len(layers), len(ends))
     limits: dict[str, Constraint] = {}
-    for suffix, u in zip(suffixes, bounds, strict=True):
-        for name, limit in _of_one_step(kind, rate, norm, u).items():
+    for index, suffix in enumerate(suffixes):
+        inner = settings if index < first else replace(settings, bound=1.0)  # outputs of gated layers are within 1
+        for name, limit in _of_one_step(kind, inner).items():
             if getattr(module, name + suffix, None) is not None:
                 limits[name + suffix] = limit
     return limits
 
 
-def _of_one_step(kind: type[nn.Module], rate: float, norm: str, u: float) -> dict[str, Constraint]:
+def _of_one_step(kind: type[nn.Module], settings: _Settings) -> dict[str, Constraint]:
     if issubclass(kind, nn.GRU | nn.GRUCell):
-        return _gru(rate, u)
+        return _gru(settings)
     if issubclass(kind, nn.LSTM | nn.LSTMCell):
-        return _lstm(rate, u)
-    radius = rate * _MARGIN
-    sets = {"l2": SpectralBall(radius), "linf": GateBalls(((1.0 / radius,),)), "l1": OneNormBall(radius)}
-    return {"weight_hh": sets[norm]}
+        return _lstm(settings)
+    limits = {"weight_hh": _norm_ball(settings.norm, settings.rate)}
+    if settings.gain is not None:
+        limits["weight_ih"] = _norm_ball(settings.norm, settings.gain * (1.0 - settings.rate))
+    return limits
 
 
-def _gru(rate: float, u: float) -> dict[str, Constraint]:
+def _norm_ball(norm: str, radius: float) -> Constraint:
+    radius *= _MARGIN
+    return {"l2": SpectralBall(radius), "linf": GateBalls(((1.0 / radius,),)), "l1": OneNormBall(radius)}[norm]
+
+
+def _gru(settings: _Settings) -> dict[str, Constraint]:
     """Return the limits of a GRU; gates r, z, n."""
-    m = zeta = 1.0 - math.sqrt(1.0 - rate)
+    m = zeta = 1.0 - math.sqrt(1.0 - settings.rate)
     told = math.log(zeta / (1.0 - zeta))
-    update = max(2.0 * zeta, m / (told / 4))  # of Z, which thereby gets at most a quarter of what the gate is told
-    state = (0.25 * (m + _INNER_BIAS), update, 1.0)
+    together = [0.25 * (m + _INNER_BIAS), 2.0 * zeta, 1.0]
+    inputs = [[0.0, settings.bound / (told / 2), 0.0]]
+    if settings.gain is not None:
+        inputs.append([w / (settings.gain * (1.0 - m)) for w in together])
     return {
-        "weight_hh": _balls([w / m for w in state]),
-        "weight_ih": _balls([0.0, u / (told / 2), 0.0]),
+        "weight_hh": _balls([0.0, 4.0 / told, 0.0], [w / m for w in together]),
+        "weight_ih": _balls(*inputs),
         "bias_ih": _balls([0.0, 8.0 / told, 0.0]),
         "bias_hh": _balls([0.0, 8.0 / told, 0.0], [0.0, 0.0, 1.0 / _INNER_BIAS]),
     }
 
 
-def _lstm(rate: float, u: float) -> dict[str, Constraint]:
+def _lstm(settings: _Settings) -> dict[str, Constraint]:
     """Return the limits of an LSTM; gates i, f, g, o."""
-    phi = 0.8 * rate
+    rate, phi = settings.rate, 0.8 * settings.rate
     told = math.log(phi / (1.0 - phi))
     room = rate - phi
-    forget = max(phi, room / (told / 4))  # of F, which thereby gets at most a quarter of what the gate is told
-    state = [w / room for w in (0.25, forget, 1.0)]
-    bias = _balls([0.0, 8.0 / told, 0.0, 0.0])
+    together, output = [0.25, phi, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]
+    inputs = [[0.0, settings.bound / (told / 2), 0.0, 0.0]]
+    if settings.gain is not None:
+        inputs += [[w / (settings.gain * (1.0 - rate)) for w in ball] for ball in (together, output)]
     return {
-        "weight_hh": _balls([*state, 0.0], [0.0, 0.0, 0.0, 1.0 / rate]),
-        "weight_ih": _balls([0.0, u / (told / 2), 0.0, 0.0]),
-        "bias_ih": bias,
-        "bias_hh": bias,
+        "weight_hh": _balls([0.0, 4.0 / told, 0.0, 0.0], [w / room for w in together], [w / rate for w in output]),
+        "weight_ih": _balls(*inputs),
+        "bias_ih": _balls([0.0, 8.0 / told, 0.0, 0.0]),
+        "bias_hh": _balls([0.0, 8.0 / told, 0.0, 0.0]),
         "weight_hr": _balls([1.0]),
     }
 
 
 def _balls(*weights: list[float]) -> GateBalls:
     return GateBalls(tuple(tuple(w / _MARGIN for w in ball) for ball in weights))
+
+
+def _apart(constraint: Constraint) -> Constraint:
+    """Return balls without a common gate that are within the given ones: each gate stays in its last ball, with the largest weight.
+
+    A projection on them is the nearest point, which one after the other would not be.
+    """
+    if not isinstance(constraint, GateBalls):
+        return constraint
+    largest = [max(gate) for gate in zip(*constraint.balls, strict=True)]
+    last = [max(k for k, ball in enumerate(constraint.balls) if ball[g] > 0.0) if w > 0.0 else -1 for g, w in enumerate(largest)]
+    balls = [tuple(w if last[g] == k else 0.0 for g, w in enumerate(largest)) for k in range(len(constraint.balls))]
+    return GateBalls(tuple(ball for ball in balls if any(ball)))
+
+
+@uniform_rule.register(nn.RNN)
+@uniform_rule.register(nn.GRU)
+@uniform_rule.register(nn.LSTM)
+def _uniform(module: nn.Module, norm: str) -> Bound | None:
+    names, gain = vars(module).get(_RECORD, ((), None))
+    kept = gain is not None and all(P.is_parametrized(module, name) for name in names)
+    return Bound(0.0, gain) if kept and norm == "linf" else None
