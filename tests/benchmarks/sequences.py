@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from stableopt import nn as stable
 from stableopt.errors import UncertifiableError
+from stableopt.nn.statespace.scan import diagonal_scan
 from tests.benchmarks.timing import device_name
 from tests.nn.adversary import worst_ratio
 
@@ -220,7 +221,69 @@ CELLS = [
 ]
 
 
-ROWS: list[Row] = [*STOCK, *CELLS]
+class PlainRecurrence(nn.Module):
+    r"""The linear recurrent unit as its paper has it: the input scale :math:`\sqrt{1-|\lambda|^2}` and free matrices."""
+
+    def __init__(self, width: int, radius: tuple[float, float]) -> None:
+        super().__init__()
+        modulus = torch.empty(width).uniform_(radius[0] ** 2, radius[1] ** 2).sqrt()
+        self.nu, self.phase = nn.Parameter((-modulus.log()).log()), nn.Parameter(math.pi * torch.rand(width))
+        self.scale = nn.Parameter(0.5 * (1.0 - modulus**2).log())
+        self.inward = nn.Linear(width, 2 * width, bias=False)
+        self.outward, self.skip = nn.Linear(2 * width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output sequence."""
+        modulus = torch.exp(-self.nu.exp())
+        u = self.inward(x) * torch.cat([self.scale, self.scale]).exp()
+        h = diagonal_scan(modulus * self.phase.cos(), modulus * self.phase.sin(), u.permute(2, 0, 1))
+        return self.outward(h.permute(1, 2, 0)) + self.skip(x)
+
+
+class PlainBlock(nn.Module):
+    """A plain residual of recurrence, activation and mixing; nothing is proved for it."""
+
+    def __init__(self, width: int, radius: tuple[float, float]) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(PlainRecurrence(width, radius), nn.GELU(), nn.Linear(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output sequence."""
+        return x + self.branch(x)
+
+
+def radius_for(data: Split) -> tuple[float, float]:
+    """Return where eigenvalues start, for time constants from a tenth of a sequence to ten of them."""
+    return 1.0 - min(0.3, 6.4 / data.steps), 1.0 - 0.064 / data.steps
+
+
+def plain_recurrences(data: Split, hidden: int) -> nn.Module:
+    """Return two blocks of plain recurrences."""
+    blocks = [PlainBlock(hidden, radius_for(data)) for _ in range(2)]
+    return nn.Sequential(nn.Linear(data.channels, hidden), *blocks, stable.LastStep(), nn.Linear(hidden, data.classes))
+
+
+def state_spaces(gain: float, layers: int = 2) -> Build:
+    """Return a maker of a stack of state spaces under one gain."""
+
+    def build(data: Split, hidden: int) -> nn.Module:
+        stack = stable.StateSpaceStack(
+            data.channels, hidden, hidden, layers, data.classes, gain=gain, step=0.9, radius=radius_for(data)
+        )
+        return nn.Sequential(stack, stable.LastStep())
+
+    return build
+
+
+STATE_SPACES = [
+    Row("StateSpaceStack, gain 1000", state_spaces(1000.0), "l2"),
+    Row("StateSpaceStack, gain 300", state_spaces(300.0), "l2"),
+    Row("StateSpaceStack, gain 30", state_spaces(30.0), "l2"),
+    Row("LRU, plain", plain_recurrences),
+]
+
+
+ROWS: list[Row] = [*STOCK, *CELLS, *STATE_SPACES]
 """What is compared; a family of models is a list of its own above, added here."""
 
 

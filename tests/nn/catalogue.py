@@ -10,18 +10,26 @@ from torch import nn
 
 from stableopt.nn import (
     AntisymmetricCell,
+    BackwardEulerBlock,
     CappedLinear,
     ContractingCell,
     ConvGradientBlock,
     DiagonalMetricCell,
     DiagonalStateSpace,
+    ForwardBackward,
     GradientBlock,
+    GradientField,
     GroupSort,
+    HamiltonianBlock,
     LastStep,
     LeakyCell,
     MeanOverTime,
+    ProximalBlock,
     Recurrence,
+    ResolventBlock,
     Scale,
+    SkewBlock,
+    SkewEulerBlock,
     StateSpaceBlock,
     StateSpaceStack,
 )
@@ -257,8 +265,22 @@ STATE_SPACES = [
     Row("capped linear", lambda: CappedLinear(3, 4, limit=2.0), (1, 3), 1.0 + 1e-10),
 ]
 
-AFFINE += [*NORMALIZATIONS, *COPIES, *TRANSPOSED]
-CATALOGUE = [*AFFINE, *ACTIVATIONS, *POOLS, *OF_SAMPLE, *COMPOSED, *RECURRENCES, *STATE_SPACES]
+IMPLICIT = [
+    Row("proximal", lambda: ProximalBlock(4, 6, strong=0.3, step=3.0), (1, 4)),
+    Row("proximal tanh", lambda: ProximalBlock(4, activation="tanh", solver=ForwardBackward(2)), (1, 4)),
+    Row("resolvent", lambda: ResolventBlock(4, 3, strong=0.1, step=5.0), (1, 4)),
+    Row("backward euler", lambda: BackwardEulerBlock(GradientField(4, strong=0.2), iterations=3), (1, 4)),
+    Row("hamiltonian", lambda: HamiltonianBlock(4, 5, growth=3.0, damping=0.1), (1, 4)),
+]
+
+ROTATIONS = [
+    Row("skew", lambda: SkewBlock(4, 0.3), (1, 4), 1.0 + 1e-12),
+    Row("skew expm", lambda: SkewBlock(3, method="expm", bias=False), (1, 3), 1.0 + 1e-12),
+    Row("skew euler", lambda: SkewEulerBlock(4, 0.3, step=0.9), (1, 4), 1.0 + 1e-12),
+]
+
+AFFINE += [*ROTATIONS, *NORMALIZATIONS, *COPIES, *TRANSPOSED]
+CATALOGUE = [*AFFINE, *ACTIVATIONS, *POOLS, *OF_SAMPLE, *COMPOSED, *IMPLICIT, *RECURRENCES, *STATE_SPACES]
 
 
 def jacobian(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
