@@ -61,7 +61,7 @@ def stabilize(
     lipschitz: float | None = None,
     *,
     radius: float | None = None,
-    norm: Literal["l2", "linf", "l1"] = "l2",
+    norm: Literal["l2", "linf", "l1", "token_max"] = "l2",
     budget: Literal["even", "fan", "learned"] = "even",
     method: str | MapFactory | Mapping[str, str | MapFactory] | None = None,
     by: Literal["parametrization", "projection"] = "parametrization",
@@ -89,7 +89,8 @@ def stabilize(
         model: nested :class:`torch.nn.Sequential` of modules with a Lipschitz rule, or one layer; with ``radius``, any module.
         lipschitz: the limit :math:`L > 0` for the whole model; 1 if neither this nor ``radius`` is given.
         radius: the limit of each weight, instead of one for the model.
-        norm: ``"l2"``, ``"linf"`` (largest absolute value) or ``"l1"``, of inputs and outputs.
+        norm: ``"l2"``, ``"linf"`` (largest absolute value), ``"l1"``, or ``"token_max"`` (largest Euclidean norm of a token, for
+            models with attention), of inputs and outputs.
         budget: how :math:`L` is shared. ``"even"``: the same radius everywhere. ``"fan"``: radii in proportion to
             :math:`\sqrt{\text{fan out} / \text{fan in}}`, the scale at which features keep their size per entry. ``"learned"``: the
             radii are trained while their product keeps the limit, see :class:`~stableopt.nn.budget.LearnedBudget`.
@@ -245,7 +246,7 @@ def _limits(plan: Plan, settings: Settings) -> list[nn.Module]:
 
 def _limit(slot: Slot, radius: float, settings: Settings) -> WeightMap | Stacked:
     make = _factory(slot, settings)
-    norm = slot.matrix_norm(settings.norm)
+    norm = slot.matrix_norm(settings.weight_norm)
     try:
         maps = [make(slot.geometry, radius, norm) for _ in range(slot.parts)]
     except ValueError as error:
@@ -259,7 +260,7 @@ def _limit(slot: Slot, radius: float, settings: Settings) -> WeightMap | Stacked
 
 
 def _factory(slot: Slot, settings: Settings) -> MapFactory:
-    method, norm = settings.method, slot.matrix_norm(settings.norm)
+    method, norm = settings.method, slot.matrix_norm(settings.weight_norm)
     if isinstance(method, tuple):
         method = dict(method).get(slot.geometry.kind)
     if method is None:
@@ -279,7 +280,7 @@ def _starts(plan: Plan, settings: Settings) -> tuple[list[Tensor | None], dict[s
     before: dict[str, float | None] = {}
     for slot, radius in zip(plan.slots, plan.radii, strict=True):
         weight = slot.value.clone()
-        norm = slot.matrix_norm(settings.norm)
+        norm = slot.matrix_norm(settings.weight_norm)
         if weight.is_meta or not weight.numel():
             before[slot.key] = None if weight.is_meta else 0.0
             starts.append(None)
@@ -328,7 +329,7 @@ def _apply(
     sets: list[Constraint] = []
     if not limits:
         method = settings.method
-        sets = [set_for(slot, r, settings.norm, method) for slot, r in zip(plan.slots, plan.radii, strict=True)]
+        sets = [set_for(slot, r, settings.weight_norm, method) for slot, r in zip(plan.slots, plan.radii, strict=True)]
     for index, (slot, start) in enumerate(zip(plan.slots, starts, strict=True)):
         parameter = slot.module._parameters.get(slot.name)  # noqa: SLF001 torch has no public accessor without inherited names
         if parameter is not None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from stableopt.nn import ClippedAttention
 
 
-def token_norm(f: nn.Module, x: Tensor, *, restarts: int = 4, rounds: int = 12) -> float:
+def token_norm(f: Callable[[Tensor], Tensor], x: Tensor, *, restarts: int = 4, rounds: int = 12) -> float:
     r"""The largest :math:`\max_i \|\sum_j J_{ij} d_j\|` over :math:`\|d_j\| \le 1` that alternating maximisation finds.
 
     Args:
@@ -19,7 +22,7 @@ def token_norm(f: nn.Module, x: Tensor, *, restarts: int = 4, rounds: int = 12) 
     """
     with torch.no_grad():
         y = f(x)
-    J = torch.autograd.functional.jacobian(f, x).reshape(-1, y.shape[-1], x.shape[-2], x.shape[-1])
+    J = torch.as_tensor(torch.autograd.functional.jacobian(f, x)).reshape(-1, y.shape[-1], x.shape[-2], x.shape[-1])
     u = nn.functional.normalize(torch.randn(restarts, *J.shape[:2]), dim=-1)
     best = torch.zeros(())
     for _ in range(rounds):
@@ -62,7 +65,10 @@ def literal(layer: ClippedAttention, x: Tensor, allowed: Tensor | None = None, c
     return layer.output_factor() * torch.cat(rows, -1) @ layer.output_weight.T + layer.output_bias
 
 
-def scrambled(layer: nn.Module, scale: float = 1.0) -> nn.Module:
+M = TypeVar("M", bound=nn.Module)
+
+
+def scrambled(layer: M, scale: float = 1.0) -> M:
     """Draw every parameter anew, with normal entries."""
     with torch.no_grad():
         for parameter in layer.parameters():

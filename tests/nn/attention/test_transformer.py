@@ -21,6 +21,8 @@ from stableopt.nn import (
     Positions,
     TransformerBlock,
     lipschitz,
+    stabilize,
+    table,
     uniform_bound,
 )
 from tests.nn.adversary import worst_ratio
@@ -158,6 +160,22 @@ def test_copies_and_graphs_keep_the_map() -> None:
     assert half(x.bfloat16()).dtype == torch.bfloat16
     assert lipschitz(half, "token_max").upper <= 1.0
     assert copy.deepcopy(block).to("meta")(x.to("meta")).shape == x.shape
+
+
+def test_stabilize_limits_the_plain_layers_of_a_transformer_in_the_norm_of_tokens() -> None:
+    plain = nn.Sequential(
+        nn.Linear(3, 4), Positions(6, 4), TransformerBlock(4, 2), nn.ReLU(), JoinTokens(6), nn.Linear(24, 2)
+    )
+    with pytest.raises(UncertifiableError, match=r"TransformerBlock.*has trainable parameters"):
+        stabilize(copy.deepcopy(plain), 1.0)
+    for by in ("parametrization", "projection"):
+        model = stabilize(copy.deepcopy(plain), 0.5, norm="token_max", by=by)  # type: ignore[arg-type]
+        bound = lipschitz(model, "token_max")
+        assert 0.3 < bound.upper <= 0.5
+        assert table(model).proved is not None
+        assert token_norm(model, torch.randn(1, 6, 3)) <= bound.upper
+    with pytest.raises(UncertifiableError, match="no token_max Lipschitz rule is known for Conv1d"):
+        stabilize(nn.Sequential(nn.Conv1d(3, 3, 3)), 1.0, norm="token_max")
 
 
 @pytest.mark.slow
