@@ -46,8 +46,9 @@ class Recurrence(nn.Module):
 
     Note:
         The input map is applied to all steps at once; the states come one after the other, in a loop that compilers and exporters
-        unroll, so each length is compiled for itself. The rule is about inputs without ``lengths`` and packed ones alike: a step
-        that is masked out has a state of zeros in the output, and cannot raise the gain.
+        unroll, so each length is compiled for itself. A step that is masked out has a state of zeros in the output and cannot
+        raise the gain: the rule holds for padded and packed sequences, too. Wrap the whole Recurrence with ``fully_shard``, not
+        its cell.
 
     Examples:
         >>> from stableopt.nn import LeakyCell, lipschitz
@@ -124,13 +125,13 @@ class Recurrence(nn.Module):
     def _run(self, input: Tensor, state: Tensor | None, lengths: Tensor | None, time: int) -> tuple[Tensor, Tensor]:  # noqa: A002
         prepared, drive = self._driven(input)
         start = self._start(state, drive, input.shape[:time] + input.shape[time + 1 : -1])
-        h, outputs, steps = start, [], range(input.shape[time])
+        h, outputs, steps = start, [], list(enumerate(drive.unbind(time)))
         if lengths is not None and (input.ndim != 3 or lengths.shape != start.shape[:1]):
             raise ValueError(
                 f"lengths must have the shape of the batch, {tuple(start.shape[:1])}, got {tuple(lengths.shape)}."
             )
-        for t in reversed(steps) if self.reverse else steps:
-            following = self._step(h, drive.select(time, t), prepared)
+        for t, piece in reversed(steps) if self.reverse else steps:
+            following = self._step(h, piece, prepared)
             if lengths is None:
                 h = following
                 outputs.append(h)
