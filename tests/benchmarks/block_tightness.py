@@ -127,11 +127,65 @@ BUDGETED = [
     Row("cfl, growth of 2", lambda: drawn(stable.cfl(mlp(), "lipschitz", growth=2.0)), (6,)),
 ]
 
+
+def implicit(block: nn.Module, *, step: float = 3.0) -> nn.Module:
+    """An implicit or isometric block at a random place, with units that are mostly off: there its bound is nearest."""
+    drawn(block, step=step)
+    for name, parameter in block.named_parameters():
+        if name.rsplit(".", 1)[-1].startswith("bias"):
+            nn.init.uniform_(parameter, -2.0, 0.0)
+    return block
+
+
+IMPLICIT = [
+    Row("ProximalBlock", lambda: implicit(stable.ProximalBlock(8, 12)), (8,)),
+    Row("ProximalBlock, strong", lambda: implicit(stable.ProximalBlock(8, 12, strong=0.5)), (8,)),
+    Row(
+        "ProximalBlock, 2 steps", lambda: implicit(stable.ProximalBlock(8, 12, solver=stable.ForwardBackward(2))), (8,)
+    ),
+    Row("ResolventBlock, strong", lambda: implicit(stable.ResolventBlock(8, 12, strong=0.5)), (8,)),
+    Row(
+        "BackwardEulerBlock, gradient",
+        lambda: implicit(stable.BackwardEulerBlock(stable.GradientField(8, 12, strong=0.5))),
+        (8,),
+    ),
+    Row(
+        "BackwardEulerBlock, dissipative",
+        lambda: implicit(stable.BackwardEulerBlock(stable.DissipativeField(8, 12))),
+        (8,),
+    ),
+]
+
+ISOMETRIC = [
+    Row("SkewBlock", lambda: implicit(stable.SkewBlock(8, 0.5)), (8,)),
+    Row("SkewEulerBlock", lambda: drawn(stable.SkewEulerBlock(8, 0.5)), (8,)),
+    Row("HamiltonianBlock, growth 2", lambda: drawn(stable.HamiltonianBlock(8, 12, activation="relu")), (8,)),
+    Row(
+        "HamiltonianBlock, growth 2, depth 8",
+        lambda: drawn(stable.HamiltonianBlock(8, 12, depth=8, activation="relu")),
+        (8,),
+    ),
+]
+
+TOKENS = [
+    Row("ClippedAttention, 1 head", lambda: stable.ClippedAttention(8), (6, 8), "token_max"),
+    Row("ClippedAttention, 2 heads", lambda: stable.ClippedAttention(8, 2), (6, 8), "token_max"),
+    Row("ClippedAttention, 4 heads", lambda: stable.ClippedAttention(8, 4), (6, 8), "token_max"),
+    Row("ClippedAttention, causal", lambda: stable.ClippedAttention(8, 2, causal=True), (6, 8), "token_max"),
+    Row("ClippedAttention", lambda: stable.ClippedAttention(8, 2), (6, 8), "l2"),
+    Row("TransformerBlock", lambda: drawn(stable.TransformerBlock(8, 2)), (6, 8), "token_max"),
+    Row("BoundedNorm", lambda: stable.BoundedNorm(8), (8,)),
+    Row("JoinTokens", lambda: stable.JoinTokens(4), (4, 3), "l2"),
+]
+
 ROWS: list[Row] = [
     *GRADIENT,
+    *TOKENS,
     *RECURRENT_CELLS,
     *STATE_SPACES,
     *BUDGETED,
+    *IMPLICIT,
+    *ISOMETRIC,
 ]
 """The rows of all tables; a new block or cell adds a list."""
 

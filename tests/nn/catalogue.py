@@ -11,7 +11,9 @@ from torch import nn
 from stableopt.nn import (
     AntisymmetricCell,
     BackwardEulerBlock,
+    BoundedNorm,
     CappedLinear,
+    ClippedAttention,
     ContractingCell,
     ConvGradientBlock,
     DiagonalMetricCell,
@@ -21,9 +23,11 @@ from stableopt.nn import (
     GradientField,
     GroupSort,
     HamiltonianBlock,
+    JoinTokens,
     LastStep,
     LeakyCell,
     MeanOverTime,
+    Positions,
     ProximalBlock,
     Recurrence,
     ResolventBlock,
@@ -32,6 +36,7 @@ from stableopt.nn import (
     SkewEulerBlock,
     StateSpaceBlock,
     StateSpaceStack,
+    TransformerBlock,
 )
 
 
@@ -279,8 +284,16 @@ ROTATIONS = [
     Row("skew euler", lambda: SkewEulerBlock(4, 0.3, step=0.9), (1, 4), 1.0 + 1e-12),
 ]
 
+TOKENS = [
+    Row("clipped attention", lambda: ClippedAttention(4, 2), (1, 3, 4), None, ("l2",)),
+    Row("transformer block", lambda: TransformerBlock(4, 2), (1, 3, 4), None, ("l2",)),
+    Row("bounded norm", lambda: normalized(BoundedNorm(5, 2.0)), (1, 5)),
+    Row("positions", lambda: Positions(4, 3), (1, 4, 3), 1.0),
+    Row("joined tokens", lambda: JoinTokens(3), (1, 3, 2), 1.0 + 1e-14),
+]
+
 AFFINE += [*ROTATIONS, *NORMALIZATIONS, *COPIES, *TRANSPOSED]
-CATALOGUE = [*AFFINE, *ACTIVATIONS, *POOLS, *OF_SAMPLE, *COMPOSED, *IMPLICIT, *RECURRENCES, *STATE_SPACES]
+CATALOGUE = [*AFFINE, *ACTIVATIONS, *POOLS, *OF_SAMPLE, *COMPOSED, *IMPLICIT, *RECURRENCES, *STATE_SPACES, *TOKENS]
 
 
 def jacobian(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
