@@ -24,6 +24,7 @@ from stableopt.linalg import Bound
 from tests.nn.training import digits
 
 WIDTH = 64
+CHANNELS = 4
 ORDER = {"l2": 2, "linf": torch.inf, "l1": 1}
 
 
@@ -35,6 +36,11 @@ def dense_first() -> nn.Module:
 def dense_head() -> nn.Module:
     """Features to classes."""
     return nn.Linear(WIDTH, 10)
+
+
+def conv_first() -> nn.Module:
+    """Pixels to channels."""
+    return nn.Sequential(nn.Unflatten(1, (1, 8, 8)), nn.Conv2d(1, CHANNELS, 3, padding=1))
 
 
 @dataclass(frozen=True)
@@ -61,10 +67,36 @@ class Row:
 
 GRADIENT = [
     Row("gradient", lambda depth: stable.GradientBlock(WIDTH, depth=depth)),
+    Row("gradient, limit a constant", lambda depth: stable.GradientBlock(WIDTH, depth=depth, limit_gradient=False)),
+    Row("gradient, rows", lambda depth: stable.GradientBlock(WIDTH, depth=depth, bound="rows")),
+    Row("gradient, frobenius", lambda depth: stable.GradientBlock(WIDTH, depth=depth, bound="frobenius")),
+    Row(
+        "conv gradient",
+        lambda depth: stable.ConvGradientBlock(CHANNELS, depth=depth),
+        first=conv_first,
+        head=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64 * CHANNELS, 10)),
+    ),
+    Row(
+        "conv gradient, rows",
+        lambda depth: stable.ConvGradientBlock(CHANNELS, depth=depth, bound="rows"),
+        first=conv_first,
+        head=lambda: nn.Sequential(nn.Flatten(), nn.Linear(64 * CHANNELS, 10)),
+    ),
+]
+
+
+def limited_branch() -> nn.Module:
+    """A branch of constant 1: an orthogonal matrix to start from, that stays within the limit, and a sorting activation."""
+    return stable.stabilize(nn.Sequential(nn.Linear(WIDTH, WIDTH), stable.GroupSort()), 1.0, init="orthogonal")
+
+
+AVERAGED = [
+    Row("averaged", lambda depth: stable.AveragedResidual(limited_branch(), depth=depth)),
 ]
 
 ROWS: list[Row] = [
     *GRADIENT,
+    *AVERAGED,
 ]
 """The rows of the table; a new kind of block adds one."""
 
