@@ -7,6 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 
 import stableopt.theory as th
 from stableopt.theory.tableaux import (
@@ -107,6 +108,86 @@ def test_methods_without_a_radius_expand_at_small_steps(tableau: th.ButcherTable
 @pytest.mark.parametrize("tableau", [BACKWARD_EULER, th.IMPLICIT_MIDPOINT, th.RADAU_IIA], ids=lambda t: t.name)
 def test_algebraically_stable_methods_never_expand(tableau: th.ButcherTableau) -> None:
     assert max(worst(tableau, tau, 100) for tau in (0.1, 1.0, 30.0)) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("tableau", "stages", "radius"), [row for row in TABLE if row[0].explicit], ids=lambda x: getattr(x, "name", str(x))
+)
+def test_the_radius_of_plain_floats_is_that_of_the_table_to_ten_digits(
+    tableau: th.ButcherTableau, stages: int, radius: float
+) -> None:
+    floats = [[float(a) for a in row] for row in tableau.A]
+    assert th.circle_radius(floats, [float(b) for b in tableau.b]) == pytest.approx(radius, rel=1e-10, abs=1e-10)
+    assert th.circle_radius(np.array(floats), np.array([float(b) for b in tableau.b])) == pytest.approx(
+        radius, abs=1e-9
+    )
+    assert th.circle_radius(tableau.A, tableau.b) == th.circle_contractivity_radius(tableau)
+
+
+def test_coefficients_that_are_no_method_are_refused() -> None:
+    for A, b in [([[]], [0.5]), ([[math.nan]], [1.0]), ([[]], [math.inf]), ([], []), ([[], [0.5]], [1.0])]:
+        with pytest.raises(ValueError, match=r"tableau|weights"):
+            th.circle_radius(A, b)
+
+
+def climbed(t: th.ButcherTableau, tau: float, *, starts: int = 60, steps: int = 60) -> float:
+    """The largest norm that gradient ascent finds over convex 1-smooth functions in the plane that switch between the stages.
+
+    Half of the starts are random; the others have rank one along nearly the same direction, where near the limit the expansion is.
+    """
+    g = torch.Generator().manual_seed(0)
+    tilts = torch.logspace(-2, 0, starts // 2).unsqueeze(1) * torch.randn(starts // 2, t.stages, generator=g)
+    angle = torch.cat([tilts, math.pi * torch.rand(starts - starts // 2, t.stages, generator=g)]).requires_grad_()
+    spread = torch.cat([torch.ones(starts // 2, t.stages), torch.rand(starts - starts // 2, t.stages, generator=g)])
+    other = torch.cat([torch.zeros(starts // 2, t.stages), torch.rand(starts - starts // 2, t.stages, generator=g)])
+    spread[-1], other[-1] = 1.0, 1.0  # the whole identity at every stage
+    opt, best = torch.optim.Adam([angle], lr=0.05), 0.0
+    for _ in range(steps):
+        v = torch.stack([angle.cos(), angle.sin()], -1)
+        w = torch.stack([-angle.sin(), angle.cos()], -1)
+        S = (
+            spread[..., None, None] * v[..., :, None] * v[..., None, :]
+            + other[..., None, None] * w[..., :, None] * w[..., None, :]
+        )
+        slopes: list[torch.Tensor] = []
+        for i, row in enumerate(t.A):
+            stage = torch.eye(2) + tau * sum(
+                (float(a) * k for a, k in zip(row, slopes, strict=False) if a), torch.zeros(2, 2)
+            )
+            slopes.append(-S[:, i] @ stage)
+        step = torch.eye(2) + tau * sum(
+            (float(b) * k for b, k in zip(t.b, slopes, strict=True) if b), torch.zeros(2, 2)
+        )
+        norms = torch.linalg.matrix_norm(step, 2)
+        best = max(best, float(norms.detach().max()))
+        opt.zero_grad()
+        (-norms.sum()).backward()
+        opt.step()
+    return best
+
+
+FINITE = [t for t, _, radius in TABLE if t.explicit and radius > 0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tableau", FINITE, ids=lambda t: t.name)
+def test_two_per_cent_beyond_the_limit_a_field_is_found_that_expands_and_none_at_the_limit(
+    tableau: th.ButcherTableau,
+) -> None:
+    limit = th.runge_kutta_max_step(tableau, 1.0)
+    assert climbed(tableau, limit) <= 1 + 1e-12
+    assert climbed(tableau, 1.02 * limit, starts=120, steps=150) > 1 + 1e-7
+
+
+def test_a_little_beyond_the_limit_of_rk4_a_field_is_found_that_expands() -> None:
+    limit = th.runge_kutta_max_step(RK4, 1.0)
+    assert climbed(RK4, limit, starts=40, steps=20) <= 1 + 1e-12
+    assert climbed(RK4, 1.02 * limit, starts=40, steps=40) > 1 + 1e-7
+
+
+@pytest.mark.parametrize(("tau", "least"), [(0.25, 2.5e-4), (0.5, 2.5e-3), (1.0, 0.03)])
+def test_the_midpoint_rule_expands_at_every_step(tau: float, least: float) -> None:
+    assert climbed(MIDPOINT, tau, starts=20, steps=40) > 1 + least
 
 
 def test_the_linear_stability_limit_of_rk4_is_not_enough() -> None:

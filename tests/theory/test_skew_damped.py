@@ -30,6 +30,35 @@ def test_the_skew_law_is_an_equality_and_its_limit_is_sharp(gamma: float, ratio:
     assert th.skew_damped_factor(1.1 * best, gamma, omega) >= th.skew_damped_factor(best, gamma, omega) - 1e-12
 
 
+@given(st.floats(0.1, 10), st.floats(0, 3), st.floats(0, 0.95), st.floats(0.01, 1.5))
+def test_the_law_with_a_rest_is_attained_and_its_limit_is_sharp(
+    gamma: float, ratio: float, share: float, at: float
+) -> None:
+    """The worst rest acts along the image of the rest of the step, which is a scaled rotation here."""
+    omega, rho = ratio * gamma, share * gamma
+    J = np.array([[-gamma, omega], [-omega, -gamma]])
+    limit = th.skew_damped_max_step(gamma, omega, rho)
+    tau = at * limit
+    linear = np.eye(2) + tau * J
+    turn = linear / max(norm(linear), 1e-300)
+    exact = norm(linear + tau * rho * turn) if norm(linear) > 1e-9 else norm(linear) + tau * rho
+    assert th.skew_damped_factor(tau, gamma, omega, rho) == pytest.approx(exact, rel=1e-7)
+    if abs(at - 1) > 1e-3:
+        assert (exact > 1) is (at > 1)
+    assert th.skew_damped_factor(limit, gamma, omega, rho) == pytest.approx(1.0, abs=1e-9)
+    m, L = gamma - rho, np.hypot(gamma, omega) + rho
+    assert th.skew_damped_factor(tau, gamma, omega, rho) <= th.dissipative_factor(tau, m, L * (1 + 1e-12)) + 1e-9
+    assert limit >= th.dissipative_max_step(m, L * (1 + 1e-12)) * (1 - 1e-9)
+
+
+def test_a_rest_as_large_as_the_damping_leaves_no_step() -> None:
+    assert th.skew_damped_max_step(1.0, 2.0, 1.0) == 0.0
+    assert th.skew_damped_max_step(1.0, 0.0, 3.0) == 0.0
+    assert th.skew_damped_factor(0.1, 1.0, 0.0, 3.0) > 1
+    with pytest.raises(ValueError, match="remainder"):
+        th.skew_damped_factor(0.1, 1.0, 0.0, -1.0)
+
+
 def test_without_damping_a_skew_block_always_expands() -> None:
     assert th.skew_damped_max_step(0.0, 1.0) == 0.0
     assert th.skew_damped_max_step(0.0, 0.0) == math.inf
