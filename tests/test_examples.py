@@ -99,3 +99,33 @@ def test_a_run_is_stable_at_a_small_rate_and_unstable_at_a_large_one(tmp_path: P
     assert verdicts["stable"] == "exponentially stable"
     assert verdicts["edge"] in {"inconclusive", "subexponential", "profile-bounded"}
     assert verdicts["unstable"] == "exponentially unstable"
+
+
+def test_an_observer_forgets_its_start_at_the_proved_rate(tmp_path: Path) -> None:
+    result = load("observer").main(steps=10, picture=str(tmp_path / "observer.svg"))
+    assert result["rate"] < 1.0
+    assert result["above"] <= 1.0 + 1e-4  # the largest measured difference over the proved one; the rounding of float32
+    assert (tmp_path / "observer.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.slow
+def test_an_observer_is_better_than_differences_of_positions() -> None:
+    result = load("observer").main()
+    assert result["error"] < 0.5 * result["differences"]
+    assert result["above"] <= 1.0 + 1e-4
+
+
+def test_no_certified_sequence_is_broken(tmp_path: Path) -> None:
+    result = load("certified_sequences").main(epochs=1, images=150, picture=str(tmp_path / "sequences.svg"))
+    assert result["bound"] <= 100.0
+    assert result["broken"] <= 0.0
+    assert (tmp_path / "sequences.svg").read_text().startswith("<svg")
+
+
+@pytest.mark.slow
+def test_sequences_are_classified_under_a_limit_of_the_gain() -> None:
+    result = load("certified_sequences").main()
+    assert result["accuracy"] >= 0.88
+    assert result["bound"] <= 100.0
+    assert result["broken"] <= 0.0
+    assert result["median radius"] > 0.005
