@@ -8,7 +8,7 @@ comparison map of ``stock_gru`` is at most :math:`z + (1 - z)\,(N + \tfrac14 Q R
 :math:`|b_{hn}| \le \beta`, so that :math:`N \le m`, :math:`Q \le m + \beta`. Then the row is at most
 :math:`1 - (1 - z)(1 - m) \le 1 - (1 - \zeta)(1 - m)`, which is a for :math:`m = \zeta = 1 - \sqrt{1 - a}`. The gate keeps
 :math:`z \le \zeta` if what it is told is at most :math:`\Lambda = \log\frac{\zeta}{1 - \zeta}`: for inputs up to u half of it is for
-:math:`u\|W_{xz}\|`, a quarter for Z and an eighth for each bias. All other weights and biases are free.
+:math:`u\|W_{xz}\|`, a quarter for Z and an eighth for each bias (two and one third without biases). All other weights and biases are free.
 
 **LSTM.** With :math:`f \le \varphi`, hence :math:`|c| \le 1/(1 - \varphi)`, the row of c is at most
 :math:`\sup_f f + f(1 - f) F/(1 - \varphi) + G + \tfrac14 I`. If :math:`\varphi F + G + \tfrac14 I \le a - \varphi` then
@@ -66,6 +66,12 @@ class _Settings:
     norm: str
     bound: float
     gain: float | None
+    biases: bool = True
+
+    @property
+    def shares(self) -> tuple[float, float, float]:
+        """Parts of what the keeping gate may be told: by the inputs, by the state, by each bias."""
+        return (1 / 2, 1 / 4, 1 / 8) if self.biases else (2 / 3, 1 / 3, 1.0)
 
     def of_one_direction(self, layers: int, directions: int) -> _Settings:
         """Share the gain of a whole module: layers multiply, directions stand side by side."""
@@ -223,6 +229,7 @@ def _limits(module: nn.Module, kind: type[nn.Module], settings: _Settings) -> di
         layers, ends = range(int(module.num_layers)), ["", "_reverse"] if module.bidirectional else [""]  # pyright: ignore[reportArgumentType]
         suffixes, first = [f"_l{layer}{end}" for layer in layers for end in ends], len(ends)
         settings = settings.of_one_direction(len(layers), len(ends))
+    settings = replace(settings, biases=bool(module.bias))
     limits: dict[str, Constraint] = {}
     for index, suffix in enumerate(suffixes):
         inner = settings if index < first else replace(settings, bound=1.0)  # outputs of gated layers are within 1
@@ -253,14 +260,15 @@ def _gru(settings: _Settings) -> dict[str, Constraint]:
     m = zeta = 1.0 - math.sqrt(1.0 - settings.rate)
     told = math.log(zeta / (1.0 - zeta))
     together = [0.25 * (m + _INNER_BIAS), 2.0 * zeta, 1.0]
-    inputs = [[0.0, settings.bound / (told / 2), 0.0]]
+    from_input, from_state, from_bias = (told * share for share in settings.shares)
+    inputs = [[0.0, settings.bound / from_input, 0.0]]
     if settings.gain is not None:
         inputs.append([w / (settings.gain * (1.0 - m)) for w in together])
     return {
-        "weight_hh": _balls([0.0, 4.0 / told, 0.0], [w / m for w in together]),
+        "weight_hh": _balls([0.0, 1.0 / from_state, 0.0], [w / m for w in together]),
         "weight_ih": _balls(*inputs),
-        "bias_ih": _balls([0.0, 8.0 / told, 0.0]),
-        "bias_hh": _balls([0.0, 8.0 / told, 0.0], [0.0, 0.0, 1.0 / _INNER_BIAS]),
+        "bias_ih": _balls([0.0, 1.0 / from_bias, 0.0]),
+        "bias_hh": _balls([0.0, 1.0 / from_bias, 0.0], [0.0, 0.0, 1.0 / _INNER_BIAS]),
     }
 
 
@@ -270,14 +278,17 @@ def _lstm(settings: _Settings) -> dict[str, Constraint]:
     told = math.log(phi / (1.0 - phi))
     room = rate - phi
     together, output = [0.25, phi, 1.0, 0.0], [0.0, 0.0, 0.0, 1.0]
-    inputs = [[0.0, settings.bound / (told / 2), 0.0, 0.0]]
+    from_input, from_state, from_bias = (told * share for share in settings.shares)
+    inputs = [[0.0, settings.bound / from_input, 0.0, 0.0]]
     if settings.gain is not None:
         inputs += [[w / (settings.gain * (1.0 - rate)) for w in ball] for ball in (together, output)]
     return {
-        "weight_hh": _balls([0.0, 4.0 / told, 0.0, 0.0], [w / room for w in together], [w / rate for w in output]),
+        "weight_hh": _balls(
+            [0.0, 1.0 / from_state, 0.0, 0.0], [w / room for w in together], [w / rate for w in output]
+        ),
         "weight_ih": _balls(*inputs),
-        "bias_ih": _balls([0.0, 8.0 / told, 0.0, 0.0]),
-        "bias_hh": _balls([0.0, 8.0 / told, 0.0, 0.0]),
+        "bias_ih": _balls([0.0, 1.0 / from_bias, 0.0, 0.0]),
+        "bias_hh": _balls([0.0, 1.0 / from_bias, 0.0, 0.0]),
         "weight_hr": _balls([1.0]),
     }
 
@@ -294,7 +305,10 @@ def _apart(constraint: Constraint) -> Constraint:
     if not isinstance(constraint, GateBalls):
         return constraint
     largest = [max(gate) for gate in zip(*constraint.balls, strict=True)]
-    last = [max(k for k, ball in enumerate(constraint.balls) if ball[g] > 0.0) if w > 0.0 else -1 for g, w in enumerate(largest)]
+    last = [
+        max(k for k, ball in enumerate(constraint.balls) if ball[g] > 0.0) if w > 0.0 else -1
+        for g, w in enumerate(largest)
+    ]
     balls = [tuple(w if last[g] == k else 0.0 for g, w in enumerate(largest)) for k in range(len(constraint.balls))]
     return GateBalls(tuple(ball for ball in balls if any(ball)))
 
