@@ -17,6 +17,7 @@ from stableopt.nn import (
     AntisymmetricCell,
     ContractingCell,
     DiagonalMetricCell,
+    LastStep,
     LeakyCell,
     Recurrence,
     RecurrentCell,
@@ -24,6 +25,7 @@ from stableopt.nn import (
     lipschitz,
 )
 from tests.nn.recurrent.cells import CELLS, between, metric, random_parameters, step_jacobians
+from tests.nn.training import digits
 
 EPS = torch.finfo(torch.float64).eps
 ACTIVATIONS = ["tanh", "relu", "leaky_relu", "softplus", "hardtanh"]
@@ -78,6 +80,11 @@ def test_rounding_never_lifts_a_cell_over_its_cap_or_its_gain(name: str, dtype: 
         assert cell_bound(cell, cell.norm).state.upper <= 0.97
         assert lipschitz(Recurrence(cell), cell.norm).upper <= 0.7
         assert cell(torch.randn(2, 3, dtype=dtype)).dtype == dtype
+    for raw in (-60.0, 60.0):  # steps and dampings at the ends of their ranges
+        for p in cell.parameters():
+            p.data.fill_(raw) if p.ndim == 1 else None
+        assert cell_bound(cell, cell.norm).state.upper <= 0.97
+        assert lipschitz(Recurrence(cell), cell.norm).upper <= 0.7
 
 
 # ---------------------------------------------------------------------------------------------------------------- witnesses
@@ -240,6 +247,25 @@ def test_the_derivatives_are_right(name: str) -> None:
 
     values = tuple(p.detach() + 0.1 * torch.randn_like(p) for p in parameters.values())
     assert torch.autograd.gradcheck(f, tuple(v.requires_grad_() for v in values), atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "least"), [("diagonal metric", 0.9), ("leaky l2", 0.8)])
+def test_digits_read_row_by_row_are_learned_with_a_constant_that_never_breaks(name: str, least: float) -> None:
+    torch.set_default_dtype(torch.float32)
+    x, y, x_test, y_test = digits()
+    cell = CELLS[name](8, 64, memory=8, rate=0.95)
+    model = torch.nn.Sequential(Recurrence(cell), LastStep(), torch.nn.Linear(64, 10))
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    for _ in range(8):
+        for batch in torch.randperm(len(x)).split(128):
+            opt.zero_grad()
+            F.cross_entropy(model(x[batch].reshape(-1, 8, 8)), y[batch]).backward()
+            opt.step()
+            assert cell_bound(cell, cell.norm).state.upper <= 0.95
+    with torch.no_grad():
+        accuracy = float((model(x_test.reshape(-1, 8, 8)).argmax(1) == y_test).double().mean())
+    assert accuracy >= least
 
 
 # ---------------------------------------------------------------------------------------------------------------- mechanics
