@@ -178,8 +178,37 @@ TOKENS = [
     Row("JoinTokens", lambda: stable.JoinTokens(4), (4, 3), "l2"),
 ]
 
+FIELDS = [
+    Row("DissipativeBlock", lambda: drawn(stable.DissipativeBlock(8, 12, rate=0.5)), (8,)),
+    Row("DissipativeBlock, no free part", lambda: drawn(stable.DissipativeBlock(8, 12, rate=0.5, free=0.0)), (8,)),
+    Row("DissipativeBlock, linf", lambda: drawn(stable.DissipativeBlock(8, 12, rate=0.5)), (8,), "linf"),
+    Row("InfNormBlock", lambda: drawn(stable.InfNormBlock(8), scale=0.2), (8,), "linf"),
+    Row("InfNormBlock, rate 0.5", lambda: drawn(stable.InfNormBlock(8, rate=0.5), scale=0.2), (8,), "linf"),
+    Row("InfNormBlock, 3 x 3", lambda: drawn(stable.InfNormBlock(2, 3), scale=0.2), (2, 5, 5), "linf"),
+    Row("InfNormBlock, l2", lambda: drawn(stable.InfNormBlock(8), scale=0.2), (8,)),
+    Row("RungeKuttaBlock, Euler x 4", lambda: drawn(stable.RungeKuttaBlock(stable.GradientField(8, 12))), (8,)),
+    Row("RungeKuttaBlock, RK4", lambda: drawn(stable.RungeKuttaBlock(stable.GradientField(8, 12), method="rk4")), (8,)),
+    Row(
+        "RungeKuttaBlock, SSPRK(3,3), dissipative",
+        lambda: drawn(stable.RungeKuttaBlock(stable.DissipativeField(8, 12, rate=0.5), method="ssprk33")),
+        (8,),
+    ),
+    Row(
+        "ContinuousDepth",
+        lambda: drawn(stable.ContinuousDepth(stable.DissipativeField(8, 12, rate=0.5), steps=4)),
+        (8,),
+    ),
+    Row(
+        "ContinuousDepth, linf",
+        lambda: drawn(stable.ContinuousDepth(stable.InfNormField(8, rate=0.5), steps=4)),
+        (8,),
+        "linf",
+    ),
+]
+
 ROWS: list[Row] = [
     *GRADIENT,
+    *FIELDS,
     *TOKENS,
     *RECURRENT_CELLS,
     *STATE_SPACES,

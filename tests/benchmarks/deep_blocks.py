@@ -54,6 +54,7 @@ class Row:
         lr: of AdamW, tuned for the row.
         first: from 64 pixels to the state.
         head: from the state to 10 classes.
+        loss: temperature and offset; margins are smaller in the maximum norm, where a perturbation may move every pixel.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Row:
     lr: float = 1e-2
     first: Callable[[], nn.Module] = dense_first
     head: Callable[[], nn.Module] = dense_head
+    loss: tuple[float, float] = (16.0, 0.4)
 
 
 GRADIENT = [
@@ -94,8 +96,15 @@ AVERAGED = [
     Row("averaged", lambda depth: stable.AveragedResidual(limited_branch(), depth=depth)),
 ]
 
+FIELDS = [
+    Row("maximum norm", lambda depth: stable.InfNormBlock(WIDTH, depth=depth), norm="linf", loss=(64.0, 0.02)),
+    Row("dissipative, rate 0.001", lambda depth: stable.DissipativeBlock(WIDTH, rate=1e-3, depth=depth)),
+    Row("RK4", lambda depth: stable.RungeKuttaBlock(stable.GradientField(WIDTH), method="rk4", depth=depth)),
+]
+
 ROWS: list[Row] = [
     *GRADIENT,
+    *FIELDS,
     *AVERAGED,
 ]
 """The rows of the table; a new kind of block adds one."""
@@ -153,7 +162,7 @@ def run(row: Row, depth: int, seed: int = 0, *, epochs: int = 20, points: int | 
     torch.manual_seed(seed)
     x, y, x_test, y_test = digits()
     model, stack = model_of(row, depth)
-    loss = stable.MarginCrossEntropy(16.0, 0.4)
+    loss = stable.MarginCrossEntropy(*row.loss)
     opt = torch.optim.AdamW(model.parameters(), lr=row.lr, weight_decay=0.0)
     batches = -(-len(x) // 128)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=row.lr, total_steps=epochs * batches)

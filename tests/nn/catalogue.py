@@ -14,15 +14,20 @@ from stableopt.nn import (
     BoundedNorm,
     CappedLinear,
     ClippedAttention,
+    ContinuousDepth,
     ContractingCell,
     ConvGradientBlock,
     DiagonalMetricCell,
     DiagonalStateSpace,
+    DissipativeBlock,
+    DissipativeField,
     ForwardBackward,
     GradientBlock,
     GradientField,
     GroupSort,
     HamiltonianBlock,
+    InfNormBlock,
+    InfNormField,
     JoinTokens,
     LastStep,
     LeakyCell,
@@ -31,6 +36,7 @@ from stableopt.nn import (
     ProximalBlock,
     Recurrence,
     ResolventBlock,
+    RungeKuttaBlock,
     Scale,
     SkewBlock,
     SkewEulerBlock,
@@ -293,7 +299,29 @@ TOKENS = [
 ]
 
 AFFINE += [*ROTATIONS, *NORMALIZATIONS, *COPIES, *TRANSPOSED]
-CATALOGUE = [*AFFINE, *ACTIVATIONS, *POOLS, *OF_SAMPLE, *COMPOSED, *IMPLICIT, *RECURRENCES, *STATE_SPACES, *TOKENS]
+ALONG_FIELDS = [
+    Row("gradient field", lambda: GradientField(4, 5, strong=0.2), (1, 4)),
+    Row("dissipative field", lambda: DissipativeField(4, 5, activation="softplus"), (1, 4)),
+    Row("maximum-norm field", lambda: InfNormField(4, rate=0.2), (1, 4)),
+    Row("dissipative block", lambda: DissipativeBlock(4, rate=0.5, step=0.8), (1, 4)),
+    Row("maximum-norm block", lambda: InfNormBlock(5, activation="leaky_relu", step=0.9), (1, 5)),
+    Row("maximum-norm block, images", lambda: InfNormBlock(2, 3, step=0.9), (1, 2, 4, 3)),
+    Row("Runge-Kutta block", lambda: RungeKuttaBlock(GradientField(4), method="rk4_38", step=0.9), (1, 4)),
+    Row("continuous depth", lambda: ContinuousDepth(DissipativeField(4), time=2.0, steps=8), (1, 4)),
+]
+
+CATALOGUE = [
+    *AFFINE,
+    *ACTIVATIONS,
+    *POOLS,
+    *OF_SAMPLE,
+    *COMPOSED,
+    *ALONG_FIELDS,
+    *IMPLICIT,
+    *RECURRENCES,
+    *STATE_SPACES,
+    *TOKENS,
+]
 
 
 def jacobian(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
