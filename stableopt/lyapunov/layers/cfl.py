@@ -20,16 +20,25 @@ from torch import Tensor, nn
 
 from stableopt.constraints.sharding import is_sharded, whole
 from stableopt.errors import UncertifiableError
-from stableopt.nn.residual.averaged import AveragedResidual
+from stableopt.linalg import lower
+from stableopt.nn.residual import (
+    AveragedResidual,
+    CFLBlock,
+    CompensatedPair,
+    InfNormBlock,
+    ResidualStack,
+    RungeKuttaBlock,
+)
 from stableopt.nn.residual.gradient_step import GradientStep
 from stableopt.nn.residual.sll import SLL, FoldedSLL
 from stableopt.nn.rules import lipschitz
 from stableopt.nn.sharded import class_of
+from stableopt.nn.uniform import uniform_rule
 from stableopt.nn.weights.geometry import Geometry
 
 Block = TypeVar("Block", bound=nn.Module)
 
-__all__ = ["StepLaw", "constant_of", "has_law", "mix_of", "step_law"]
+__all__ = ["StepLaw", "constant_of", "fraction_of_limit", "growth_of_steps", "has_law", "mix_of", "step_law"]
 
 _MATRIX = Geometry("linear")
 
@@ -121,6 +130,62 @@ def has_law(module: nn.Module) -> bool:
     return step_law.dispatch(type(module)) is not step_law.dispatch(object)
 
 
+@functools.singledispatch
+def fraction_of_limit(module: nn.Module) -> Tensor | None:  # noqa: ARG001 for classes that are registered
+    """Return the use of the step limit of a block whose step is a learned fraction of it; None for another.
+
+    Args:
+        module: of ours :class:`stableopt.nn.RungeKuttaBlock`, :class:`stableopt.nn.InfNormBlock`,
+            :class:`stableopt.nn.CompensatedPair` and :class:`stableopt.nn.CFLBlock`, for what is declared of its branch.
+
+    Examples:
+        >>> from stableopt.nn import InfNormBlock
+        >>> round(float(fraction_of_limit(InfNormBlock(3, step=0.25))), 6)
+        0.25
+    """
+    return None
+
+
+@fraction_of_limit.register(RungeKuttaBlock)
+@fraction_of_limit.register(InfNormBlock)
+@fraction_of_limit.register(CompensatedPair)
+def _(module: RungeKuttaBlock | InfNormBlock | CompensatedPair) -> Tensor:
+    return whole(module.raw_step.detach()).sigmoid().amax()
+
+
+@fraction_of_limit.register(CFLBlock)
+def _(module: CFLBlock) -> Tensor | None:
+    return None if module.kind == "lipschitz" else whole(module.raw_step.detach()).sigmoid().amax()
+
+
+@functools.singledispatch
+def growth_of_steps(module: nn.Module) -> Tensor | None:  # noqa: ARG001 for classes that are registered
+    r"""Return :math:`\prod_l(1 + \tau_lL_l)` of a block with a budget of growth, which its steps allow; None for another.
+
+    Args:
+        module: of ours :class:`stableopt.nn.ResidualStack`, and a :class:`stableopt.nn.CFLBlock` with a growth.
+
+    Examples:
+        >>> from stableopt.nn import ResidualStack
+        >>> stack = ResidualStack([nn.Tanh(), nn.Tanh()], budget=math.e, step=0.5)
+        >>> round(float(growth_of_steps(stack)), 3)
+        1.562
+    """
+    return None
+
+
+@growth_of_steps.register(ResidualStack)
+def _(module: ResidualStack) -> Tensor:
+    return _gathered(module).exponents().detach().log1p().sum().exp()
+
+
+@growth_of_steps.register(CFLBlock)
+def _(module: CFLBlock) -> Tensor | None:
+    if module.kind != "lipschitz":
+        return None
+    return 1.0 + whole(module.raw_step.detach()).sigmoid().amax() * (module.declared("growth", lower) - 1.0)
+
+
 def mix_of(module: AveragedResidual) -> Tensor | float:
     """Return the weight of the branch in the convex mix of a :class:`stableopt.nn.AveragedResidual`.
 
@@ -159,12 +224,15 @@ def _own_constant(module: nn.Module) -> float:
         return 1.0
     if isinstance(module, nn.modules.dropout._DropoutNd) and module.training:  # noqa: SLF001 torch has no other name for all of them
         return 1.0 / (1.0 - module.p) if module.p < 1.0 else 0.0
-    if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
-        return math.nan
     try:
-        return lipschitz(module).upper
+        if next(module.parameters(), None) is None and next(module.buffers(), None) is None:
+            return lipschitz(module).upper
+        if not class_of(module).__module__.startswith("stableopt."):  # running statistics promise their worst case only
+            return math.nan
+        always = uniform_rule(module, "l2")
     except (UncertifiableError, ValueError):
         return math.nan
+    return math.nan if always is None else always.upper
 
 
 def _gathered(module: Block) -> Block:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from stableopt.lyapunov.layers.branch import PULLS_BACK, Branches
-from stableopt.lyapunov.layers.cfl import constant_of, mix_of
+from stableopt.lyapunov.layers.cfl import constant_of, fraction_of_limit, growth_of_steps, mix_of
 from stableopt.lyapunov.layers.forward import END, Growth
 from stableopt.lyapunov.layers.kinks import KinkCounter
 from stableopt.lyapunov.layers.norms import LayerNorms, NormEstimator
@@ -117,6 +117,9 @@ class LayerProbe:
             for path, module in self._model.named_modules():
                 if isinstance(module, AveragedResidual):
                     readout.add(("mix", path), mix_of(module))
+                for kind, read in (("use", fraction_of_limit), ("expansion", growth_of_steps)):
+                    if (value := read(module)) is not None:
+                        readout.add((kind, path), value)
         except Exception as error:  # whatever it is, the run goes on
             reasons.append(f"the weights could not be measured: {_sentence(error)}")
         if forward:
@@ -212,6 +215,10 @@ class LayerProbe:
                 cfl[name[0]] = value / 2.0
             elif kind == "branch":
                 growth[name[0]] = 1.0 + value
+            elif kind == "use":
+                cfl[name[0]] = value
+            elif kind == "expansion":
+                growth[name[0]] = value
         kinks = {self._label(name[0]): value for (kind, *name), value in numbers.items() if kind == "kinks"}
         gains = {} if trunk is None else _gains(numbers, trunk)
         total = sum(gains.values()) / len(gains) if gains else math.nan

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
+import stableopt.nn as stable
 from stableopt.lyapunov.layers import LayerProbe, NormEstimator, StepLaw, step_law
 from stableopt.lyapunov.layers.cfl import constant_of, has_law
 from stableopt.nn import SLL, AveragedResidual, ConvGradientBlock, GradientBlock
@@ -132,3 +134,31 @@ def test_what_is_said_about_a_constant_is_never_less_than_the_map_shows():
     assert math.isnan(constant_of(nn.Sequential(nn.LayerNorm(4)), "", {}))
     assert math.isnan(constant_of(nn.Linear(2, 2), "", {}))
     assert not has_law(nn.Linear(2, 2))
+
+
+def test_blocks_whose_step_is_a_fraction_of_its_limit_and_stacks_with_a_budget_are_read() -> None:
+    """Use of the limit, growth that the steps allow, and a finite exponent from what the blocks promise."""
+    branch = nn.Sequential(nn.Linear(3, 3), nn.Tanh())
+    blocks = {
+        "1": (stable.InfNormBlock(3, step=0.3), 0.3),
+        "2": (stable.DissipativeBlock(3, step=0.4), 0.4),
+        "3": (stable.CompensatedPair(GradientBlock(3, strong=1.0), branch, step=0.6), 0.6),
+        "4": (stable.cfl(copy.deepcopy(branch), "averaged", step=0.2), 0.2),
+    }
+    stack = stable.ResidualStack([copy.deepcopy(branch) for _ in range(4)], 3.0, allocate="uniform", step=0.5)
+    grown = stable.cfl(copy.deepcopy(branch), "lipschitz", growth=1.5, step=0.5)
+    model = nn.Sequential(nn.Linear(3, 3), *(block for block, _ in blocks.values()), stack, grown)
+    x = torch.randn(4, 3)
+    before = copy.deepcopy(model.state_dict())
+    reading = LayerProbe(model, lambda: model(x).sum()).measure()
+    assert reading.reason == ""
+    for path, (_, use) in blocks.items():
+        assert reading.cfl[path] == pytest.approx(use, rel=1e-5)
+    assert 0.0 < reading.cfl["3.contractive"] < 1.0
+    assert reading.growth["5"] == pytest.approx((1 + 0.5 * math.log(3.0) / 4) ** 4, rel=1e-5)
+    assert reading.growth["6"] == pytest.approx(1.25, rel=1e-5)
+    assert math.isfinite(reading.forward_exponent)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert constant_of(stack, "5", {}) == 3.0
+    assert constant_of(blocks["3"][0], "3", {}) == 1.0
+    assert math.isnan(constant_of(stable.cfl(nn.Tanh(), "gradient", smoothness=2.0), "", {}))
