@@ -78,6 +78,7 @@ from stableopt.nn.statespace import (
     StateSpaceBlock,
     StateSpaceStack,
     discretize,
+    peak_gain,
     stable_eigenvalues,
 )
 from stableopt.nn.structure import Concat, Merge, Parallel
@@ -180,6 +181,7 @@ __all__ = [
     "margin_radii",
     "norm_gap",
     "parameter_groups",
+    "peak_gain",
     "plain_state_dict",
     "release",
     "sequence_gain",

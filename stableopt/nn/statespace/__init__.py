@@ -4,6 +4,7 @@ from stableopt.nn.statespace.capped import CappedLinear
 from stableopt.nn.statespace.diagonal import DiagonalStateSpace
 from stableopt.nn.statespace.eigenvalues import discretize, stable_eigenvalues
 from stableopt.nn.statespace.gain import LinearSystem
+from stableopt.nn.statespace.peak import peak_gain
 from stableopt.nn.statespace.stack import StateSpaceBlock, StateSpaceStack
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "StateSpaceBlock",
     "StateSpaceStack",
     "discretize",
+    "peak_gain",
     "stable_eigenvalues",
 ]

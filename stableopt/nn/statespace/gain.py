@@ -88,7 +88,8 @@ def system_gain(system: LinearSystem, norm: str) -> Bound:
         return Bound(0.0, min(plain.upper, _by_columns(output, scaled, norm)))
     by_parts = plain.upper, _by_columns(output, scaled, norm)
     apart = (Bound.point(min(by_parts)) + Bound.point(spectral_norm(skip).upper)).upper
-    q = Bound.point(float(system.weight))
+    weight = system.weight.detach() if isinstance(system.weight, Tensor) else system.weight
+    q = Bound.point(float(weight))
     if not q.lower > 0.0:
         return Bound(0.0, apart)
     quotient = skip / q.upper
