@@ -6,20 +6,42 @@ from torch import nn
 
 from stableopt.nn import (
     SLL,
+    AntisymmetricCell,
     AveragedResidual,
+    BackwardEulerBlock,
     BallProjection,
+    CFLBlock,
+    ClippedAttention,
+    CompensatedPair,
     Concat,
+    ContinuousDepth,
+    ContractingCell,
     ConvGradientBlock,
+    DiagonalMetricCell,
+    DiagonalStateSpace,
+    HamiltonianBlock,
     Householder,
+    InfNormBlock,
     InvertibleDownsampling,
     L2NormPool,
     LayerCentering,
+    LeakyCell,
     LinearSpline,
     Merge,
     NActivation,
     Parallel,
+    ProximalBlock,
+    Recurrence,
+    ResidualStack,
+    ResolventBlock,
+    RungeKuttaBlock,
     Sandwich,
+    SkewBlock,
+    SkewEulerBlock,
     SoftAbs,
+    StateSpaceBlock,
+    StateSpaceStack,
+    TransformerBlock,
 )
 from stableopt.nn.dispatch import named, registered_class
 from stableopt.nn.parametrized import plain_class
@@ -40,10 +62,36 @@ _TOGETHER = (
     "its constant is proved for its parts together, and a certificate bounds one operation at a time, which would lose a part of "
     "the bound. Use a GradientBlock or stabilized Linear layers instead"
 )
+_EQUATION = (
+    "it is the solution of an equation, and the format has operations without iteration only. Use a GradientBlock"
+)
+_SEQUENCE = (
+    "a certificate describes a chain of operations on a vector or an image, without recurrence and attention. Certify the part "
+    "of the model before or behind it"
+)
 _ACTIVATION = "this activation is not in the format. Use Abs, GroupSort or another activation of the format"
 _REASONS: dict[type[nn.Module], str] = {
-    **dict.fromkeys((AveragedResidual, Concat, Parallel, Merge), _BRANCHES),
+    **dict.fromkeys((AveragedResidual, ResidualStack, CompensatedPair, CFLBlock, Concat, Parallel, Merge), _BRANCHES),
     **dict.fromkeys((SLL, FoldedSLL, Sandwich, FoldedSandwich), _TOGETHER),
+    **dict.fromkeys(
+        (HamiltonianBlock, InfNormBlock, RungeKuttaBlock, SkewBlock, SkewEulerBlock, ContinuousDepth), _TOGETHER
+    ),
+    **dict.fromkeys((BackwardEulerBlock, ProximalBlock, ResolventBlock), _EQUATION),
+    **dict.fromkeys(
+        (
+            AntisymmetricCell,
+            ClippedAttention,
+            ContractingCell,
+            DiagonalMetricCell,
+            DiagonalStateSpace,
+            LeakyCell,
+            Recurrence,
+            StateSpaceBlock,
+            StateSpaceStack,
+            TransformerBlock,
+        ),
+        _SEQUENCE,
+    ),
     **dict.fromkeys((Householder, LinearSpline, NActivation, SoftAbs), _ACTIVATION),
     ConvGradientBlock: "the format has gradient blocks of matrices only. Use a GradientBlock, or stabilized convolutions",
     L2NormPool: "the format has average and max pooling only. Use ScaledAvgPool",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import stableopt
+import stableopt.nn as stable
 from stableopt.certify.coverage import KNOWN, uncovered
 from stableopt.certify.graph import fold
 from stableopt.errors import UncertifiableError
@@ -274,6 +275,14 @@ NOT_COVERED: list[tuple[Callable[[], nn.Module], tuple[int, ...], str]] = [
     (lambda: NActivation(4), (4,), ACTIVATION),
     (SoftAbs, (4,), ACTIVATION),
     (lambda: AveragedResidual(nn.ReLU()), (4,), BRANCH),
+    (lambda: stable.ResidualStack([nn.ReLU()], 2.0), (4,), BRANCH),
+    (lambda: stable.CompensatedPair(GradientBlock(4, strong=0.5), nn.ReLU()), (4,), BRANCH),
+    (lambda: stable.cfl(nn.ReLU(), "averaged"), (4,), BRANCH),
+    (lambda: stable.DissipativeBlock(4), (4,), TOGETHER),
+    (lambda: stable.RungeKuttaBlock(stable.GradientField(4)), (4,), TOGETHER),
+    (lambda: stable.InfNormBlock(4), (4,), TOGETHER),
+    (lambda: stable.ProximalBlock(4), (4,), "solution of an equation, and the format has operations without iteration"),
+    (lambda: stable.DiagonalStateSpace(4, 4), (3, 4), "without recurrence and attention"),
     (lambda: Concat(nn.ReLU(), nn.Tanh()), (4,), BRANCH),
     (lambda: Parallel(nn.ReLU(), nn.Tanh(), sizes=(2, 2)), (4,), BRANCH),
     (lambda: Merge(nn.ReLU(), nn.Tanh()), (4,), BRANCH),
