@@ -85,7 +85,9 @@ class ToTolerance(Solver):
 
     They stop when every vector :math:`y` has
 
-    .. math:: \|F(y)\| \le \text{tolerance} \cdot \bigl(\|x\| + (1 + h(m + U^2 + \|K\|_F))\,\|y\|\bigr), \quad F \text{ the residual}.
+    .. math:: \|F(y)\| \le \text{tolerance} \cdot \bigl(\|x\| + (1 + h(m + U^2 + \|K\|_F))\,\|y\|\bigr)
+
+    with the residual :math:`F`.
 
     Args:
         tolerance: relative to the sizes of the terms of the equation; None for 256 times the precision of the dtype.

@@ -46,7 +46,8 @@ class HamiltonianBlock(nn.Module):
         \bar u = 2\tanh(\log L) \ \text{or, for } L > 1 + \sqrt2,\ \sqrt{L - 1/L}
 
     keep it within :math:`L = G^{1/\text{depth}}`. So the constant of the block is at most :math:`Le^{-\gamma}`, and no distance
-    shrinks by more than :math:`e^{-\gamma}/L`: without damping, gradients of a stack neither grow nor shrink by more than :math:`G`.
+    shrinks by more than :math:`e^{-\gamma}/L`: without damping, gradients of a stack neither grow nor shrink by more than
+    :math:`G`.
 
     Args:
         dim: number of features of input and output, even.
@@ -105,6 +106,7 @@ class HamiltonianBlock(nn.Module):
         self.activation = activation
         self.growth, self.depth, self.damping = float(growth), depth, float(damping)
         self.limit, self.decay = _root_below(self.growth, depth), math.exp(-self.damping)
+        self._largest = pair_limit(self.limit)
         self.weight_q = nn.Parameter(torch.empty(hidden, dim // 2))
         self.weight_p = nn.Parameter(torch.empty(hidden, dim // 2))
         self.bias_q = nn.Parameter(torch.zeros(hidden))
@@ -133,7 +135,7 @@ class HamiltonianBlock(nn.Module):
         weight = wide(weight)
         with full_precision(weight):
             U = gram_norm(weight)
-        return (1.0 - rounding_slack(weight)) * pair_limit(self.limit) * share / (U * U).clamp_min(_SMALLEST)
+        return (1.0 - rounding_slack(weight)) * self._largest * share / (U * U).clamp_min(_SMALLEST)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the next state; the features are the last dimension of the input, :math:`q` before :math:`p`."""

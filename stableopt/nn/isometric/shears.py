@@ -6,7 +6,7 @@ r"""The norm of two opposite shears, exactly: what one Hamiltonian block can do 
 
 **The largest norm.** :math:`\|M\|_2` is convex in :math:`S_1` and in :math:`S_2`, so it is largest at extreme points: :math:`u_1P`
 and :math:`u_2R` with projections. Two projections split the space into lines and planes that both keep; in a plane they project on
-lines with an angle :math:`\varphi`. :math:`M` is symplectic there, so its singular values are two pairs :math:`\sigma, 1/\sigma`. With
+lines with an angle :math:`\varphi`. :math:`M` is symplectic there: its singular values are two pairs :math:`\sigma, 1/\sigma`. With
 :math:`a = u_1u_2` and :math:`C = \cos^2\varphi`, the numbers :math:`x = (\sigma - 1/\sigma)^2` are the roots of
 
 .. math:: x^2 - \bigl(u_1^2 + u_2^2 + Ca(a - 2)\bigr)x + a^2(1 - C)^2 = 0
