@@ -69,7 +69,7 @@ class GradientBlock(GradientStep):
         activation: ``"relu"``, ``"leaky_relu"``, ``"tanh"``, ``"softplus"`` or ``"hardtanh"``.
         strong: :math:`m \ge 0`, the strength of the linear damping.
         step: initial step as a fraction of its limit, in (0, 1); None for the one that fits the depth.
-        bound: how :math:`U` is computed. ``"gram"``: Gram iteration, 2 % above the norm for 64 units that are orthogonal and less
+        bound: how :math:`U` is computed. ``"gram"``: Gram iteration, 3 % above the norm for 64 units that are orthogonal and less
             for others; ``"frobenius"`` and ``"schur"`` (:math:`U^2 = \|A\|_1\|A\|_\infty`): hardly any cost, and steps that
             are smaller by the rank, and for random entries by 60 times with 256 units. ``"rows"``: a step per unit, for the
             cost of one product :math:`AA^\top`.
