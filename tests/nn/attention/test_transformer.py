@@ -31,7 +31,7 @@ from tests.nn.catalogue import jacobian, operator_norm
 from tests.nn.training import digits
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(
     heads=st.integers(1, 2), tokens=st.integers(1, 4), hidden=st.integers(1, 5), normed=st.booleans(), causal=st.booleans(),
     scale=st.sampled_from([1e-3, 1.0, 30.0]), seed=st.integers(0, 99),
@@ -50,12 +50,12 @@ def test_it_never_expands_whatever_the_parameters(
 
 
 def test_a_stack_of_any_depth_keeps_it_and_keeps_the_signal() -> None:
-    blocks = nn.Sequential(*[TransformerBlock(6, 2, depth=16) for _ in range(16)])
+    blocks = nn.Sequential(*[TransformerBlock(6, depth=12) for _ in range(12)])
     bound = lipschitz(blocks, "token_max").upper
     found = token_norm(blocks, 0.3 * torch.randn(1, 3, 6), restarts=1, rounds=3)
     assert math.exp(-2.1) < found <= bound <= 1.0
-    naive = nn.Sequential(*[TransformerBlock(6, 2) for _ in range(16)])
-    assert token_norm(naive, 0.3 * torch.randn(1, 3, 6), restarts=1, rounds=3) < 0.1
+    naive = nn.Sequential(*[TransformerBlock(6) for _ in range(12)])
+    assert token_norm(naive, 0.3 * torch.randn(1, 3, 6), restarts=1, rounds=3) < 0.15
 
 
 def test_attention_beyond_its_limit_would_expand_the_block() -> None:
