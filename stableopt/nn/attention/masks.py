@@ -62,20 +62,21 @@ def allowed(q: Tensor, k: Tensor, mask: Tensor | None, padding: Tensor | None, *
         padding = padding[..., None, None, :]
     forbidden = _forbidden(q, M, padding, causal=causal)
     if mask is None or mask.dtype == torch.bool:
-        open_ = torch.ones_like(q[..., :1], dtype=torch.bool) if mask is None else mask
-        open_ = open_ if forbidden is None else open_ & ~forbidden
+        open_ = ~forbidden if mask is None else mask & ~forbidden
         empty = ~open_.any(-1, keepdim=True)
         return Allowed(open_ | empty, empty, False)
-    added = mask.to(q.dtype) if forbidden is None else mask.to(q.dtype).masked_fill(forbidden, -math.inf)
+    added = mask.to(q.dtype).masked_fill(forbidden, -math.inf)
     empty = (added == -math.inf).all(-1, keepdim=True)
     return Allowed(added.masked_fill(empty, 0.0), empty, False)
 
 
-def _forbidden(q: Tensor, M: int, padding: Tensor | None, *, causal: bool) -> Tensor | None:
+def _forbidden(q: Tensor, M: int, padding: Tensor | None, *, causal: bool) -> Tensor:
+    """Return what padding and causality forbid, of a shape that broadcasts to that of the logits."""
+    nothing = torch.zeros((), dtype=torch.bool, device=q.device)
+    padding = nothing if padding is None else padding
     if not causal:
         return padding
-    later = torch.ones(q.shape[-2], M, dtype=torch.bool, device=q.device).triu(1)
-    return later if padding is None else padding | later
+    return padding | torch.ones(q.shape[-2], M, dtype=torch.bool, device=q.device).triu(1)
 
 
 def _check_mask(mask: Tensor, logits: tuple[int, ...]) -> None:
