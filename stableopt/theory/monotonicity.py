@@ -56,7 +56,7 @@ def monotonicity_radius(tableau: ButcherTableau) -> float:
     return round_down(low) if low > Fraction(1, 10**9) else 0.0
 
 
-def monotone_factor(tableau: ButcherTableau, radius: float, euler_factor: Real) -> Real:
+def monotone_factor(tableau: ButcherTableau, radius: float, euler_factor: Real) -> float:
     r"""Bound a step of an explicit method by the factor of Euler's step at :math:`\tau/r`, in the norm of that factor.
 
     With :math:`v = (I+rK)^{-1}e + q\,rK(I+rK)^{-1}v`, whose coefficients are not negative, it is the last entry of v.

@@ -15,7 +15,7 @@ from stableopt.nn.positive import bounded_exp
 from stableopt.nn.precision import full_precision, wide
 from stableopt.nn.residual.fields import Field, FieldBound, damped_bound, gradient_part, lipschitz_of_field
 from stableopt.nn.residual.runge_kutta import RungeKuttaBlock
-from stableopt.nn.residual.steps import floored, rounding_slack
+from stableopt.nn.residual.steps import SMALLEST, rounding_slack
 from stableopt.nn.tokens import token_rule
 from stableopt.nn.unit_slopes import UNIT_SLOPES, check_unit_slopes
 
@@ -137,7 +137,7 @@ class DissipativeField(Field):
         inner, outer = wide(self.inner), wide(self.outer)
         with full_precision(inner):
             norms = gram_norm(inner) * gram_norm(outer)
-        return (1.0 - 2.0 * rounding_slack(inner)) * self.free / floored(norms)
+        return (1.0 - 2.0 * rounding_slack(inner)) * self.free / norms.clamp_min(SMALLEST)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the field at the states whose features are the last dimension of the input."""

@@ -23,7 +23,7 @@ from stableopt.linalg import Bound, gram_norm, inf_norm, one_norm, spectral_norm
 from stableopt.nn.arguments import check_nonnegative, check_sizes
 from stableopt.nn.dispatch import TOKEN_MAX, check_forward, lipschitz_rule
 from stableopt.nn.precision import full_precision, wide
-from stableopt.nn.residual.steps import floored, rounding_slack
+from stableopt.nn.residual.steps import SMALLEST, rounding_slack
 from stableopt.nn.tokens import token_rule
 from stableopt.nn.unit_slopes import UNIT_SLOPES, check_unit_slopes
 from stableopt.theory import skew_damped_factor
@@ -265,7 +265,7 @@ class GradientField(Field):
         weight = wide(self.weight)
         with full_precision(weight):
             U = gram_norm(weight)
-        return (1.0 - rounding_slack(weight)) * 2.0 / floored(self.strong + U * U)
+        return (1.0 - rounding_slack(weight)) * 2.0 / (self.strong + U * U).clamp_min(SMALLEST)
 
     @torch.no_grad()
     def bound(self, norm: str) -> FieldBound:

@@ -162,7 +162,7 @@ def step_bound(tableau: ButcherTableau, bound: FieldBound, step: float) -> Bound
     known = []
     if (radius := monotonicity_radius(tableau)) > 0.0:
         short = step / radius if radius == 1.0 else (Bound.point(step) / radius).upper
-        known.append(float(monotone_factor(tableau, radius, bound.factor(short).upper)))
+        known.append(monotone_factor(tableau, radius, bound.factor(short).upper))
     if bound.norm == "l2" and step <= (Bound.point(circle_contractivity_radius(tableau)) * bound.max_step).lower:
         known.append(1.0)
     if not known or min(known) > 1.0:
