@@ -2,15 +2,16 @@ r"""Inputs within a box, which the bounds of gated cells need: a gate is only kn
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from stableopt.nn.arguments import check_positive
 
 __all__ = ["ClippedInput", "clip_input", "input_limit"]
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 class ClippedInput:
@@ -30,7 +31,7 @@ class ClippedInput:
         check_positive(input_bound=bound)
         self.bound = float(bound)
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:  # noqa: ARG002 the interface of torch
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         """Return the arguments with the first one clamped."""
         if args:
             return (self._clamped(args[0]), *args[1:]), kwargs
@@ -46,7 +47,7 @@ class ClippedInput:
         return f"ClippedInput({self.bound})"
 
 
-def clip_input(module: nn.Module, bound: float) -> nn.Module:
+def clip_input(module: _Module, bound: float) -> _Module:
     r"""Clamp the inputs of a module to :math:`[-u, u]` from now on, in place.
 
     Args:

@@ -7,6 +7,7 @@ largest proved constant, the largest spread found, and the best quotient of the 
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -86,6 +87,42 @@ RECURRENT_CELLS = [
     Row("DiagonalMetricCell, 24 steps", lambda: over_time(stable.DiagonalMetricCell), (24, 2)),
     Row("AntisymmetricCell, 24 steps", lambda: over_time(stable.AntisymmetricCell), (24, 2)),
 ]
+
+
+class Outputs(nn.Module):
+    """The output sequence of a recurrent layer of torch, the first of the two things that it returns."""
+
+    def __init__(self, rnn: nn.Module) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rnn(x)[0]
+
+
+def stock(kind: Callable[..., nn.Module], *, scale: float = 3.0, **options: Any) -> Outputs:
+    """A layer of torch with weights at the limits that keep it contracting."""
+    rnn = kind(2, 4, batch_first=True)
+    with torch.no_grad():
+        for name, parameter in rnn.named_parameters():
+            parameter.mul_(1.0 if name.startswith("bias") else scale)
+    return Outputs(stable.contracting(rnn, 0.9, **options))
+
+
+def of_outputs(module: nn.Module, norm: str) -> Bound:
+    """The bound of the layer inside."""
+    return stable.lipschitz(module.get_submodule("rnn"), norm)
+
+
+STOCK_LAYERS = [
+    Row("nn.RNN, contracting, 24 steps", lambda: stock(nn.RNN), (24, 2), "l2", {"scale": 0.1}, of_outputs),
+    Row("nn.RNN, contracting, 24 steps", lambda: stock(nn.RNN, norm="linf"), (24, 2), "linf", {"scale": 0.1}, of_outputs),
+    *[
+        Row(f"nn.{kind.__name__}, contracting, 24 steps", functools.partial(stock, kind, input_bound=1.0), (24, 2), norm,
+            {"scale": 0.3}, of_outputs)
+        for kind in (nn.GRU, nn.LSTM) for norm in ("linf", "token_max", "l2")
+    ],
+]  # fmt: skip
 
 STATE_SPACES = [
     Row("DiagonalStateSpace, 24 steps", lambda: drawn(stable.DiagonalStateSpace(2, 8)), (24, 2)),
@@ -211,6 +248,7 @@ ROWS: list[Row] = [
     *FIELDS,
     *TOKENS,
     *RECURRENT_CELLS,
+    *STOCK_LAYERS,
     *STATE_SPACES,
     *BUDGETED,
     *IMPLICIT,

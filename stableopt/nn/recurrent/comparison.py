@@ -7,7 +7,8 @@ A difference of two states moves, entry by entry, by no more than a monotone, co
 The rest is arithmetic of nonnegative numbers, rounded up. With weights :math:`w > 0` and the norm
 :math:`\|v\|_w = \max_i |v_i| / w_i`:
 
-* :math:`T(w, 0) \le a\,w` proves the factor a of the state, and :math:`T(0, 1) \le b\,w` that of the input, because T is subadditive.
+* :math:`T(w, 0) \le a\,w` proves the factor a of the state, and :math:`T(0, 1) \le b\,w` that of the input, because T is
+  subadditive.
 * :math:`T(w, 1) \le w` proves :math:`|\delta h_t| \le w` for all t if no :math:`\|\delta x_t\|` exceeds 1, by induction over t: the
   gain from the largest input difference to the largest state difference is at most the norm of w. A gate that keeps for ever
   (:math:`z = 1`) has no factor below 1, and may still have such a w.
@@ -72,7 +73,7 @@ class Comparison(ABC):
         """Return an S(w), of the kind of T, such that S(w) <= w implies T(w, 1) <= w; T itself if nothing larger will do."""
         return self.grown(w, norm, mix)
 
-    def plain(self, norm: str) -> list[CellBound]:  # noqa: ARG002 for those that have some
+    def plain(self, norm: str) -> list[CellBound]:
         """Return bounds in norms of the state that are no weighted maximum norms."""
         return []
 
@@ -88,7 +89,7 @@ def cell_constants(cell: Comparison, norm: str) -> CellBound:
 
 
 def sequence_constant(cell: Comparison, norm: str) -> tuple[float, CellBound]:
-    """Return the smallest proved gain from input to output sequences of any length, infinite if none is, and the constants of a step.
+    """Return the smallest proved gain of sequences of any length, infinite if none is known, and the constants of a step.
 
     Args:
         cell: its comparison map.

@@ -19,12 +19,14 @@ __all__ = ["GateBalls"]
 
 @dataclass(frozen=True)
 class GateBalls(Constraint):
-    r"""The stacked matrices :math:`W_1, \dots, W_G` of the gates of a cell with, for each ball :math:`\omega` and each unit i,
+    r"""The stacked matrices of the gates of a cell whose units have small rows.
+
+    For each ball :math:`\omega` and each unit i the matrices :math:`W_1, \dots, W_G` satisfy
 
     .. math:: \sum_g \omega_g \|W_{g,i}\|_1 \le 1 ,
 
-    the rows :math:`W_{g,i}` being those of unit i. One ball may limit several gates together, and a gate be part of several balls; with
-    weight 0 it is not part of one.
+    the rows :math:`W_{g,i}` being those of unit i. One ball may limit several gates together, and a gate be part of several
+    balls; with weight 0 it is not part of one.
 
     Args:
         balls: for each ball, one weight >= 0 per gate in the order in which torch stacks them.
@@ -33,9 +35,9 @@ class GateBalls(Constraint):
         ValueError: if the balls have different lengths, a weight is negative or not finite, or a ball is empty.
 
     Note:
-        :meth:`project` projects on one ball after the other, which only lowers moduli, so that all hold in the end; it is the nearest
-        point if no gate is part of two balls. It makes zeros. :meth:`map` multiplies the rows of each ball by a common factor,
-        one ball after the other, which keeps their directions, and is what a parametrization uses.
+        :meth:`project` projects on one ball after the other, which only lowers moduli, so that all hold in the end; it is the
+        nearest point if no gate is part of two balls. It makes zeros. :meth:`map` multiplies the rows of each ball by a common
+        factor, one ball after the other, which keeps their directions, and is what a parametrization uses.
 
     Examples:
         >>> W = torch.tensor([[3.0], [1.0]])  # two gates of one unit
@@ -149,7 +151,8 @@ class GateBalls(Constraint):
         check_tensor("GateBalls", x)
         if not x.ndim or x.shape[0] % self.gates:
             raise ValueError(
-                f"GateBalls with {self.gates} gates needs a tensor whose first dimension is a multiple of that, got {tuple(x.shape)}."
+                f"GateBalls with {self.gates} gates needs a tensor whose first dimension is a multiple of that, got "
+                f"{tuple(x.shape)}."
             )
         return x.reshape(self.gates, x.shape[0] // self.gates, math.prod(x.shape[1:]))
 

@@ -5,8 +5,8 @@ A gate :math:`z \in [\check z, \hat z]` mixes what it keeps and what it lets in;
 
 .. math:: \sup_{\check z \le z \le \hat z} \; z\,k + (1 - z)\,s + z(1 - z)\,e, \qquad k, s, e \ge 0 .
 
-For a GRU this is the difference between a useful constant and none: with :math:`\hat z` and :math:`1 - \check z` taken apart, their sum is
-above 1 for every interval.
+For a GRU this is the difference between a useful constant and none: with :math:`\hat z` and :math:`1 - \check z` taken apart,
+their sum is above 1 for every interval.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from torch import Tensor
 
 from stableopt.linalg.proved import as_matrix, gamma
@@ -70,15 +69,15 @@ class Mix(Protocol):
     """How a gate within an interval mixes three nonnegative arrays."""
 
     def __call__(self, low: Array, high: Array, keep: Array, new: Array, cross: Array) -> Array:
-        """Return :math:`z\\,k + (1 - z)\\,s + z(1 - z)\\,e` for some or for the worst :math:`z`."""
+        r"""Return :math:`z\,k + (1 - z)\,s + z(1 - z)\,e` for some or for the worst :math:`z`."""
         ...
 
 
 class Worst:
     r"""The supremum over the gate, rounded up; it remembers where it was taken.
 
-    With :math:`z_0` the computed maximizer, :math:`z(1 - z) \le z_0^2 + (1 - 2z_0)z` (a tangent of a concave function), which makes the
-    expression linear in z, so that the larger end bounds it; at :math:`z_0` nothing is lost.
+    With :math:`z_0` the computed maximizer, :math:`z(1 - z) \le z_0^2 + (1 - 2z_0)z` (a tangent of a concave function), which
+    makes the expression linear in z, so that the larger end bounds it; at :math:`z_0` nothing is lost.
 
     Examples:
         >>> one = np.ones(1)
@@ -116,7 +115,7 @@ class Chosen:
     def __init__(self, places: list[Array]) -> None:
         self.places = iter(places)
 
-    def __call__(self, low: Array, high: Array, keep: Array, new: Array, cross: Array) -> Array:  # noqa: ARG002 as of Worst
+    def __call__(self, low: Array, high: Array, keep: Array, new: Array, cross: Array) -> Array:
         """Return the mix."""
         z = next(self.places)
         return rows_times(z, keep) + rows_times(1.0 - z, new) + rows_times(z * (1.0 - z), cross)

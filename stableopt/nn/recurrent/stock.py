@@ -1,10 +1,10 @@
 r"""Rules for torch's recurrent layers and cells as they are: RNN, GRU and LSTM.
 
-What is proved about one step is in ``stock_rnn``, ``stock_gru`` and ``stock_lstm``; here are their weights and the layers that are made
-of them. A layer of two directions joins their outputs, so its gain is the vector norm of the two gains; layers on top of each other
-multiply. The constant of a whole layer is that of the map from the input sequence to the output sequence, the first of the two things
-that torch returns, for runs from the zero state; dropout between layers is off. With ``batch_first=False`` the batch is the second
-dimension, and the norm is one of a sequence, not of a step of all sequences.
+What is proved about one step is in ``stock_rnn``, ``stock_gru`` and ``stock_lstm``; here are their weights and the layers that
+are made of them. A layer of two directions joins their outputs, so its gain is the vector norm of the two gains; layers on top of
+each other multiply. The constant of a whole layer is that of the map from the input sequence to the output sequence, the first of
+the two things that torch returns, for runs from the zero state; dropout between layers is off. With ``batch_first=False`` the
+batch is the second dimension, and the norm is one of a sequence, not of a step of all sequences.
 """
 
 from __future__ import annotations
@@ -102,8 +102,8 @@ def remedy(module: nn.Module) -> str:
     if issubclass(kind, nn.RNN | nn.RNNCell) or math.isfinite(input_limit(module)):
         return "Call stableopt.nn.contracting(module, rate) to keep it so while training"
     return (
-        "Its gates can stay open for large inputs: call stableopt.nn.contracting(module, rate, input_bound=u), which clips the inputs "
-        "and keeps its weights within limits, or stableopt.nn.clip_input(module, u) if the weights are small enough already"
+        "Its gates can stay open for large inputs: call stableopt.nn.contracting(module, rate, input_bound=u), which clips the "
+        "inputs and keeps its weights within limits, or stableopt.nn.clip_input(module, u) if the weights are small enough already"
     )
 
 
@@ -147,8 +147,8 @@ def layer_bounds(module: nn.Module, norm: str = "l2") -> dict[str, CellBound]:
 def _cell(cell: nn.Module, norm: str) -> CellBound:
     if isinstance(cell, nn.RNNBase) and (cell.num_layers > 1 or cell.bidirectional):
         raise UncertifiableError(
-            f"{type(cell).__name__} has {cell.num_layers} layers in {2 if cell.bidirectional else 1} directions, which are no single "
-            "cell; ask stableopt.nn.layer_bounds for each of them, or stableopt.nn.lipschitz for the whole."
+            f"{type(cell).__name__} has {cell.num_layers} layers in {2 if cell.bidirectional else 1} directions, which are no "
+            "single cell; ask stableopt.nn.layer_bounds for each of them, or stableopt.nn.lipschitz for the whole."
         )
     return cell_constants(steps_of(cell)[0][0].step, norm)
 
@@ -177,8 +177,8 @@ def _joined(gains: list[float], norm: str) -> float:
 def _reason(module: nn.Module, norm: str, name: str, bound: CellBound) -> str:
     return (
         f"no {norm} Lipschitz bound for sequences of every length is known for {plain_class(module).__name__}: it is not proved to "
-        f"contract, a step of {name} has the factor {bound.state.upper:.4g} in {bound.metric}. {remedy(module)}; or bound sequences of "
-        "one length by stableopt.nn.sequence_gain."
+        f"contract, a step of {name} has the factor {bound.state.upper:.4g} in {bound.metric}. {remedy(module)}; or bound "
+        "sequences of one length by stableopt.nn.sequence_gain."
     )
 
 

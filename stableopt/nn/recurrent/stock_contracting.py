@@ -2,33 +2,34 @@ r"""Keep torch's recurrent layers contracting while they are trained, by limits 
 
 **Plain recurrence.** :math:`\|W_h\| \le a` in l2, linf or l1; nothing else is limited.
 
-**GRU.** With :math:`z \le \zeta < 1` and the row sums N, R, Z of :math:`W_{hn}, W_{hr}, W_{hz}` of a unit, the row of the state in the
-comparison map of ``stock_gru`` is at most :math:`z + (1 - z)\,(N + \tfrac14 Q R) + 2 z(1 - z) Z`, because
-:math:`\sup_r rN + r(1 - r)QR \le N + \tfrac14 QR` and :math:`|h - n| \le 2`. Let :math:`N + \tfrac14(m + \beta)R + 2\zeta Z \le m` and
-:math:`|b_{hn}| \le \beta`, so that :math:`N \le m`, :math:`Q \le m + \beta`. Then the row is at most
-:math:`1 - (1 - z)(1 - m) \le 1 - (1 - \zeta)(1 - m)`, which is a for :math:`m = \zeta = 1 - \sqrt{1 - a}`. The gate keeps
-:math:`z \le \zeta` if what it is told is at most :math:`\Lambda = \log\frac{\zeta}{1 - \zeta}`: for inputs up to u half of it is for
-:math:`u\|W_{xz}\|`, a quarter for Z and an eighth for each bias (two and one third without biases). All other weights and biases are free.
+**GRU.** With :math:`z \le \zeta < 1` and the row sums N, R, Z of :math:`W_{hn}, W_{hr}, W_{hz}` of a unit, the row of the state
+in the comparison map of ``stock_gru`` is at most :math:`z + (1 - z)\,(N + \tfrac14 Q R) + 2 z(1 - z) Z`, because
+:math:`\sup_r rN + r(1 - r)QR \le N + \tfrac14 QR` and :math:`|h - n| \le 2`. Let
+:math:`N + \tfrac14(m + \beta)R + 2\zeta Z \le m` and :math:`|b_{hn}| \le \beta`, so that :math:`N \le m` and
+:math:`Q \le m + \beta`. Then the row is at most :math:`1 - (1 - z)(1 - m) \le 1 - (1 - \zeta)(1 - m)`, which is a for
+:math:`m = \zeta = 1 - \sqrt{1 - a}`. The gate keeps :math:`z \le \zeta` if what it is told is at most
+:math:`\Lambda = \log\frac{\zeta}{1 - \zeta}`: for inputs up to u half of it is for :math:`u\|W_{xz}\|`, a quarter for Z and an
+eighth for each bias (two and one third without biases). All other weights and biases are free.
 
 **LSTM.** With :math:`f \le \varphi`, hence :math:`|c| \le 1/(1 - \varphi)`, the row of c is at most
 :math:`\sup_f f + f(1 - f) F/(1 - \varphi) + G + \tfrac14 I`. If :math:`\varphi F + G + \tfrac14 I \le a - \varphi` then
 :math:`F \le (1 - \varphi)/\varphi`, the supremum is at :math:`f = \varphi`, and the row is at most a. The row of h is at most
-:math:`\sup_o o\,a + o(1 - o) O`, which is a if :math:`O \le a`. The limits are taken for :math:`\varphi = 0.8\,a`; the gate f is kept
-below it like z above. A projection gets row sums of at most 1.
+:math:`\sup_o o\,a + o(1 - o) O`, which is a if :math:`O \le a`. The limits are taken for :math:`\varphi = 0.8\,a`; the gate f is
+kept below it like z above. A projection gets row sums of at most 1.
 
 **Gain.** With :math:`N + \tfrac14(m + \beta)R + 2\zeta Z \le m` for the state and the same combination of the rows of
-:math:`W_{xn}, W_{xr}, W_{xz}` at most :math:`g(1 - m)`, the map S of ``stock_gru`` takes g to at most :math:`gm + g(1 - m) = g`: states
-under inputs that differ by at most 1 differ by at most g in the maximum norm. For the LSTM it is :math:`g(1 - a)`.
+:math:`W_{xn}, W_{xr}, W_{xz}` at most :math:`g(1 - m)`, the map S of ``stock_gru`` takes g to at most :math:`gm + g(1 - m) = g`:
+states under inputs that differ by at most 1 differ by at most g in the maximum norm. For the LSTM it is :math:`g(1 - a)`.
 
-The limits are sufficient, and a part of the weights that contract is outside of them: what is proved about the weights as they are is
-said by :func:`stableopt.nn.layer_bounds`, and is at most the rate.
+The limits are sufficient, and a part of the weights that contract is outside of them: what is proved about the weights as they
+are is said by :func:`stableopt.nn.layer_bounds`, and is at most the rate.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.utils.parametrize as P
@@ -40,16 +41,18 @@ from stableopt.nn.arguments import check_positive
 from stableopt.nn.constrain import check_parameter, check_unwrapped, constrain, projections
 from stableopt.nn.dispatch import check_forward
 from stableopt.nn.input_clip import clip_input
-from stableopt.nn.parametrized import plain_class, remember_order
+from stableopt.nn.parametrized import remember_order
 from stableopt.nn.recurrent.gate_balls import GateBalls
 from stableopt.nn.recurrent.stock import STOCK_CELLS, STOCK_LAYERS
 from stableopt.nn.uniform import uniform_rule
 
 __all__ = ["contracting", "contracting_names", "forget_contracting"]
 
+_Module = TypeVar("_Module", bound=nn.Module)
+
 _RECORD = "_stableopt_contracting"
-"""Plain attribute of a module: the names of the tensors that are limited, and the gain in linf that follows for all their values. It
-follows deepcopy and pickle."""
+"""Plain attribute of a module: the names of the tensors that are limited, and the gain in linf that follows for all their
+values. It follows deepcopy and pickle."""
 _MARGIN = 1.0 - 2.0**-20
 """Factor of all limits, so that the rounding of a parametrization and of the proof stays below the rate."""
 _SMALLEST_RATE = 0.8
@@ -82,27 +85,27 @@ class _Settings:
 
 
 def contracting(
-    module: nn.Module,
+    module: _Module,
     rate: float = 0.95,
     *,
     by: Literal["parametrization", "projection"] = "parametrization",
     norm: Literal["l2", "linf", "l1"] | None = None,
     input_bound: float | None = None,
     gain: float | None = None,
-) -> nn.Module:
+) -> _Module:
     r"""Keep a recurrent layer of torch contracting, in place, for the whole training.
 
     From then on each step of each layer of the module forgets: two runs on the same input satisfy
 
     .. math:: \|h_t - h'_t\| \le \text{rate} \cdot \|h_{t-1} - h'_{t-1}\|,
 
-    in the norm asked for of an RNN's state, and in the maximum norm of the state h of a GRU or (c, h) of an LSTM. The gated ones need
-    their inputs within :math:`[-u, u]`, and get them clipped there; states must have started within the box in which runs from 0
-    stay, as torch's zero state does.
+    in the norm asked for of an RNN's state, and in the maximum norm of the state h of a GRU or (c, h) of an LSTM. The gated ones
+    need their inputs within :math:`[-u, u]`, and get them clipped there; states must have started within the box in which runs
+    from 0 stay, as torch's zero state does.
 
     Args:
-        module: :class:`torch.nn.RNN`, :class:`~torch.nn.GRU`, :class:`~torch.nn.LSTM` or one of their cells, with any number of layers
-            and directions. The weights start scaled down to their limits.
+        module: :class:`torch.nn.RNN`, :class:`~torch.nn.GRU`, :class:`~torch.nn.LSTM` or one of their cells, with any number of
+            layers and directions. The weights start scaled down to their limits.
         rate: the limit of the factor of one step; in (0, 1) for an RNN, in [0.8, 1) for the gated ones. Of a GRU the gate that
             keeps is then at most :math:`1 - \sqrt{1 - \text{rate}}`, of an LSTM :math:`0.8 \cdot \text{rate}`.
         by: ``"parametrization"`` scales the rows of the weights by a common factor in each forward map, for any optimizer.
@@ -124,13 +127,13 @@ def contracting(
         UncertifiableError: if a subclass or a hook may change the map.
 
     Note:
-        :func:`stableopt.nn.layer_bounds` proves the factors of the weights as they are, :func:`stableopt.nn.lipschitz` the gain from
-        input to output sequences. The limits hold up to the rounding of the dtype of the weights, which the proof counts.
+        :func:`stableopt.nn.layer_bounds` proves the factors of the weights as they are, :func:`stableopt.nn.lipschitz` the gain
+        from input to output sequences. The limits hold up to the rounding of the dtype of the weights, which the proof counts.
         :func:`stableopt.nn.release` takes the limits off; the clipping stays.
 
     References:
         Miller and Hardt, *Stable Recurrent Models*, 2019 (projections of RNN and LSTM); Bonassi, Farina and Scattolini, *On the
-        Stability Properties of Gated Recurrent Units Neural Networks*, 2021 (GRU that resets before the matrix; torch's is another).
+        Stability Properties of Gated Recurrent Units Neural Networks*, 2021 (a GRU that resets before the matrix).
 
     Examples:
         >>> from stableopt.nn import layer_bounds
@@ -192,7 +195,8 @@ def _kind_of(module: nn.Module) -> type[nn.Module]:
             check_forward(module, kind)
             return kind
     raise TypeError(
-        f"contracting needs an RNN, GRU, LSTM or one of their cells, got {type(module).__name__}; call it on that part of the model."
+        f"contracting needs an RNN, GRU, LSTM or one of their cells, got {type(module).__name__}; call it on that part of the "
+        "model."
     )
 
 
@@ -216,8 +220,8 @@ def _settings(
         check_positive(input_bound=input_bound)
     elif not plain:
         raise ValueError(
-            f"a {kind.__name__} needs input_bound: large inputs hold its gates open, and nothing is forgotten then. Give a bound that "
-            "your inputs keep, such as 3.0 for standardized ones; what exceeds it is clipped."
+            f"a {kind.__name__} needs input_bound: large inputs hold its gates open, and nothing is forgotten then. Give a bound "
+            "that your inputs keep, such as 3.0 for standardized ones; what exceeds it is clipped."
         )
     return _Settings(float(rate), norm or norms[0], 1.0 if input_bound is None else float(input_bound), gain)
 

@@ -8,8 +8,8 @@ Torch resets after the product with the matrix,
 
 while papers mostly reset before it, :math:`W_{hn}(r \circ h)`; their conditions are about another map.
 
-**States.** :math:`h^+` lies between n and h, entry by entry. So :math:`|h| \le \bar h` is kept for ever by :math:`\bar h = 1`, and by
-every :math:`\bar h` that is not below the :math:`\bar n = \max |n|` over :math:`|h| \le \bar h, |x| \le u`; iterating
+**States.** :math:`h^+` lies between n and h, entry by entry. So :math:`|h| \le \bar h` is kept for ever by :math:`\bar h = 1`,
+and by every :math:`\bar h` that is not below the :math:`\bar n = \max |n|` over :math:`|h| \le \bar h, |x| \le u`; iterating
 :math:`\bar h \leftarrow \bar n` from 1 shrinks the box, which always contains the zero state that torch starts from.
 
 **Slopes.** On this convex box and for one unit, with :math:`q = W_{hn} h + b_{hn}`, :math:`|q| \le Q`, the chain rule gives
@@ -19,8 +19,8 @@ every :math:`\bar h` that is not below the :math:`\bar n = \max |n|` over :math:
          + z(1 - z)\,(h - n)\,(W_{xz}\,dx + W_{hz}\,dh) .
 
 With moduli this is the comparison map; for z and for r the supremum is taken of the whole expression
-(:mod:`stableopt.nn.recurrent.gates`), and :math:`|h - n| \le \bar h + \bar n`. Without a limit u of the inputs z may be 1: then nothing
-contracts, although the gain in linf may still be finite.
+(:mod:`stableopt.nn.recurrent.gates`), and :math:`|h - n| \le \bar h + \bar n`. Without a limit u of the inputs z may be 1: then
+nothing contracts, although the gain in linf may still be finite.
 """
 
 from __future__ import annotations

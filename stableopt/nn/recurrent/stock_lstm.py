@@ -5,13 +5,14 @@ With the gates i, f, o (sigmoids) and g (tanh) of :math:`W_x x + W_h h + b`,
 .. math:: c^+ = f \circ c + i \circ g, \qquad y^+ = o \circ \tanh(c^+), \qquad h^+ = y^+ \text{ or } W_{hr}\, y^+ .
 
 **States.** For :math:`|h| \le \bar h`, :math:`|x| \le u` the gates have upper ends, and :math:`|c| \le \bar c` is kept for ever by
-:math:`\bar c = \bar\imath\,\bar g / (1 - \bar f)`, and then :math:`|y| \le \bar o \tanh \bar c`. Starting from :math:`|y| \le 1`, each such
-pair contains the zero state and bounds the gates of the next, smaller one.
+:math:`\bar c = \bar\imath\,\bar g / (1 - \bar f)`, and then :math:`|y| \le \bar o \tanh \bar c`.
+Starting from :math:`|y| \le 1`, each such pair contains the zero state and bounds the gates of the next, smaller one.
 
 **Slopes.** On this convex box and for one unit
 
 .. math::
-    |\delta c^+| &\le f\,|\delta c| + f(1 - f)\,\bar c\,|\delta a_f| + i\,(1 - g^2)\,|\delta a_g| + i(1 - i)\,\bar g\,|\delta a_i| , \\
+    |\delta c^+| &\le f\,|\delta c| + f(1 - f)\,\bar c\,|\delta a_f|
+        + i\,(1 - g^2)\,|\delta a_g| + i(1 - i)\,\bar g\,|\delta a_i| , \\
     |\delta y^+| &\le o\,|\delta c^+| + o(1 - o)\,\tanh(\bar c)\,|\delta a_o| , \qquad
     |\delta a| \le |W_h|\,|\delta h| + |W_x|\,|\delta x| ,
 

@@ -2,11 +2,11 @@ r"""What is proved about one step of torch's plain recurrence, :class:`torch.nn.
 
 .. math:: h^+ = \sigma(W_h h + W_x x + b), \qquad \sigma = \tanh \text{ or ReLU, slopes in } [0, 1] .
 
-By the mean value theorem :math:`\delta h^+ = D\,(W_h\,\delta h + W_x\,\delta x)` with a diagonal :math:`0 \preceq D \preceq I` that changes
-at every step, hence :math:`a = \|W_h\|` and :math:`b = \|W_x\|` in l2, linf and l1, attained where all slopes are 1 (tanh at 0, ReLU
-where all units are active). A scaling of the state by a positive *diagonal* matrix P commutes with every D, so :math:`\|P W_h P^{-1}\|`
-will do as well; a full matrix does not commute, and neither does :math:`\rho(W_h) < 1` suffice. Entry by entry,
-:math:`|\delta h^+| \le |W_h|\,|\delta h| + |W_x|\,|\delta x|`: a weighted maximum norm contracts if and only if
+By the mean value theorem :math:`\delta h^+ = D\,(W_h\,\delta h + W_x\,\delta x)` with a diagonal :math:`0 \preceq D \preceq I`
+that changes at every step, hence :math:`a = \|W_h\|` and :math:`b = \|W_x\|` in l2, linf and l1, attained where all slopes are 1
+(tanh at 0, ReLU where all units are active). A scaling of the state by a positive *diagonal* matrix P commutes with every D, so
+:math:`\|P W_h P^{-1}\|` will do as well; a full matrix does not commute, and neither does :math:`\rho(W_h) < 1` suffice. Entry by
+entry, :math:`|\delta h^+| \le |W_h|\,|\delta h| + |W_x|\,|\delta x|`: a weighted maximum norm contracts if and only if
 :math:`\rho(|W_h|) < 1` (for slopes of either sign it has to, Perron and Frobenius).
 """
 
@@ -21,7 +21,7 @@ from stableopt.linalg import Bound, frobenius_norm, inf_norm, one_norm, spectral
 from stableopt.linalg.proved import as_matrix
 from stableopt.nn.recurrent.bounds import CellBound
 from stableopt.nn.recurrent.comparison import Comparison
-from stableopt.nn.recurrent.gates import Array, Mix, Rows
+from stableopt.nn.recurrent.gates import Array, Mix, Rows, up
 
 __all__ = ["PlainStep"]
 
@@ -52,12 +52,12 @@ class PlainStep(Comparison):
         self.visible = slice(0, self.states)
         self.reach = np.full(self.states, 1.0 if bounded else math.inf)
 
-    def grown(self, w: Array, norm: str | None, mix: Mix) -> Array:  # noqa: ARG002 no gates
+    def grown(self, w: Array, norm: str | None, mix: Mix) -> Array:
         r"""Return :math:`|W_h| w`, plus what the input adds."""
         push = self.rows.from_input(norm)
-        return self.rows.from_state(w) + push.reshape(-1, *[1] * (w.ndim - 1))
+        return up(self.rows.from_state(w) + push.reshape(-1, *[1] * (w.ndim - 1)))
 
-    def input_columns(self, mix: Mix) -> Array:  # noqa: ARG002 no gates
+    def input_columns(self, mix: Mix) -> Array:
         r"""Return :math:`|W_x|`."""
         return self.rows.inputs
 
@@ -73,8 +73,8 @@ class PlainStep(Comparison):
     def _euclidean(self, norm: str) -> CellBound:
         r"""Return the bounds in the Euclidean norm of the state, for inputs and outputs measured otherwise.
 
-        :math:`\|W_x v\|_2` is at most the norm of the row sums of :math:`|W_x|` for :math:`\|v\|_\infty \le 1`, and the largest norm
-        of a column for :math:`\|v\|_1 \le 1`.
+        :math:`\|W_x v\|_2` is at most the norm of the row sums of :math:`|W_x|` for :math:`\|v\|_\infty \le 1`, and the largest
+        norm of a column for :math:`\|v\|_1 \le 1`.
         """
         if norm == "linf":
             push, output = frobenius_norm(self.rows.from_input("linf")[None]), Bound.point(1.0)

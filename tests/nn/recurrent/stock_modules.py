@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from stableopt.nn import clip_input
 
-Make = Callable[..., nn.Module]
+Make = Callable[..., Any]
+Module = TypeVar("Module", bound=nn.Module)
 
 GATED: dict[str, Make] = {"gru": nn.GRU, "lstm": nn.LSTM}
 PLAIN: dict[str, Make] = {"tanh": nn.RNN, "relu": lambda *a, **k: nn.RNN(*a, nonlinearity="relu", **k)}
 
 
-def scaled(module: nn.Module, factor: float) -> nn.Module:
+def scaled(module: Module, factor: float) -> Module:
     """The module with all parameters multiplied."""
     with torch.no_grad():
         for parameter in module.parameters():
@@ -23,7 +25,7 @@ def scaled(module: nn.Module, factor: float) -> nn.Module:
     return module
 
 
-def gated(kind: str, inputs: int, units: int, factor: float, *, bound: float = 1.0, **options: object) -> nn.Module:
+def gated(kind: str, inputs: int, units: int, factor: float, *, bound: float = 1.0, **options: Any) -> Any:
     """A GRU or LSTM with small weights and clipped inputs."""
     return clip_input(scaled(GATED[kind](inputs, units, **options), factor), bound)
 
@@ -33,7 +35,7 @@ def outputs(module: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda x: module(x)[0]
 
 
-def one_step(module: nn.Module, state: Tensor, x: Tensor) -> Tensor:
+def one_step(module: Any, state: Tensor, x: Tensor) -> Tensor:
     """Torch's own next state (of an LSTM, c before h) for a flat state; ``(states,)`` and ``(inputs,)``."""
     if isinstance(module, nn.LSTM):
         size = module.hidden_size

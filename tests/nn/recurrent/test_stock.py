@@ -6,6 +6,7 @@ import copy
 import itertools
 import math
 import pickle
+from typing import Any
 
 import numpy as np
 import pytest
@@ -44,8 +45,9 @@ def in_reach(module: nn.Module, *, corner: bool) -> Tensor:
 
 @settings(max_examples=30)
 @given(
-    kind=st.sampled_from(["gru", "lstm"]), inputs=st.integers(1, 4), units=st.integers(1, 5), factor=st.sampled_from([0.1, 0.4, 1.0, 3.0]),
-    bound=st.sampled_from([0.3, 1.0, 4.0]), bias=st.booleans(), corner=st.booleans(), seed=st.integers(0, 99),
+    kind=st.sampled_from(["gru", "lstm"]), inputs=st.integers(1, 4), units=st.integers(1, 5),
+    factor=st.sampled_from([0.1, 0.4, 1.0, 3.0]), bound=st.sampled_from([0.3, 1.0, 4.0]),
+    bias=st.booleans(), corner=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_no_step_grows_faster_than_the_comparison_map(
     kind: str, inputs: int, units: int, factor: float, bound: float, bias: bool, corner: bool, seed: int
@@ -71,6 +73,46 @@ def test_no_step_grows_faster_than_the_comparison_map(
     assert (A.abs() <= majorant + 1e-12).all()
 
 
+# For each product in the derivative: the weight of one unit that carries it, the other weights and biases, the state as a part of
+# its limits and the input at which all of its factors are at their limits.
+WITNESSES = {
+    "n": (nn.GRU, "weight_hh", 2, {"bias_ih": (30.0, 0.5, 0.0)}, (0.0,), 0.0),
+    "q": (nn.GRU, "weight_hh", 0, {"bias_hh": (0.0, 0.5, 2.0), "bias_ih": (0.0, 0.0, -1.0)}, (0.0,), 0.0),
+    "-q": (nn.GRU, "weight_hh", 0, {"bias_hh": (0.0, 0.5, -2.0), "bias_ih": (0.0, 0.0, 1.0)}, (0.0,), 0.0),
+    "z": (nn.GRU, "weight_hh", 1, {"bias_ih": (0.0, 0.5, 0.0), "weight_ih": (0.0, 0.0, 1.0)}, (1.0,), -1.0),
+    "x": (nn.GRU, "weight_ih", 2, {"bias_ih": (0.0, -30.0, 0.0)}, (0.0,), 0.0),
+    "f": (nn.LSTM, "weight_hh", 1, {"bias_ih": (0.3, 0.5, 1.0, 0.0)}, (1.0, 0.0), 0.0),
+    "i": (nn.LSTM, "weight_hh", 0, {"bias_ih": (0.3, 0.5, 1.0, 0.0)}, (0.0, 0.0), 0.0),
+    "g": (nn.LSTM, "weight_hh", 2, {"bias_ih": (0.3, 0.5, 0.0, 0.0)}, (0.0, 0.0), 0.0),
+    "o": (nn.LSTM, "weight_hh", 3, {"bias_ih": (0.3, 0.5, 1.0, 0.7)}, (1.0, 0.0), 0.0),
+}
+
+
+@pytest.mark.parametrize("part", [*WITNESSES])
+def test_each_product_in_the_slopes_is_attained(part: str) -> None:
+    """With one small weight of one unit the bound is first order exact: the same derivative at the worst state and input."""
+    kind, name, gate, others, state, x = WITNESSES[part]
+    module: Any = clip_input(scaled(kind(1, 1), 0.0), 1.0)
+    with torch.no_grad():
+        for other, values in others.items():
+            getattr(module, f"{other}_l0").view(-1).copy_(torch.tensor(values))
+    derivatives, bounds = [], []
+    for weight in (0.0, 1e-3):
+        with torch.no_grad():
+            getattr(module, f"{name}_l0").view(-1)[gate] = weight
+        step = step_of(module).step
+        limits = np.concatenate([step.cells, step.reach]) if kind is nn.LSTM else step.reach  # type: ignore[attr-defined]
+        A, B = jacobians(module, torch.tensor(state) * torch.from_numpy(limits), torch.tensor([x]))
+        majorant = (
+            step.input_columns(Worst()) if name == "weight_ih" else step.grown(np.eye(step.states), None, Worst())
+        )
+        derivatives.append(B[:, -1] if name == "weight_ih" else A[:, -1])
+        bounds.append(torch.from_numpy(majorant)[:, -1])
+    exact, bound = (float((second - first).abs().max()) for first, second in (derivatives, bounds))
+    assert exact > 1e-5
+    assert bound == pytest.approx(exact, rel=2e-2)
+
+
 @pytest.mark.parametrize("kind", ["gru", "lstm"])
 @settings(max_examples=5)
 @given(factor=st.sampled_from([0.2, 1.0, 3.0]), bound=st.sampled_from([0.5, 3.0]), seed=st.integers(0, 30))
@@ -84,7 +126,7 @@ def test_runs_from_zero_and_from_the_box_stay_in_it(kind: str, factor: float, bo
     for state in (torch.zeros(step.states), limits.clone(), -limits):
         x = 10 * torch.randn(2)  # beyond the bound: it is clipped
         for _ in range(12):
-            state = one_step(module, state, x).detach()  # noqa: PLW2901 the next state
+            state = one_step(module, state, x).detach()
             assert (state.abs() <= limits + 1e-12).all()
 
 
@@ -106,7 +148,7 @@ def test_the_factor_of_a_plain_step_is_its_matrix_norm_and_attained(kind: str, n
 @pytest.mark.parametrize("factor", [1.0 - 1e-3, 1.0 + 1e-3])
 def test_just_past_the_limit_a_plain_recurrence_expands(factor: float) -> None:
     """An orthogonal matrix in the linear region: a difference grows by exactly its factor."""
-    module = nn.RNN(2, 4)
+    module: Any = nn.RNN(2, 4)
     with torch.no_grad():
         module.weight_hh_l0.copy_(factor * nn.init.orthogonal_(torch.empty(4, 4)))
         module.bias_ih_l0.copy_(-module.bias_hh_l0)
@@ -119,7 +161,7 @@ def test_just_past_the_limit_a_plain_recurrence_expands(factor: float) -> None:
 
 def test_a_spectral_radius_below_one_is_not_enough() -> None:
     """The trap of the theory: a fixed point of a ReLU cell that repels by 1.5 per step, with radius 0.866."""
-    module = nn.RNN(1, 2, nonlinearity="relu", bias=False)
+    module: Any = nn.RNN(1, 2, nonlinearity="relu", bias=False)
     with torch.no_grad():
         module.weight_hh_l0.copy_(torch.tensor([[1.5, -2.0], [1.5, -1.5]]))
     assert float(torch.linalg.eigvals(module.weight_hh_l0.detach()).abs().max()) < 0.87
@@ -135,7 +177,7 @@ def test_a_spectral_radius_below_one_is_not_enough() -> None:
 
 def test_a_diagonal_metric_proves_what_the_plain_norm_does_not() -> None:
     """|W| is 4, but its two entries never meet: with a scaling it contracts at any rate."""
-    module = nn.RNN(1, 2, bias=False)
+    module: Any = nn.RNN(1, 2, bias=False)
     with torch.no_grad():
         module.weight_hh_l0.copy_(torch.tensor([[0.0, 4.0], [0.0, 0.0]]))
     for norm in ("l2", "linf", "l1"):
@@ -151,7 +193,7 @@ def test_the_metric_of_a_hidden_scaling_is_found(n: int, seed: int) -> None:
     torch.manual_seed(seed)
     d = torch.logspace(-1, 1, n)
     Q = 0.9 * nn.init.orthogonal_(torch.empty(n, n))
-    module = nn.RNN(1, n, bias=False)
+    module: Any = nn.RNN(1, n, bias=False)
     with torch.no_grad():
         module.weight_hh_l0.copy_(Q * d / d[:, None])
     bound = cell_bound(module)
@@ -167,10 +209,8 @@ def test_the_metric_of_a_hidden_scaling_is_found(n: int, seed: int) -> None:
 @pytest.mark.parametrize("kind", ["gru", "lstm", "tanh", "relu"])
 def test_no_pair_of_sequences_is_spread_beyond_the_gain(kind: str, norm: str) -> None:
     torch.manual_seed(0)
-    if kind in GATED:
-        module = gated(kind, 2, 3, 0.25, batch_first=True)
-    else:
-        module = scaled(PLAIN[kind](2, 3, batch_first=True), 0.4)
+    small = gated(kind, 2, 3, 0.25, batch_first=True) if kind in GATED else None
+    module = small or scaled(PLAIN[kind](2, 3, batch_first=True), 0.4)
     found = worst_ratio(outputs(module), (8, 2), norm, starts=6, steps=15, scale=0.3)
     proved = lipschitz(module, norm).upper
     assert 0.05 * proved < found <= proved
@@ -181,7 +221,7 @@ def test_no_pair_of_sequences_is_spread_beyond_the_gain(kind: str, norm: str) ->
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("options", [{"num_layers": 2}, {"num_layers": 2, "bidirectional": True}])
 @pytest.mark.parametrize("kind", ["gru", "lstm", "tanh"])
-def test_layers_and_directions_compose(kind: str, options: dict[str, object], norm: str) -> None:
+def test_layers_and_directions_compose(kind: str, options: dict[str, Any], norm: str) -> None:
     torch.manual_seed(1)
     if kind in GATED:
         module = gated(kind, 2, 3, 0.25, batch_first=True, **options)
@@ -271,7 +311,7 @@ def test_dropout_between_layers_is_off_in_the_statement() -> None:
 
 
 @pytest.mark.parametrize(("cell", "layer"), [(nn.RNNCell, nn.RNN), (nn.GRUCell, nn.GRU), (nn.LSTMCell, nn.LSTM)])
-def test_a_cell_has_the_constants_of_its_layer(cell: type[nn.RNNCellBase], layer: type[nn.RNNBase]) -> None:
+def test_a_cell_has_the_constants_of_its_layer(cell: Any, layer: Any) -> None:
     own, stack = cell(2, 3), layer(2, 3)
     for name, parameter in own.named_parameters():
         getattr(stack, f"{name}_l0").data.copy_(parameter.data)
@@ -312,7 +352,7 @@ def test_nan_hooks_and_subclasses_are_refused() -> None:
         cell_bound(gru, "linf")
 
     class Louder(nn.GRU):
-        def forward(self, *args: Tensor, **kwargs: Tensor) -> tuple[Tensor, Tensor]:
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
             output, state = super().forward(*args, **kwargs)
             return 2 * output, state
 

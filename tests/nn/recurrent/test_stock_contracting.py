@@ -8,6 +8,7 @@ import itertools
 import math
 import pickle
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ from stableopt.nn.recurrent.gate_balls import GateBalls
 from stableopt.nn.recurrent.stock_contracting import contracting_names
 from tests.nn.recurrent.stock_modules import jacobians, scaled
 
-KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+KINDS: dict[str, Any] = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
 def norm_of(module: nn.Module) -> str:
@@ -73,12 +74,12 @@ def test_the_factor_stays_within_the_rate_whatever_the_parameters(
                     group["constraint"].project_(parameter)
     assert worst_factor(module) <= rate
     A, _ = jacobians_of_first(module, bound)
-    assert A <= rate * (1 + (1e-5 if single else 1e-9))
+    assert rate * (1 + (1e-5 if single else 1e-9)) >= A
 
 
 def jacobians_of_first(module: nn.Module, bound: float) -> tuple[float, float]:
     """The exact factor of one step of the first direction at a corner of the box, in the norm of the promise."""
-    plain = export(module).double()
+    plain: Any = export(module).double()
     one = type(plain)(plain.input_size, plain.hidden_size)
     for name, parameter in one.named_parameters():
         parameter.data.copy_(getattr(plain, name))
@@ -239,7 +240,7 @@ def test_state_copies_and_half_precision(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", [nn.RNNCell, nn.GRUCell, nn.LSTMCell])
 @pytest.mark.parametrize("by", ["parametrization", "projection"])
-def test_cells_are_kept_too(kind: type[nn.RNNCellBase], by: str) -> None:
+def test_cells_are_kept_too(kind: Any, by: str) -> None:
     cell = contracting(scaled(kind(2, 4), 5.0), 0.85, by=by, input_bound=1.0)  # type: ignore[arg-type]
     assert worst_factor(cell) <= 0.85
     states = [cell(3 * torch.randn(5, 2)) for _ in range(2)]
@@ -375,7 +376,7 @@ def test_a_few_steps_of_any_optimizer_keep_it_contracting() -> None:
 @pytest.mark.slow
 def test_it_is_compiled_and_exported_with_its_limits() -> None:
     torch.manual_seed(0)
-    gru = contracting(nn.GRUCell(3, 4), 0.9, input_bound=1.0)
+    gru: Any = contracting(nn.GRUCell(3, 4), 0.9, input_bound=1.0)
     x, h = 3 * torch.randn(2, 3), torch.zeros(2, 4)
     torch.testing.assert_close(torch.compile(gru, backend="eager", fullgraph=True)(x, h), gru(x, h))
     with warnings.catch_warnings():
