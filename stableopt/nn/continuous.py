@@ -74,7 +74,8 @@ class ContinuousDepth(nn.Module):
     Raises:
         TypeError: if a field is no :class:`Field`.
         ValueError: if there is no field, their norms differ, an argument is out of range, the method has no limit but 0, or the
-            given number of steps makes a step longer than its limit; the sentence says how many it takes.
+            given number of steps makes a step longer than its limit; the sentence says how many it takes. On the meta device,
+            if no number of steps is given.
 
     Note:
         The numbers of steps are settings, not part of ``state_dict``. A method of higher order follows the flow more closely, but
@@ -205,7 +206,9 @@ class ContinuousDepth(nn.Module):
         return (1.0 - 2.0**-22) * self.radius * field.step_limit()
 
     def _needed(self, field: nn.Module) -> int:
-        limit = float(self._limit(field).detach())
+        if (tensor := self._limit(field).detach()).is_meta:
+            raise ValueError("the meta device holds no numbers to take a step limit from; give the number of steps.")
+        limit = float(tensor)
         if not 0.0 < limit < math.inf:
             raise ValueError(
                 f"no number of steps reaches the time {self.time}: the step limit of {type(field).__name__} is {limit}; its "

@@ -182,6 +182,8 @@ def test_copies_casts_and_transforms() -> None:
     assert copy.deepcopy(flow).to("meta")(x.to("meta")).shape == (2, 3)
     with torch.device("meta"):
         ContinuousDepth(GradientField(3), steps=2)
+        with pytest.raises(ValueError, match="meta device holds no numbers"):
+            ContinuousDepth(GradientField(3))
 
 
 @pytest.mark.slow
