@@ -84,6 +84,29 @@ def test_no_pair_of_sequences_is_spread_more_in_the_largest_norm_of_a_step(seed:
     assert 0.2 < found / system_gain(system, "token_max").upper <= 1.0
 
 
+def test_the_largest_step_may_grow_where_the_energy_does_not() -> None:
+    """One state repeats its input and one averages: the old average of the second and the new first input add up to sqrt(2)."""
+    system = LinearSystem(
+        torch.tensor([0.0, 0.99]), torch.zeros(2), torch.cat([torch.diag(torch.tensor([1.0, 0.01])), torch.zeros(2, 2)]),
+        torch.eye(2, 4), None,
+    )  # fmt: skip
+    x = torch.zeros(1, 1000, 2)
+    x[:, :-1, 1] = 1.0
+    x[:, -1, 0] = 1.0
+    assert system_gain(system, "l2").upper == pytest.approx(1.0)
+    assert 1.4 < float(run(system, x)[0, -1].norm()) <= system_gain(system, "token_max").upper <= math.sqrt(2) + 1e-12
+
+
+def test_states_count_one_by_one_where_that_is_less() -> None:
+    """y = -x_1 - x_2 from imaginary weights of very different sizes; the product of the norms would be 1e4."""
+    system = LinearSystem(
+        torch.zeros(2), torch.zeros(2), torch.cat([torch.zeros(2, 2), torch.diag(torch.tensor([1e-2, 1e2]))]),
+        torch.tensor([[0.0, 0.0, -1e2, -1e-2]]), None,
+    )  # fmt: skip
+    torch.testing.assert_close(run(system, torch.tensor([[[1.0, 2.0]]])), torch.tensor([[[-3.0]]]))
+    assert math.sqrt(2) <= system_gain(system, "token_max").upper <= 2.0 + 1e-12
+
+
 @pytest.mark.parametrize("norm", [*NORMS, "token_max"])
 def test_a_constant_input_attains_the_gain_of_a_real_positive_eigenvalue(norm: str) -> None:
     system = one_state(0.75, 0.5)
