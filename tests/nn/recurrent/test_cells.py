@@ -191,6 +191,19 @@ def test_the_bounds_of_the_antisymmetric_cell_are_attained() -> None:
     assert between(Jx, "l2", "l2") == pytest.approx(cell_bound(cell).input.upper, rel=1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_full_step_of_the_antisymmetric_cell_stays_at_its_limit(dtype: torch.dtype) -> None:
+    """Gram iteration is exact for rank one: only the slack is left between the step and its limit."""
+    for size in (1, 2, 8):
+        cell = random_parameters(AntisymmetricCell(2, size, rate=0.95), 0.0, rank_one=True).to(dtype)
+        with torch.no_grad():
+            cell.raw_step.fill_(60.0)
+            cell.raw_damping.fill_(60.0)
+        limit = 2 / float(torch.linalg.matrix_norm(cell.weight.detach().double(), 2)) ** 2
+        assert 0.99 * limit < float(cell.step_size().detach()) <= limit
+        assert cell_bound(cell).state.upper <= 0.95
+
+
 def test_past_the_limit_of_its_step_the_antisymmetric_cell_breaks_its_law() -> None:
     cell = AntisymmetricCell(2, 3, activation="relu")
     torch.nn.init.constant_(cell.bias, 1e3)
