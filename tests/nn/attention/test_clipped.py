@@ -192,6 +192,34 @@ def test_the_l2_bound_holds_for_every_length_without_a_mask_and_needs_the_length
         ClippedAttention(3, max_length=4)(torch.randn(1, 5, 3))
 
 
+@pytest.mark.parametrize(("causal", "max_length"), [(False, None), (False, 5), (True, 5)])
+def test_the_l2_bound_is_that_of_the_theory(causal: bool, max_length: int | None) -> None:
+    layer = ClippedAttention(
+        3, radius=(2.0, 3.0, 0.5), logit_scale=0.25, lipschitz=None, causal=causal, max_length=max_length
+    )
+    scrambled(layer)
+    s, norms = float(layer.logit_scale()[0].detach()), {}
+    for name in ("query", "key", "value", "output"):
+        norms[name] = float(torch.linalg.matrix_norm(getattr(layer, f"{name}_weight").detach(), 2))
+    head = th.attention_head_constant(
+        0.0, norms["key"], norms["value"], query_radius=2.0, key_radius=3.0, value_radius=0.5, logit_scale=s
+    )
+    sums = [th.attention_weight_sum(s * 6.0, max_length, causal=causal)]
+    expected = th.attention_constant(norms["output"], [head], queries=s * 1.5 * norms["query"], weight_sums=sums)
+    assert bound(layer, "l2") == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_factor_with_few_digits_is_rounded_to_zero() -> None:
+    """Below 1e-38 a float32 is a multiple of 1e-45, and the next one may be above the limit by a half."""
+    for k in range(12):
+        layer = ClippedAttention(2).float()
+        with torch.no_grad():
+            layer.output_weight.copy_(1e30 * torch.eye(2))
+            layer.value_weight.copy_(10.0 ** (14 + k / 20) * torch.eye(2))
+        assert bound(layer) <= 1.0
+        assert not layer(torch.randn(1, 2, 2, dtype=torch.float32)).any()
+
+
 @pytest.mark.parametrize("norm", ["linf", "l1"])
 def test_other_norms_are_refused_with_what_to_do(norm: str) -> None:
     with pytest.raises(UncertifiableError, match=f"no {norm} Lipschitz rule .* Ask for norm='token_max', or l2"):
