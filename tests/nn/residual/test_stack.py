@@ -308,3 +308,12 @@ def test_sixteen_branches_learn_within_the_budget_at_every_step() -> None:
             assert lipschitz(stack).upper <= 4.0
     with torch.no_grad():
         assert float((model.eval()(x_test).argmax(1) == y_test).double().mean()) >= 0.93
+
+
+@pytest.mark.parametrize("allocate", ["softmax", "uniform"])
+def test_rounding_never_lifts_a_full_budget(allocate: str) -> None:
+    """Near G = 1 the product is the exponential, up to less than the rounding of a step in float32."""
+    for budget in (1.0 + 1e-7, 1.0 + 1e-6, 1.00001):
+        for depth in (1, 3, 7):
+            stack = full(ResidualStack([Scale(3.0)] * depth, budget, allocate=allocate)).float()  # type: ignore[arg-type]
+            assert 1.0 < lipschitz(stack).upper <= budget
