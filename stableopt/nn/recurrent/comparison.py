@@ -227,7 +227,7 @@ def _norm_of_majorant(cell: Comparison, norm: str) -> float:
 def _solved(A: Array, B: Array) -> Array | None:
     r"""Return the positive :math:`(I - A)^{-1} B`, which for B > 0 exists if and only if the spectral radius of A is below 1."""
     try:
-        X = np.linalg.solve(np.eye(len(A)) - A, B)
+        X: Array = np.linalg.solve(np.eye(len(A)) - A, B).astype(np.float64)
     except (np.linalg.LinAlgError, ValueError):
         return None
     return X if np.isfinite(X).all() and X.min(initial=1.0) > 0.0 else None

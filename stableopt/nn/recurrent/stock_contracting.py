@@ -322,5 +322,6 @@ def _apart(constraint: Constraint) -> Constraint:
 @uniform_rule.register(nn.LSTM)
 def _uniform(module: nn.Module, norm: str) -> Bound | None:
     names, gain = vars(module).get(_RECORD, ((), None))
-    kept = gain is not None and all(P.is_parametrized(module, name) for name in names)
-    return Bound(0.0, gain) if kept and norm == "linf" else None
+    if gain is None or norm != "linf" or not all(P.is_parametrized(module, name) for name in names):
+        return None
+    return Bound(0.0, gain)

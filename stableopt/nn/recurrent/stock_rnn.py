@@ -13,6 +13,7 @@ entry, :math:`|\delta h^+| \le |W_h|\,|\delta h| + |W_x|\,|\delta x|`: a weighte
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -117,7 +118,7 @@ def _scalings(W: Array, norm: str) -> list[Array]:
     M = np.abs(W)
     if not M.any():
         return []
-    found = [_balanced(M, 2.0), _balanced(M, 1.0)]
+    found: list[Any] = [_balanced(M, 2.0), _balanced(M, 1.0)]
     for rate in (1.0, 0.95, 0.75, 0.5):
         with np.errstate(all="ignore"):
             try:
@@ -126,7 +127,8 @@ def _scalings(W: Array, norm: str) -> list[Array]:
                 continue
         if min(right.min(), left.min()) > 0.0 and np.isfinite(right).all() and np.isfinite(left).all():
             found.append(np.sqrt(left / right) if norm == "l2" else left)
-    return [d / d.max() for d in found if d.min() > 1e-100 * d.max()]
+    scaled: list[Array] = [d / d.max() for d in found if d.min() > 1e-100 * d.max()]
+    return scaled
 
 
 def _balanced(M: Array, power: float) -> Array:

@@ -298,11 +298,11 @@ def test_what_cannot_be_kept_is_refused() -> None:
         ValueError, match=r"'weight_hh_l0' of this GRU is constrained already; call stableopt\.nn\.release"
     ):
         contracting(gru, 0.9, input_bound=1.0)
-    lazy = nn.GRU(2, 3)
+    broken: Any = nn.GRU(2, 3)
     with torch.no_grad():
-        lazy.weight_hh_l0.fill_(math.nan)
+        broken.weight_hh_l0.fill_(math.nan)
     with pytest.raises(ValueError, match="NaN"):
-        contracting(lazy, 0.9, input_bound=1.0)
+        contracting(broken, 0.9, input_bound=1.0)
 
 
 # ----------------------------------------------------------------------------------------------------------------------- training
