@@ -223,9 +223,8 @@ class ClippedAttention(nn.Module):
             weights = (self.query_weight, self.key_weight, self.value_weight, self.output_weight)
             slack = _LOGS * torch.finfo(output.dtype).eps + sum(rounding_slack(wide(W)) for W in weights)
             factor: Tensor = (1.0 - slack) * (math.log(self.lipschitz) - constant).clamp_max(0.0).exp()
-            return torch.where(
-                factor < torch.finfo(factor.dtype).tiny, 0.0, factor
-            )  # a subnormal number has few digits
+            few_digits = factor < torch.finfo(factor.dtype).tiny  # a subnormal number
+            return torch.where(few_digits, 0.0, factor)
 
     def forward(
         self,
