@@ -255,7 +255,8 @@ class _Finder:
         if isinstance(layer, nn.RNNBase | nn.RNNCellBase):
             raise UncertifiableError(
                 f"the gain of {named(layer, where)} is no product of the norms of its weights. Keep it contracting by "
-                "stableopt.nn.contracting with a gain, then it counts as that constant in linf; or stabilize the layers around it."
+                "stableopt.nn.contracting with a gain, then it counts as that constant in linf, or stabilize the layers around it "
+                "each by itself."
             )
         for_tokens = self.settings.norm != TOKEN_MAX or known_for_tokens(layer) is not None
         if kind is None or isinstance(layer, nn.Embedding) or not for_tokens:
