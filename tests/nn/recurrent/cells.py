@@ -56,5 +56,7 @@ def between(J: Tensor, source: str, target: str) -> float:
         return float(torch.linalg.vector_norm(J, 2 if target == "l2" else math.inf, dim=0).max())
     if target == "linf":
         return float(torch.linalg.vector_norm(J, 2 if source == "l2" else 1, dim=1).max())
+    if (source, target) == ("l2", "l1"):  # the transpose, between the dual norms
+        J, target = J.mT, "l2"
     signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * J.shape[1]).reshape(-1, J.shape[1])
-    return float(torch.linalg.vector_norm(signs @ J.mT, dim=1).max())
+    return float(torch.linalg.vector_norm(signs @ J.mT, 2 if target == "l2" else 1, dim=1).max())
