@@ -10,10 +10,12 @@ from torch import nn
 
 from stableopt.nn import (
     AntisymmetricCell,
+    AveragedResidual,
     BackwardEulerBlock,
     BoundedNorm,
     CappedLinear,
     ClippedAttention,
+    CompensatedPair,
     ContinuousDepth,
     ContractingCell,
     ConvGradientBlock,
@@ -35,6 +37,7 @@ from stableopt.nn import (
     Positions,
     ProximalBlock,
     Recurrence,
+    ResidualStack,
     ResolventBlock,
     RungeKuttaBlock,
     Scale,
@@ -43,6 +46,7 @@ from stableopt.nn import (
     StateSpaceBlock,
     StateSpaceStack,
     TransformerBlock,
+    cfl,
 )
 
 
@@ -310,6 +314,14 @@ ALONG_FIELDS = [
     Row("continuous depth", lambda: ContinuousDepth(DissipativeField(4), time=2.0, steps=8), (1, 4)),
 ]
 
+BUDGETED = [
+    Row("averaged", lambda: AveragedResidual(nn.Sequential(nn.Linear(4, 4), nn.Tanh()), 0.7), (1, 4)),
+    Row("stack", lambda: ResidualStack([nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3)], 3.0), (1, 4)),
+    Row("pair", lambda: CompensatedPair(GradientBlock(4, strong=0.5, step=0.9), nn.Linear(4, 4), step=0.9), (1, 4)),
+    Row("cfl averaged", lambda: cfl(nn.Linear(4, 4), "averaged", step=0.9), (1, 4)),
+    Row("cfl growth", lambda: cfl(nn.Linear(4, 4), "lipschitz", growth=1.5, step=0.9), (1, 4)),
+]
+
 CATALOGUE = [
     *AFFINE,
     *ACTIVATIONS,
@@ -321,6 +333,7 @@ CATALOGUE = [
     *RECURRENCES,
     *STATE_SPACES,
     *TOKENS,
+    *BUDGETED,
 ]
 
 
