@@ -463,16 +463,23 @@ def test_the_cheap_limits_are_their_formulas_and_below_that_of_the_norm(bound: s
     assert float(block.step_size().detach()) < float(tight.step_size().detach())
 
 
-@pytest.mark.parametrize("bound", ["gram", "frobenius", "schur"])
+@pytest.mark.parametrize("bound", ["gram", "frobenius", "schur", "rows"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_no_limit_is_broken_by_rounding(bound: str, dtype: torch.dtype) -> None:
-    """Rank one, or one row: the bounds of the norm are exact, so that only the slack is left."""
-    for size in (1, 3, 33) * 2:
-        block = GradientBlock(size, 1, bound=bound, strong=0.1)
+    """One row: the bounds of the norm are exact, so that only the slack is left."""
+    for size in (1, 3, 33) * 4:
+        block = GradientBlock(size, 1, bound=bound, strong=0.1 if bound == "rows" else 0.0)
         with torch.no_grad():
             block.weight.copy_(torch.randn(1).sign() if bound == "schur" else torch.randn(1, size))
-            block.raw_step.fill_(60.0)
-        assert lipschitz(block.to(dtype)).upper <= 1.0
+            for name in {"raw_step", "raw_damping"} & set(block.state_dict()):
+                block.get_parameter(name).fill_(60.0)
+        block = block.to(dtype)
+        proved, kappa = lipschitz(block).upper, float(block.damping().detach())
+        assert proved <= 1.0
+        assert proved <= (1 - Fraction(kappa)) * (
+            1 + Fraction(1, 2**40)
+        )  # the two ends of the spectrum meet at the limit
+        assert proved >= 1.0 - kappa
 
 
 @pytest.mark.parametrize("bound", ["gram", "frobenius", "schur", "rows"])
