@@ -41,8 +41,8 @@ def into_state(U: Tensor, source: str, state: str, scaling: Tensor | None = None
         scaling: the diagonal of D, positive; None for ones.
 
     Returns:
-        A bound from 0 to the norm; from linf to l2 to :math:`(\sum_i \|u_i\|_1^2)^{1/2}`, which is at most twice it for entries of
-        one sign, and at most the root of the number of rows in general.
+        A bound from 0 to the norm, attained but for rounding; from linf to l2 :math:`(\sum_i \|u_i\|_1^2)^{1/2}`, which is attained for
+        entries of one sign.
 
     Raises:
         ValueError: if a number is NaN or infinite.
