@@ -41,8 +41,8 @@ def into_state(U: Tensor, source: str, state: str, scaling: Tensor | None = None
         scaling: the diagonal of D, positive; None for ones.
 
     Returns:
-        A bound from 0 to the norm, attained but for rounding; from linf to l2 :math:`(\sum_i \|u_i\|_1^2)^{1/2}`, which is attained for
-        entries of one sign.
+        A bound from 0 to the norm, attained but for rounding; from linf to l2 it is :math:`(\sum_i \|u_i\|_1^2)^{1/2}`, attained
+        for entries of one sign.
 
     Raises:
         ValueError: if a number is NaN or infinite.
