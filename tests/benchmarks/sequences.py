@@ -263,14 +263,14 @@ def plain_recurrences(data: Split, hidden: int) -> nn.Module:
     return nn.Sequential(nn.Linear(data.channels, hidden), *blocks, stable.LastStep(), nn.Linear(hidden, data.classes))
 
 
-def state_spaces(gain: float, layers: int = 2) -> Build:
-    """Return a maker of a stack of state spaces under one gain."""
+def state_spaces(gain: float, layers: int = 2, *, both: bool = False) -> Build:
+    """Return a maker of a stack of state spaces under one gain; in both directions with the mean over time as its readout."""
 
     def build(data: Split, hidden: int) -> nn.Module:
         stack = stable.StateSpaceStack(
-            data.channels, hidden, hidden, layers, data.classes, gain=gain, step=0.9, radius=radius_for(data)
-        )
-        return nn.Sequential(stack, stable.LastStep())
+            data.channels, hidden, hidden, layers, data.classes, gain=gain, step=0.9, radius=radius_for(data), bidirectional=both
+        )  # fmt: skip
+        return nn.Sequential(stack, stable.MeanOverTime(data.steps) if both else stable.LastStep())
 
     return build
 
@@ -278,7 +278,10 @@ def state_spaces(gain: float, layers: int = 2) -> Build:
 STATE_SPACES = [
     Row("StateSpaceStack, gain 1000", state_spaces(1000.0), "l2"),
     Row("StateSpaceStack, gain 300", state_spaces(300.0), "l2"),
+    Row("StateSpaceStack, gain 100", state_spaces(100.0), "l2"),
     Row("StateSpaceStack, gain 30", state_spaces(30.0), "l2"),
+    Row("StateSpaceStack both ways, gain 300", state_spaces(300.0, both=True), "l2"),
+    Row("StateSpaceStack both ways, gain 100", state_spaces(100.0, both=True), "l2"),
     Row("LRU, plain", plain_recurrences),
 ]
 

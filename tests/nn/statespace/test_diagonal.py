@@ -30,7 +30,7 @@ def scrambled(layer: DiagonalStateSpace, seed: int, scale: float) -> DiagonalSta
     return layer
 
 
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(
     d_in=st.integers(1, 4), n=st.integers(1, 4), d_out=st.integers(1, 4), skip=st.booleans(), both=st.booleans(),
     gain=st.sampled_from([1e-3, 1.0, 7.3, 1e4]), log_scale=st.integers(-8, 8), seed=st.integers(0, 99),
@@ -60,8 +60,8 @@ def test_the_proved_gain_never_exceeds_its_limit(
 def test_the_slowest_state_is_inside_the_circle_in_every_dtype(dtype: torch.dtype) -> None:
     """At the guard the proof still holds, where exp(-a) alone would round to 1."""
     layer = DiagonalStateSpace(2, 5, gain=1.0).to(dtype)
-    for raw in (-1e30, -40.0, -15.0, 15.0, 1e30):
-        for angle in (0.0, 1.0, 3.0, 1e8):
+    for raw in (-1e30, -15.0, 15.0):
+        for angle in (0.0, 1.0, 1e8):
             with torch.no_grad():
                 layer.raw_decay.fill_(raw)
                 layer.phase.fill_(angle)
@@ -344,7 +344,7 @@ def test_it_learns_an_average_within_its_gain() -> None:
     )
     target = run(system, x.double()).float()
     losses = []
-    for _ in range(60):
+    for _ in range(50):
         loss = (layer(x) - target).square().mean() / target.square().mean()
         opt.zero_grad()
         loss.backward()

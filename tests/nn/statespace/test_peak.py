@@ -25,7 +25,7 @@ def response(layer: DiagonalStateSpace, frequency: float) -> float:
         C = torch.complex(system.output[:, :n], -system.output[:, n:])
         eigenvalues = torch.complex(system.real, system.imag)
         total = torch.zeros(layer.d_out, layer.d_in, dtype=torch.complex128)
-        for k in range(2000):
+        for k in range(300):
             total = total + (C * eigenvalues**k @ B).real * np.exp(-1j * frequency * k)
         if system.skip is not None:
             total = total + system.skip
@@ -48,7 +48,7 @@ def test_it_is_above_every_finite_length_and_below_the_simple_bound(
 
 def test_it_is_the_peak_to_a_thousandth() -> None:
     layer = DiagonalStateSpace(3, 4, 2, radius=(0.6, 0.9))
-    peaks = max(response(layer, w) for w in np.linspace(0, math.pi, 60))
+    peaks = max(response(layer, w) for w in np.linspace(0, math.pi, 40))
     assert peaks < peak_gain(layer).upper < 1.01 * peaks
     assert peak_gain(layer, 1e-5).upper < peak_gain(layer, 1e-2).upper
     assert peak_gain(layer).upper < 0.9 * lipschitz(layer).upper
