@@ -17,6 +17,7 @@ from torch import nn
 import stableopt.theory as th
 from stableopt.errors import UncertifiableError
 from stableopt.nn import ClippedAttention, lipschitz, lipschitz_rule, uniform_bound
+from stableopt.nn.attention.masks import allowed
 from tests.nn.adversary import worst_ratio
 from tests.nn.attention.oracles import literal, lone_head, scrambled, token_norm
 from tests.nn.catalogue import jacobian
@@ -292,6 +293,23 @@ def test_rows_without_a_token_give_the_bias_and_finite_gradients(kind: str) -> N
         torch.testing.assert_close(y, layer.output_bias.expand_as(y))  # type: ignore[union-attr]
     y.square().sum().backward()
     assert all(t.grad is not None and t.grad.isfinite().all() for t in (x, *layer.parameters()))
+
+
+def test_no_kernel_sees_a_row_without_a_token() -> None:
+    """Some kernels return 0 there, others NaN."""
+    q, some = torch.zeros(2, 1, 3, 4), torch.eye(3).bool()
+    some[1] = False
+    rows = allowed(q, q, some, None, causal=False)
+    assert rows.mask is not None
+    assert rows.mask.any(-1).all()
+    assert rows.empty is not None
+    assert rows.empty.squeeze().tolist() == [False, True, False]
+    added = allowed(q, q, torch.zeros(3, 3).masked_fill(~some, -math.inf), None, causal=False)
+    assert added.mask is not None
+    assert added.mask[..., 1, :].isfinite().all()
+    padded = allowed(q, q, None, torch.tensor([[True, False, False]] * 2), causal=True)
+    assert padded.mask is not None
+    assert padded.mask[0, 0].tolist() == [[True, True, True], [False, True, False], [False, True, True]]
 
 
 @settings(max_examples=12)
