@@ -85,6 +85,18 @@ def test_the_bound_is_attained_and_its_limit_is_sharp() -> None:
         assert law.linf([Bound.point(tau)] * 5).upper >= row - 1e-12
 
 
+def test_the_sums_of_rows_and_columns_are_those_of_the_worst_slopes() -> None:
+    """All corners of the slopes, with steps that differ by a factor of 1000 and may be beyond their limits."""
+    for scale in (0.1, 3.0):
+        A, steps = scale * torch.randn(3, 3), torch.tensor([1e-3, 0.9, 1.7])
+        corners = [torch.tensor([float(k >> i & 1) for i in range(3)]) for k in range(8)]
+        J = torch.stack([torch.eye(3) - torch.diag(steps) + (steps * d).unsqueeze(1) * A for d in corners])
+        law, taus = RowLaw(A, 1.0), [Bound.point(t) for t in steps.tolist()]
+        assert law.linf(taus).upper == pytest.approx(float(J.abs().sum(2).max()), rel=1e-12)
+        assert law.l1(taus).upper == pytest.approx(float(J.abs().sum(1).max()), rel=1e-12)
+        assert law.l2(taus).upper >= float(torch.linalg.matrix_norm(J, 2).max())
+
+
 def test_past_the_limit_a_block_expands() -> None:
     block = InfNormBlock(2, rate=0.0)
     with torch.no_grad():
