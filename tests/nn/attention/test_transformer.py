@@ -186,14 +186,13 @@ def test_compiled_blocks_compute_the_same() -> None:
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
 
 
-def certified(dim: int = 16, depth: int = 2) -> nn.Sequential:
-    """Digits as eight tokens of a row each, to ten logits; the two plain maps are orthogonal."""
-    orthogonal = nn.utils.parametrizations.orthogonal
+def certified(dim: int = 16, depth: int = 2) -> nn.Module:
+    """Digits as eight tokens of a row each, to ten logits."""
     blocks = [TransformerBlock(dim, depth=depth) for _ in range(depth)]
-    return nn.Sequential(
-        nn.Unflatten(1, (8, 8)), orthogonal(nn.Linear(8, dim)), Positions(8, dim), *blocks, JoinTokens(8),
-        orthogonal(nn.Linear(8 * dim, 10)),
-    )  # fmt: skip
+    plain = nn.Sequential(
+        nn.Unflatten(1, (8, 8)), nn.Linear(8, dim), Positions(8, dim), *blocks, JoinTokens(8), nn.Linear(8 * dim, 10)
+    )
+    return stabilize(plain, 1.0, norm="token_max")
 
 
 @pytest.mark.slow
@@ -205,7 +204,7 @@ def test_a_transformer_learns_digits_with_a_proved_bound_of_one_at_every_step() 
     loss, epochs = MarginCrossEntropy(180.0, 0.02), 12
     opt = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(opt, epochs)
-    blocks = [part for part in model if isinstance(part, TransformerBlock)]
+    blocks = [part for part in model.children() if isinstance(part, TransformerBlock)]
     for _ in range(epochs):
         for batch in torch.randperm(len(x)).split(128):
             opt.zero_grad()
@@ -216,5 +215,5 @@ def test_a_transformer_learns_digits_with_a_proved_bound_of_one_at_every_step() 
     accuracy = float((model.eval()(x_test).argmax(1) == y_test).double().mean())
     proved = lipschitz(model, "token_max").upper  # the input is one token: of l2 at input and output
     assert accuracy >= 0.94
-    assert proved <= 1.0 + 1e-5  # orthogonal up to the rounding of float32
-    assert 0.15 * proved < worst_ratio(model.double(), (64,), "l2", starts=8, steps=60, scale=0.3) <= proved
+    assert proved <= 1.0
+    assert 0.08 < worst_ratio(model.double(), (64,), "l2", starts=8, steps=60, scale=0.3) <= proved
