@@ -60,6 +60,14 @@ def test_slow_states_are_proved_too(dtype: torch.dtype) -> None:
     assert peak_gain(layer).upper < 0.95 * lipschitz(layer).upper
 
 
+def test_a_slow_state_is_found_at_its_own_frequency() -> None:
+    """The response of one complex state to real numbers is half of its gain there, and next to nothing on a coarse grid."""
+    layer = DiagonalStateSpace(1, 1, radius=(0.9999, 0.9999), skip=False)
+    with torch.no_grad():
+        layer.phase.fill_(1.0)
+    assert 0.4 * lipschitz(layer).upper < peak_gain(layer).upper < 0.52 * lipschitz(layer).upper
+
+
 def test_where_the_simple_bound_is_attained_it_stays() -> None:
     layer = attaining()
     assert peak_gain(layer).upper == pytest.approx(1.0, abs=1e-6)
@@ -76,8 +84,9 @@ def test_a_number_below_the_peak_is_never_proved(monkeypatch: pytest.MonkeyPatch
     P = peak._storage(A, B, C @ A, C @ B + D, 1.1 * tight, 1e-3)
     assert P is not None
     assert peak._holds(A, B, C, D, P, 1.2 * tight)
-    for wrong in (-P, 0.0 * P, 3.0 * P):
-        assert not peak._holds(A, B, C, D, wrong, 0.99 * tight)
+    for wrong in (P, -P, 0.0 * P, 3.0 * P):
+        for below in (0.99, 0.9, 0.5):
+            assert not peak._holds(A, B, C, D, wrong, below * tight)
 
 
 def test_nothing_in_nothing_out() -> None:
