@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stableopt.errors import UncertifiableError
 from stableopt.nn import cell_bound, clip_input, layer_bounds, lipschitz, sequence_gain, stabilize
+from stableopt.nn.recurrent.comparison import _candidates
 from stableopt.nn.recurrent.gates import Rows, Worst
 from stableopt.nn.recurrent.stock import Direction, steps_of
 from tests.nn.adversary import worst_ratio
@@ -186,6 +187,46 @@ def test_a_diagonal_metric_proves_what_the_plain_norm_does_not() -> None:
         assert lipschitz(module, norm).upper < math.inf
 
 
+def linear(W: Tensor, U: Tensor) -> Any:
+    """A recurrence whose units are all active near the input 0: its gain is that of (I - W)^-1 U for nonnegative matrices."""
+    rnn: Any = nn.RNN(U.shape[1], len(W), nonlinearity="relu", batch_first=True)
+    with torch.no_grad():
+        for own, value in (("weight_hh_l0", W), ("weight_ih_l0", U), ("bias_hh_l0", 5 * torch.ones(len(W)))):
+            getattr(rnn, own).copy_(value)
+    return rnn
+
+
+CHAIN = torch.tensor([[0.0, 4.0], [0.0, 0.0]]), torch.tensor([[0.0], [1.0]])
+FAN = torch.cat([torch.full((16, 1), 1 / 16), torch.zeros(16, 15)], dim=1), torch.full((16, 1), 1 / 4)
+
+
+ONE_ROW = FAN[0].T.clone(), torch.cat([torch.full((1, 16), 1 / 4), torch.zeros(15, 16)])
+
+
+@pytest.mark.parametrize(("W", "U"), [CHAIN, FAN, (FAN[0].T.clone(), FAN[1]), ONE_ROW])
+def test_every_metric_counts_what_it_costs_at_input_and_output(W: Tensor, U: Tensor) -> None:
+    exact = torch.linalg.solve(torch.eye(len(W)) - W, U)
+    step = step_of(linear(W, U)).step
+    for norm in ("l2", "linf", "l1"):
+        gain = float(torch.linalg.matrix_norm(exact, ORDER[norm]))
+        for bound in _candidates(step, norm, everything=True):
+            assert bound.gain().upper >= gain * (1 - 1e-12), (norm, bound)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf", "l1"])
+def test_a_nonnegative_matrix_contracts_at_its_perron_root_in_every_norm(norm: str) -> None:
+    """Up to the distance of the rates that are tried; the plain norms are far above 1."""
+    for seed in range(3):
+        torch.manual_seed(seed)
+        W = torch.rand(5, 5) ** 4
+        d = torch.logspace(-1, 1, 5)[torch.randperm(5)]
+        W = 0.45 * W / torch.linalg.eigvals(W).abs().max() * d / d[:, None]
+        found = [
+            bound.state.upper for bound in _candidates(step_of(linear(W, torch.ones(5, 1))).step, norm, everything=True)
+        ]
+        assert 0.45 * (1 - 1e-9) <= min(found) <= 0.51
+
+
 @settings(max_examples=10)
 @given(n=st.integers(2, 6), seed=st.integers(0, 50))
 def test_the_metric_of_a_hidden_scaling_is_found(n: int, seed: int) -> None:
@@ -235,11 +276,8 @@ def test_layers_and_directions_compose(kind: str, options: dict[str, Any], norm:
 def test_the_gain_of_a_positive_recurrence_is_attained_by_a_constant_input() -> None:
     """W >= 0 in the linear region: the gain is that of (I - W)^-1 U, in every norm of sequences."""
     torch.manual_seed(0)
-    module = nn.RNN(2, 3, nonlinearity="relu", batch_first=True)
     W, U = 0.25 * torch.rand(3, 3), torch.rand(3, 2)
-    with torch.no_grad():
-        for own, value in (("weight_hh_l0", W), ("weight_ih_l0", U), ("bias_hh_l0", 5 * torch.ones(3))):
-            getattr(module, own).copy_(value)
+    module = linear(W, U)
     G = torch.linalg.solve(torch.eye(3) - W, U)
     for norm in ("l2", "linf", "l1"):
         exact = float(torch.linalg.matrix_norm(G, ORDER[norm]))
