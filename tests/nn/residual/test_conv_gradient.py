@@ -14,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from stableopt.linalg import conv_norm
+from stableopt.linalg import Bound, conv_norm
 from stableopt.nn import ConvGradientBlock, GradientBlock, lipschitz, stabilize, token_rule, uniform_bound, unit_slopes
 from stableopt.nn.residual import conv_gradient
 from stableopt.nn.residual.gradient_step import BOUNDS
+from stableopt.nn.residual.per_unit import row_curvature, row_factor, row_sums, scaled_rows
 from tests.nn.adversary import worst_ratio
 from tests.nn.catalogue import jacobian, operator_norm
 from tests.nn.module_laws import check_copies, check_devices_and_dtypes, check_gradients
@@ -185,6 +186,18 @@ def test_the_maximum_norm_is_attained_where_the_products_have_one_sign() -> None
     assert lipschitz(block, "linf").upper == pytest.approx(exact, rel=1e-9)
 
 
+@pytest.mark.parametrize("over", [0.5, 4.0])
+def test_the_bound_in_the_maximum_norm_is_that_of_the_matrix_of_the_operator(over: float) -> None:
+    """On a torus larger than the kernel, where each pixel sees all taps; also beyond the limit of the step."""
+    block = drawn(ConvGradientBlock(4, 6, dims=1, groups=2, padding_mode="circular", bound="rows"))
+    nn.init.zeros_(block.bias)
+    A = block._linear(torch.eye(4 * 9).view(-1, 4, 9)).flatten(1).mT.detach()
+    steps = over * block.step_sizes().detach()
+    dense = row_factor(scaled_rows(A, steps.repeat_interleave(9))[None, ..., None], Bound.point(0.1))
+    kernel = row_factor(scaled_rows(block.weight, steps).unflatten(0, (2, -1)), Bound.point(0.1))
+    assert kernel.upper == pytest.approx(dense.upper, rel=1e-12)
+
+
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_one_tap_is_the_dense_block_at_every_pixel(bound: str) -> None:
     conv = ConvGradientBlock(3, 5, kernel_size=1, dims=1, strong=0.2, bound=bound, step=0.7)
@@ -224,6 +237,21 @@ def test_the_row_sums_of_a_kernel_are_those_of_the_operator() -> None:
     A = block._linear(basis).flatten(1).mT
     sums = (A @ A.mT).abs().sum(1).view(6, 15, 10).amax((1, 2))
     torch.testing.assert_close(block.step_sizes(), 2.0 / sums, rtol=1e-9, atol=0)
+
+
+def test_the_row_sums_prove_what_they_promise_whatever_the_weights() -> None:
+    """For every q the sums bound the square of the norm; with the q of the steps they are at most 2."""
+    block = drawn(ConvGradientBlock(4, 6, dims=1, groups=2, bound="rows"), raw=40.0)
+    with torch.no_grad():
+        block.weight.mul_(10.0 ** torch.arange(-2.0, 4.0).view(6, 1, 1))
+    q, steps = block.get_parameter("raw_q").detach().div(15).tanh().mul(15).exp(), block.step_sizes().detach()
+    scaled = scaled_rows(block.weight, steps)
+    proved = row_curvature(scaled, steps, q, 2).upper
+    assert proved == pytest.approx(float((steps * row_sums(block.weight.detach(), q, 2)).max()), rel=1e-9)
+    assert 1.9 < proved <= 2.0
+    other = row_curvature(scaled, steps, torch.rand(6) + 0.1, 2).upper
+    assert conv_norm(scaled, groups=2).upper ** 2 / 1.05 <= min(proved, other)
+    assert other > proved
 
 
 @pytest.mark.parametrize("bound", BOUNDS)

@@ -318,7 +318,7 @@ def test_sixty_four_blocks_learn_with_a_proved_bound_of_one_and_plain_blocks_hav
 
     plain = nn.Sequential(nn.Linear(64, 64), *[Plain(64) for _ in range(64)], nn.Linear(64, 10))
     bound = lipschitz(plain[0]) * lipschitz(plain[-1])
-    for block in plain[1:-1]:
+    for block in list(plain)[1:-1]:
         bound = bound * (1 + lipschitz(block.first) * lipschitz(block.second))  # type: ignore[arg-type]
     assert bound.lower >= 1e10
     opt = torch.optim.AdamW(plain.parameters(), lr=1e-3)
@@ -329,7 +329,7 @@ def test_sixty_four_blocks_learn_with_a_proved_bound_of_one_and_plain_blocks_hav
             F.cross_entropy(plain(x[batch]), y[batch]).backward()
             opt.step()
     bound = lipschitz(plain[0]) * lipschitz(plain[-1])
-    for block in plain[1:-1]:
+    for block in list(plain)[1:-1]:
         bound = bound * (1 + lipschitz(block.first) * lipschitz(block.second))  # type: ignore[arg-type]
     assert bound.lower >= 1e20
 
@@ -426,6 +426,8 @@ def test_the_map_with_steps_per_unit_is_the_formula(strong: float) -> None:
         block(x), x - tau * strong * x - (s * torch.tanh(x @ W.mT + b)) @ W, rtol=1e-9, atol=1e-12
     )
     torch.testing.assert_close(block.step_sizes(), s, rtol=1e-9, atol=0)
+    assert GradientBlock(4, 6, bound="rows").raw_step.shape == (6,)
+    assert GradientBlock(4, 6).raw_step.shape == (1,)
     with pytest.raises(ValueError, match=r"no single one; call step_sizes\(\)"):
         block.step_size()
     scalar = GradientBlock(4, 6, strong=0.5)
