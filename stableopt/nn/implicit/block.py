@@ -207,14 +207,9 @@ def _iterated(module: ImplicitBlock) -> float:
     kept = kappa.join(abs(kappa - nu * square))
     rho = Bound.point(1.0) if rotation is None else 0.5 * (1.0 + Bound.point(spectral_norm(rotation).upper))
     c = Bound.point(float(start))
-    if (rho * kept).upper < 1.0:  # c_k lies between its start and its limit
-        limit = (rho * mu / (1.0 - rho * kept)).upper
-        largest = max(c.upper, limit)
-    else:
-        largest = math.inf
-    if c.upper <= 1.0 and (rho * (kept + mu)).upper <= 1.0:
-        return min(largest, 1.0)
-    return largest
+    if (rho * kept).upper >= 1.0:
+        return math.inf
+    return max(c.upper, (rho * mu / (1.0 - rho * kept)).upper)  # every c_k lies between its start and its limit
 
 
 def _summed(module: ImplicitBlock) -> float:

@@ -50,7 +50,7 @@ def residual_upper(equation: Equation, activation: str, x: Tensor, y: Tensor) ->
     X, Y = (as_matrix(v.reshape(-1, v.shape[-1])) for v in (x, y))
     A = as_matrix(equation.weight)
     b = np.zeros(len(A)) if equation.bias is None else as_matrix(equation.bias[None])[0]
-    h, m = float(equation.step), equation.strong
+    h, m = float(equation.step.detach()), equation.strong
     z, z_error = _product(Y, A.T)
     z_error = _up(z_error + 2.0**-52 * (np.abs(z) + np.abs(b)))
     active = UNIT_SLOPES[activation](torch.from_numpy(z + b)).numpy()

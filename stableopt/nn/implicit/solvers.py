@@ -189,9 +189,9 @@ class Fista(ToTolerance):
 class Anderson(ToTolerance):
     r"""Forward-backward steps, extrapolated from the last few by least squares, and taken back where that does not help.
 
-    A vector whose extrapolation has a larger fixed-point residual than the iterate before returns to the plain step from there and
-    forgets its past, so that in every two evaluations the residual shrinks at least as by one plain step: unlike the usual
-    Anderson acceleration it converges from everywhere.
+    A vector whose extrapolation does not lower the fixed-point residual as much as a plain step is sure to, returns to the plain
+    step from the iterate before and forgets its past. So in every two evaluations the residual shrinks at least by the factor of
+    one plain step: unlike the usual Anderson acceleration it converges from everywhere.
 
     Args:
         tolerance: see :class:`ToTolerance`.
@@ -226,20 +226,23 @@ class Anderson(ToTolerance):
         y, f = splitting.start * x, torch.zeros_like(x)  # the last accepted iterate and its fixed-point residual
         trial = y
         accepted = x.new_full((*x.shape[:-1], 1), math.inf)
+        plain = torch.zeros_like(accepted, dtype=torch.bool)
         moves, changes = (x.new_zeros(*x.shape[:-1], self.memory, x.shape[-1]) for _ in range(2))
 
         def advance() -> Tensor:
-            nonlocal y, f, trial, accepted, moves, changes
+            nonlocal y, f, trial, accepted, plain, moves, changes
             g = splitting.advance(equation, x, trial) - trial
             size = _size(g)
-            good = size <= accepted
+            good = plain | (size <= splitting.keep * accepted)
             known = good & accepted.isfinite()
             kept = good.unsqueeze(-1).to(x.dtype)
-            moves = kept * torch.cat([moves[..., 1:, :], torch.where(known, trial - y, 0.0).unsqueeze(-2)], -2)
+            moves = torch.cat([moves[..., 1:, :], torch.where(known, trial - y, 0.0).unsqueeze(-2)], -2)
             changes = kept * torch.cat([changes[..., 1:, :], torch.where(known, g - f, 0.0).unsqueeze(-2)], -2)
             y, f = torch.where(good, trial, y), torch.where(good, g, f)
-            # where the trial was bad its plain step is tried next, which the contraction makes good
-            accepted = torch.where(good, size, accepted)
+            accepted, plain = (
+                torch.where(good, size, accepted),
+                ~good,
+            )  # without a past, the next trial is the plain step
             trial = y + f - _extrapolation(moves, changes, f)
             return y
 

@@ -35,7 +35,7 @@ FIELDS = {
 }
 
 
-@settings(max_examples=25)
+@settings(max_examples=15)
 @given(
     kind=st.sampled_from(sorted(FIELDS)), dim=st.integers(1, 4), log_scale=st.integers(-4, 4), raw=st.floats(-50, 1e7),
     iterations=st.integers(1, 6), relaxation=st.sampled_from([0.1, 0.5, 1.0]), seed=st.integers(0, 99),
@@ -96,7 +96,7 @@ def test_a_rotation_contracts_where_the_explicit_step_expands() -> None:
         field.skew.copy_(torch.tensor([[0.0, 5.0], [0.0, 0.0]]))
     explicit = torch.eye(2) + 1.0 * jacobian(field, torch.zeros(1, 2))
     assert operator_norm(explicit, "l2") > 5.0
-    for iterations in (1, 10, 1000):
+    for iterations in (1, 10, 100):
         block = BackwardEulerBlock(field, step=1.0, iterations=iterations)
         assert operator_norm(jacobian(block, torch.zeros(1, 2)), "l2") <= lipschitz(block).upper <= 1.0
 
@@ -112,12 +112,12 @@ def test_a_splitting_step_past_the_limit_of_the_field_expands(over: float, expan
 
 
 @pytest.mark.parametrize("kind", sorted(FIELDS))
-def test_copies_compilation_and_state_round_trips_keep_the_map(kind: str) -> None:
+def test_copies_and_state_round_trips_keep_the_map(kind: str) -> None:
     block, fresh = BackwardEulerBlock(FIELDS[kind](4), iterations=2), BackwardEulerBlock(FIELDS[kind](4), iterations=2)
     x = torch.randn(3, 4)
     fresh.load_state_dict(block.state_dict())
     copies = [copy.deepcopy(block), pickle.loads(pickle.dumps(block)), fresh, torch.func.vmap(block)]
-    for other in [*copies, torch.compile(block, backend="eager", fullgraph=True)]:
+    for other in copies:
         torch.testing.assert_close(other(x), block(x))
     assert worst_ratio(block, (4,), block.field.norm, steps=3) <= lipschitz(block, block.field.norm).upper
     if kind != "infinity":
@@ -127,6 +127,14 @@ def test_copies_compilation_and_state_round_trips_keep_the_map(kind: str) -> Non
         assert cast(x.to(dtype)).dtype == dtype
         assert lipschitz(cast, block.field.norm).upper <= 1.0
     assert block.to("meta")(x.to("meta")).shape == (3, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", sorted(FIELDS))
+def test_compilation_and_export_keep_the_map(kind: str) -> None:
+    block, x = BackwardEulerBlock(FIELDS[kind](4), iterations=2), torch.randn(3, 4)
+    for other in (torch.compile(block, backend="eager", fullgraph=True), torch.export.export(block, (x,)).module()):
+        torch.testing.assert_close(other(x), block(x))
 
 
 def test_a_changed_field_and_nan_are_refused() -> None:

@@ -41,7 +41,7 @@ def test_all_derivatives_agree_with_differences(kind: type, solver: object) -> N
     assert torch.autograd.gradcheck(as_function(block, names), (x, *values))
 
 
-@pytest.mark.parametrize(("kind", "solver"), SOLVERS, ids=IDS)
+@pytest.mark.parametrize(("kind", "solver"), SOLVERS[::2], ids=IDS[::2])
 def test_derivatives_of_derivatives_agree_with_differences(kind: type, solver: object) -> None:
     block, names, values = problem(kind, solver, "softplus")
     x = torch.randn(1, 2, requires_grad=True)

@@ -31,7 +31,7 @@ def filled(block: HamiltonianBlock, scale: float = 1.0) -> HamiltonianBlock:
     return block
 
 
-@settings(max_examples=40)
+@settings(max_examples=20)
 @given(
     half=st.integers(1, 3), hidden=st.integers(1, 5), growth=st.sampled_from([1.0001, 2.0, 1e3]), depth=st.integers(1, 7),
     damping=st.sampled_from([0.0, 0.3]), log_scale=st.integers(-6, 6), raw=st.tuples(*[st.floats(-60, 60)] * 2),
@@ -204,22 +204,27 @@ def test_the_initial_steps_are_the_fraction_of_their_limit() -> None:
             assert 0.9 * step * pair_limit(block.limit) <= h.item() <= step * pair_limit(block.limit)
 
 
-def test_copies_compilation_and_state_round_trips_keep_the_map() -> None:
+def test_copies_and_state_round_trips_keep_the_map() -> None:
     block = filled(HamiltonianBlock(4, 6))
     x = torch.randn(3, 4)
     fresh = HamiltonianBlock(4, 6)
     fresh.load_state_dict(block.state_dict())
     copies = [copy.deepcopy(block), pickle.loads(pickle.dumps(block)), fresh, torch.func.vmap(block)]
-    for other in [*copies, torch.compile(block, backend="eager", fullgraph=True)]:
+    for other in copies:
         torch.testing.assert_close(other(x), block(x))
-    exported = torch.export.export(block, (x,)).module()
-    torch.testing.assert_close(exported(x), block(x))
     assert lipschitz(block, "token_max").upper == lipschitz(block).upper
     parameters = dict(block.named_parameters())
     f = lambda x, *values: torch.func.functional_call(block, dict(zip(parameters, values, strict=True)), (x,))  # noqa: E731
     values = [p.detach().clone().requires_grad_() for p in parameters.values()]
     assert torch.autograd.gradcheck(f, (x.requires_grad_(), *values))
     assert block.to("meta")(x.to("meta")).shape == (3, 4)
+
+
+@pytest.mark.slow
+def test_compilation_and_export_keep_the_map() -> None:
+    block, x = filled(HamiltonianBlock(4, 6)), torch.randn(3, 4)
+    for other in (torch.compile(block, backend="eager", fullgraph=True), torch.export.export(block, (x,)).module()):
+        torch.testing.assert_close(other(x), block(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -20,9 +20,10 @@ from tests.nn.catalogue import jacobian, operator_norm
 from tests.nn.training import train
 
 EPS = torch.finfo(torch.float64).eps
+MAKES = [lambda: SkewBlock(4, 0.1), lambda: SkewBlock(4, method="expm", bias=False), lambda: SkewEulerBlock(4, 0.1)]
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     dim=st.integers(1, 6), damping=st.sampled_from([0.0, 1e-9, 0.3, 50.0]), method=st.sampled_from(["cayley", "expm"]),
     log_scale=st.integers(-8, 8), raw=st.floats(-60, 1e7), dtype=st.sampled_from([torch.float64, torch.float32]),
@@ -66,7 +67,7 @@ def test_the_methods_are_the_midpoint_step_and_the_flow() -> None:
             assert operator_norm(math.exp(-gamma * h) * exact, norm) == pytest.approx(lipschitz(block, norm).upper)
 
 
-@settings(max_examples=30)
+@settings(max_examples=20)
 @given(
     dim=st.integers(1, 6), damping=st.sampled_from([1e-3, 0.3, 50.0]), log_scale=st.integers(-8, 8),
     raw=st.floats(-60, 60), dtype=st.sampled_from([torch.float64, torch.float32]), seed=st.integers(0, 99),
@@ -133,32 +134,35 @@ def test_the_nonlinear_skew_block_separates_two_states_by_inputs_that_saturate_i
         bias = torch.tensor([[0.0, 9.0], [9.0, 0.0]][t // 80 % 2])
         x = x + h * F.hardtanh(x @ (K - gamma * torch.eye(2)).T + bias)
         x = x - x[:1]  # the input is a nudge: the first state is held, the difference is what counts
-        mild = good(mild).detach()
     assert float((x[1] - x[0]).norm()) > 1e2 * 1e-6
-    assert float((mild[1] - mild[0]).norm()) == pytest.approx(
-        math.exp(-gamma * h * 800) * math.sqrt(2) * 1e-6, rel=1e-6
-    )
+    for _ in range(10):
+        mild = good(mild).detach()
+    assert float((mild[1] - mild[0]).norm()) == pytest.approx(math.exp(-gamma * h * 10) * math.sqrt(2) * 1e-6, rel=1e-6)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda: SkewBlock(4, 0.1), lambda: SkewBlock(4, method="expm", bias=False), lambda: SkewEulerBlock(4, 0.1)]
-)
-def test_copies_compilation_and_state_round_trips_keep_the_map(make) -> None:
+@pytest.mark.parametrize("make", MAKES)
+def test_copies_and_state_round_trips_keep_the_map(make) -> None:
     block = make()
     x = torch.randn(3, 4)
     fresh = make()
     fresh.load_state_dict(block.state_dict())
     copies = [copy.deepcopy(block), pickle.loads(pickle.dumps(block)), fresh, torch.func.vmap(block)]
-    for other in [*copies, torch.compile(block, backend="eager", fullgraph=True)]:
+    for other in copies:
         torch.testing.assert_close(other(x), block(x))
-    exported = torch.export.export(block, (x,)).module()
-    torch.testing.assert_close(exported(x), block(x))
     assert lipschitz(block, "token_max").upper == lipschitz(block).upper <= 1.0
     parameters = dict(block.named_parameters())
     f = lambda x, *values: torch.func.functional_call(block, dict(zip(parameters, values, strict=True)), (x,))  # noqa: E731
     values = [p.detach().clone().requires_grad_() for p in parameters.values()]
     assert torch.autograd.gradcheck(f, (x.requires_grad_(), *values))
     assert block.to("meta")(x.to("meta")).shape == (3, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", MAKES)
+def test_compilation_and_export_keep_the_map(make) -> None:
+    block, x = make(), torch.randn(3, 4)
+    for other in (torch.compile(block, backend="eager", fullgraph=True), torch.export.export(block, (x,)).module()):
+        torch.testing.assert_close(other(x), block(x))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
