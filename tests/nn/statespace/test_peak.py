@@ -88,6 +88,11 @@ def test_a_number_below_the_peak_is_never_proved(monkeypatch: pytest.MonkeyPatch
         for below in (0.99, 0.9, 0.5):
             assert not peak._holds(A, B, C, D, wrong, below * tight)
 
+    I, nothing = np.eye(8), np.zeros_like(B)
+    assert peak._holds(A, nothing, 0.0 * C, D, I, 1.01 * float(np.linalg.norm(D, 2)))
+    assert not peak._holds(A, nothing, 0.0 * C, D, I, 0.99 * float(np.linalg.norm(D, 2)))
+    assert not peak._holds(A, nothing, 9.0 * C, D, I, 1e3)  # the states alone have more output than they lose
+
 
 def test_nothing_in_nothing_out() -> None:
     layer = DiagonalStateSpace(2, 3)
