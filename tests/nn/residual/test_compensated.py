@@ -271,3 +271,12 @@ def test_pairs_learn_and_never_expand_at_any_step() -> None:
             assert all(lipschitz(pair).upper <= 1.0 for pair in pairs)
     with torch.no_grad():
         assert float((model.eval()(x_test).argmax(1) == y_test).double().mean()) >= 0.93
+
+
+def test_rounding_never_lifts_a_full_pair() -> None:
+    """Fixed constants: only the slack is left between the step and its limit."""
+    for c in (0.1, 0.3, 0.5, 0.7, 0.9, 0.999):
+        for L in (0.3, 1.0, 3.0, 7.0):
+            for dtype in (torch.float64, torch.float32):
+                pair = full(CompensatedPair(Scale(c), Scale(L))).to(dtype)
+                assert 1.0 - 1e-4 < lipschitz(pair).upper <= 1.0
