@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -196,11 +197,12 @@ def linear(W: Tensor, U: Tensor) -> Any:
     return rnn
 
 
-CHAIN = torch.tensor([[0.0, 4.0], [0.0, 0.0]]), torch.tensor([[0.0], [1.0]])
-FAN = torch.cat([torch.full((16, 1), 1 / 16), torch.zeros(16, 15)], dim=1), torch.full((16, 1), 1 / 4)
+F64 = torch.float64  # made before the default is set
+CHAIN = torch.tensor([[0.0, 4.0], [0.0, 0.0]], dtype=F64), torch.tensor([[0.0], [1.0]], dtype=F64)
+FAN = F.pad(torch.full((16, 1), 1 / 16, dtype=F64), (0, 15)), torch.full((16, 1), 1 / 4, dtype=F64)
 
 
-ONE_ROW = FAN[0].T.clone(), torch.cat([torch.full((1, 16), 1 / 4), torch.zeros(15, 16)])
+ONE_ROW = FAN[0].T.clone(), F.pad(torch.full((1, 16), 1 / 4, dtype=F64), (0, 0, 0, 15))
 
 
 @pytest.mark.parametrize(("W", "U"), [CHAIN, FAN, (FAN[0].T.clone(), FAN[1]), ONE_ROW])
