@@ -23,6 +23,7 @@ from tests.benchmarks.timing import device_name, synchronize
 
 Run = Callable[[Tensor], Tensor]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+BASE = "stableopt DiagonalStateSpace (proved)"
 SLOWEST = 5.0
 """Seconds of one step from which on a contender is left out of longer sequences."""
 
@@ -31,7 +32,7 @@ def contenders(width: int, states: int) -> dict[str, tuple[nn.Module, Run]]:
     """Return each layer and how it is called."""
     ours = DiagonalStateSpace(width, states)
     rows: dict[str, tuple[nn.Module, Run]] = {
-        "stableopt DiagonalStateSpace (proved)": (ours, ours),
+        BASE: (ours, ours),
         "stableopt, both directions (proved)": ((both := DiagonalStateSpace(width, states, bidirectional=True)), both),
     }
     try:
@@ -40,8 +41,9 @@ def contenders(width: int, states: int) -> dict[str, tuple[nn.Module, Run]]:
         print(f"neural-ssm is left out: {error}")
     else:
         lru = LRU(width, width, states)
-        l2n = Block2x2DenseL2SSM(states, width, width)
-        tv = RobustMambaDiagSSM(width, states, width)
+        l2n, tv = Block2x2DenseL2SSM(states, width, width), RobustMambaDiagSSM(width, states, width)
+        twice = Block2x2DenseL2SSM(2 * states, width, width)
+        rows[f"neural-ssm l2n, scan, {2 * states} real states (proved)"] = (twice, lambda x: twice(x, mode="scan")[0])
         for mode in ("scan", "conv", "loop"):
             rows[f"neural-ssm LRU, {mode}"] = (lru, lambda x, mode=mode: lru(x, mode=mode)[0])
         for mode in ("scan", "loop"):
@@ -108,10 +110,12 @@ def main() -> None:
     }
     print("| layer | " + " | ".join(f"ms at {n} | ratio" for n in columns) + " |")
     print("|---|" + "---|---|" * len(columns))
-    for name in next(iter(columns.values())):
+    for name in sorted(
+        {name for seconds in columns.values() for name in seconds}, key=lambda name: (name != BASE, name)
+    ):
         cells = []
         for seconds in columns.values():
-            base = next(iter(seconds.values()))
+            base = seconds[BASE]
             value = seconds.get(name)
             cells.append("– | –" if value is None else f"{1e3 * value:.1f} | {value / base:.2f}")
         print(f"| {name} | " + " | ".join(cells) + " |")

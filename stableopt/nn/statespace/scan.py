@@ -61,8 +61,8 @@ def diagonal_scan(real: Tensor, imag: Tensor, inputs: Tensor, state: Tensor | No
     h = torch.bmm(u, kernel)
     before = None if state is None else state.view(2 * n, batch, 1)
     if chunks > 1:
-        ends = kernel[:, :, [length - 1, 2 * length - 1]]
-        ends = torch.bmm(u, ends).view(n, batch, chunks, 2).permute(3, 0, 1, 2).reshape(2 * n, batch, chunks)[..., :-1]
+        last = torch.stack([kernel[..., length - 1], kernel[..., 2 * length - 1]], -1)
+        ends = torch.bmm(u, last).view(n, batch, chunks, 2).permute(3, 0, 1, 2).reshape(2 * n, batch, chunks)[..., :-1]
         first = ends.new_zeros(2 * n, batch, 1) if before is None else before
         before = torch.cat([first, diagonal_scan(powers[0, :, length], powers[1, :, length], ends, state)], -1)
     if before is not None:

@@ -221,14 +221,14 @@ def test_digits_as_sequences_of_rows_are_learned_within_the_gain_at_every_step()
     torch.set_default_dtype(torch.float32)
     torch.manual_seed(0)
     data = digit_sequences("rows")
-    model = StateSpaceStack(8, 32, 32, layers=2, d_out=10, gain=16.0, radius=(0.5, 0.95))
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
-    for _ in range(8):
+    model = StateSpaceStack(8, 32, 32, layers=2, d_out=10, gain=64.0, step=0.9, radius=(0.3, 0.95))
+    opt = torch.optim.AdamW(model.parameters(), lr=2e-2, weight_decay=0.0)
+    for _ in range(12):
         for batch in torch.randperm(len(data.x)).split(128):
             opt.zero_grad()
             F.cross_entropy(model(data.x[batch])[:, -1], data.y[batch]).backward()
             opt.step()
-            assert lipschitz(model).upper <= 16.0
+            assert lipschitz(model).upper <= 64.0
     with torch.no_grad():
         accuracy = (model(data.x_test)[:, -1].argmax(1) == data.y_test).double().mean()
     assert float(accuracy) >= 0.9
