@@ -289,8 +289,8 @@ class _Finder:
             )
         if not bound.proved:
             raise UncertifiableError(
-                f"the constant {bound.upper:.6g} of {named(layer, where)} is declared, not proved, so no limit of the model follows. "
-                "Replace it by a layer whose rule proves its constant."
+                f"the constant {bound.upper:.6g} of {named(layer, where)} is declared, not proved, so no limit of the model "
+                "follows. Replace it by a layer whose rule proves its constant."
             )
         return bound
 

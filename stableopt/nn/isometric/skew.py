@@ -12,6 +12,7 @@ from stableopt.linalg import Bound, inf_norm, one_norm, spectral_norm
 from stableopt.nn.arguments import check_nonnegative, check_sizes
 from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule
 from stableopt.nn.positive import positive, raw_positive
+from stableopt.nn.precision import wide
 from stableopt.nn.tokens import token_rule
 from stableopt.nn.uniform import uniform_rule
 from stableopt.nn.weights import Geometry
@@ -116,7 +117,10 @@ class SkewBlock(nn.Module):
             True
         """
         rotation, factor = _ROTATIONS[self.method]
-        return rotation((factor * self.step_size()).to(self.skew.dtype) * self.skew)
+        largest = torch.finfo(
+            self.skew.dtype
+        ).max  # a product that half precision cannot hold is a rotation by half a turn
+        return rotation((factor * self.step_size() * wide(self.skew)).clamp(-largest, largest).to(self.skew.dtype))
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the next state; the features are the last dimension of the input."""

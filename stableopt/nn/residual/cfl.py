@@ -302,6 +302,8 @@ def _checked(kind: str, numbers: Mapping[str, Number], norm: str) -> dict[str, N
     for name, number in numbers.items():
         if not callable(number):
             _check_number(name, number)
+        elif name == "growth":
+            raise ValueError("growth is the limit that the block keeps, a number above 1, got a function.")
     m, L = (numbers.get(name or "") for name in (_FIRST.get(kind), _SECOND[kind]))
     fixed = not (m is None or L is None or callable(m) or callable(L))
     if fixed and kind != "lipschitz" and lower(m) > upper(L):  # pyright: ignore[reportArgumentType]

@@ -21,8 +21,8 @@ from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule, require_norm
 from stableopt.nn.precision import wide
 from stableopt.nn.residual.steps import floored, initial_fraction, raw_fraction
 from stableopt.nn.tokens import token_rule
-from stableopt.nn.training_constants import BranchConstant
-from stableopt.nn.uniform import uniform_rule
+from stableopt.nn.training_constants import BranchConstant, training_constant
+from stableopt.nn.uniform import uniform_bound, uniform_rule
 
 __all__ = ["CompensatedPair"]
 
@@ -41,7 +41,8 @@ class CompensatedPair(nn.Module):
 
     Args:
         contractive: :math:`C`, with a constant below 1 that can be relied on during training: a :class:`GradientBlock` with
-            ``strong > 0``, a layer that :func:`stabilize` limits below 1, or a chain of them and of nonexpansive layers.
+            ``strong > 0``, a layer that :func:`stabilize` limits below 1, or a chain of them and of nonexpansive layers. It must
+            not expand for any value of its parameters: where nothing is left for the branch, the pair is the contraction alone.
         branch: :math:`f`, of which a Lipschitz constant is enough: nested Sequentials of layers that
             :func:`stableopt.nn.training_constant` knows (Linear, convolutions), or that have a constant for all values of
             their parameters.
@@ -51,8 +52,8 @@ class CompensatedPair(nn.Module):
 
     Raises:
         TypeError: if a part is no module.
-        ValueError: if the contraction has no constant below 1, an argument is out of range, or a part has ``inplace=True``; in
-            ``forward``, if the branch changes the shape.
+        ValueError: if the contraction has no constant below 1, or may expand, an argument is out of range, or a part has
+            ``inplace=True``; in ``forward``, if the branch changes the shape.
         UncertifiableError: if a layer has no constant that can be relied on during training.
 
     Note:
@@ -88,6 +89,11 @@ class CompensatedPair(nn.Module):
         self.norm = norm
         self.constants = tuple(BranchConstant(part, norm, "CompensatedPair") for part in (contractive, branch))
         _check_contracts(contractive, self.constants[0])
+        if not _never_expands(contractive, norm):
+            raise ValueError(
+                f"the contraction of a CompensatedPair must not expand for any value of its parameters, which is not known of this "
+                f"{type(contractive).__name__}. Use a GradientBlock with strong > 0, or a layer that stabilize limits below 1."
+            )
         self.contractive, self.branch = contractive, branch
         self.raw_step = raw_fraction(initial_fraction(step, depth))
 
@@ -132,6 +138,20 @@ def _check_contracts(contractive: nn.Module, constant: BranchConstant) -> None:
         )
 
 
+def _never_expands(contractive: nn.Module, norm: str) -> bool:
+    """Return whether a chain has at most the constant 1 for all values of its parameters, by its rules or by limits of weights."""
+    if isinstance(contractive, nn.Sequential):
+        return all(_never_expands(layer, norm) for layer in contractive._modules.values() if layer is not None)  # noqa: SLF001
+    uniform = uniform_bound(contractive, norm)
+    if uniform is not None:
+        return uniform.proved and uniform.upper <= 1.0
+    with torch.no_grad():
+        limit = training_constant(contractive, norm)
+    return (
+        not isinstance(limit, Tensor) and limit <= 1.0
+    )  # a number is the limit of a weight, a tensor depends on its values
+
+
 @lipschitz_rule.register(CompensatedPair)
 def _pair(module: CompensatedPair, norm: str) -> Bound:
     refuse_in_place(module)
@@ -157,7 +177,8 @@ def _uniform(module: CompensatedPair, norm: str) -> Bound | None:
 def _is_current(module: CompensatedPair) -> bool:
     parts = (module.contractive, module.branch)
     pairs = zip(parts, module.constants, strict=True)
-    return all(constant.still_holds(part, "CompensatedPair") for part, constant in pairs)
+    current = all(constant.still_holds(part, "CompensatedPair") for part, constant in pairs)
+    return current and _never_expands(module.contractive, module.norm)
 
 
 @branches_of.register(CompensatedPair)

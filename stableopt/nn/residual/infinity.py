@@ -262,7 +262,9 @@ class InfNormBlock(nn.Module):
     def _steps(self, matrix: Tensor) -> Tensor:
         limits = self.field.step_limits(matrix)
         steps = limits * self.raw_step.to(limits.dtype).sigmoid()
-        return (steps * (1.0 - torch.finfo(matrix.dtype).eps)).to(matrix.dtype)
+        stored = torch.finfo(matrix.dtype)
+        room = stored.smallest_normal * stored.eps  # a step among the subnormal numbers is rounded by a part of this
+        return (steps * (1.0 - stored.eps) - room).clamp_min(0.0).to(matrix.dtype)
 
 
 class RowLaw:

@@ -174,6 +174,14 @@ def test_half_precision_keeps_the_promise(dtype: torch.dtype) -> None:
         assert 0.8 < lipschitz(block).upper <= 1.0
 
 
+def test_a_rotation_beyond_the_range_of_half_precision_is_one_by_half_a_turn() -> None:
+    block = SkewBlock(4).half()
+    with torch.no_grad():
+        block.skew.mul_(1e4)
+        block.raw_step.fill_(1e3)
+    assert 0.9 < lipschitz(block).upper <= 1.0
+
+
 def test_nan_parameters_cannot_be_bounded() -> None:
     for make in (lambda: SkewBlock(3), lambda: SkewEulerBlock(3, 0.1)):
         for name, _ in make().named_parameters():

@@ -341,6 +341,8 @@ def test_it_is_compiled_in_one_graph_and_exported() -> None:
 
 
 def test_bad_arguments_are_named() -> None:
+    with pytest.raises(ValueError, match="growth is the limit that the block keeps, a number above 1, got a function"):
+        cfl(nn.Linear(2, 2), "lipschitz", growth=lambda branch: 1.5)  # type: ignore[arg-type]
     tanh = nn.Tanh()
     for numbers, words in (
         (

@@ -229,6 +229,10 @@ def test_bad_arguments_are_named() -> None:
     nn.init.eye_(layer.weight)
     with pytest.raises(ValueError, match=r"needs a constant below 1, and Linear has \d"):
         CompensatedPair(layer, nn.Tanh())
+    with torch.no_grad():
+        layer.weight.mul_(0.5)
+    with pytest.raises(ValueError, match="must not expand for any value of its parameters"):
+        CompensatedPair(layer, nn.Tanh())  # contracts now, and nothing keeps it from expanding later
     with pytest.raises(UncertifiableError, match="known not to expand in linf, and 'l2' was asked for"):
         CompensatedPair(InfNormBlock(3, rate=0.5), nn.Tanh())
     with pytest.raises(UncertifiableError, match=r"PReLU\) in a branch of CompensatedPair"):
@@ -250,6 +254,32 @@ def test_bad_arguments_are_named() -> None:
     changed = CompensatedPair(GradientBlock(3, strong=0.5), nn.Sequential(nn.Tanh()))
     changed.branch[0] = nn.GELU()  # type: ignore[index, operator]
     assert uniform_bound(changed) is None
+
+
+def test_a_limited_layer_is_a_contraction_for_every_weight() -> None:
+    pair = full(CompensatedPair(stabilize(nn.Linear(3, 3), 0.5), nn.Tanh())).eval()
+    assert uniform_bound(pair) is not None
+    with torch.no_grad():
+        for parameter in pair.parameters():
+            parameter.mul_(1e3)
+    assert lipschitz(pair).upper <= 1.0
+    pair.contractive = nn.Linear(3, 3)
+    assert uniform_bound(pair) is None
+
+
+def test_a_contraction_by_cancellation_pays_for_its_rounding() -> None:
+    """Where the factor 1 - tau * gamma nearly vanishes, its rounding is that of 1."""
+    worst = 0.0
+    for raw in torch.linspace(-0.02, 0.02, 41).tolist():
+        block = DissipativeBlock(3, rate=0.37, free=0.0, step=0.5).float()
+        with torch.no_grad():
+            block.field.weight.zero_()
+            block.field.skew.zero_()
+            block.raw_step.fill_(raw)
+        pair = CompensatedPair(block, nn.Tanh()).float()
+        nn.init.constant_(pair.raw_step, 30.0)
+        worst = max(worst, lipschitz(pair).upper)
+    assert worst <= 1.0
 
 
 @pytest.mark.slow

@@ -160,6 +160,14 @@ def test_the_bound_of_a_convolution_holds_for_every_size_and_is_attained_on_a_la
         assert worst >= bound * (1 - 100 * EPS)
 
 
+def test_steps_among_the_subnormal_numbers_are_rounded_down() -> None:
+    block = InfNormBlock(2)
+    with torch.no_grad():
+        block.field.weight.copy_(torch.tensor([[-100.0, 46848.0], [46848.0, -100.0]]))
+        block.raw_step.fill_(20.0)
+    assert lipschitz(block.half(), "linf").upper <= 1.0
+
+
 def test_what_holds_for_all_parameters_is_the_maximum_norm_only() -> None:
     block = InfNormBlock(3)
     bound = uniform_bound(block, "linf")
