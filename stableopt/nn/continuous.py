@@ -289,8 +289,9 @@ def _continuous(module: ContinuousDepth, norm: str) -> Bound:
 @uniform_rule.register(ContinuousDepth)
 def _uniform(module: ContinuousDepth, norm: str) -> Bound | None:
     for field in module.fields:
-        if isinstance(field, Field):
-            check_field(field)
+        if not isinstance(field, Field) or field.norm != module.norm:  # replaced: the steps are limited for another one
+            return None
+        check_field(field)
     return Bound(0.0, 1.0) if norm == module.norm or (norm == TOKEN_MAX and module.norm == "l2") else None
 
 

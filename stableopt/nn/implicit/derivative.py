@@ -2,7 +2,8 @@ r"""Derivatives of the solution of an implicit equation by the implicit function
 
 For :math:`F(y; x, \theta) = 0` and :math:`M = \partial F/\partial y`, a cotangent :math:`g` of :math:`y` is one
 :math:`u = M^{-\top} g` of :math:`x`, and :math:`-(\partial F/\partial\theta)^\top u` of a parameter. The solution of the linear
-equation has a derivative of the same kind, so derivatives of derivatives are right, too. No iterate is kept.
+equation has a derivative of the same kind, so derivatives of derivatives are right, too. No iterate is kept. There is no
+derivative in forward mode (:func:`torch.func.jacfwd`).
 """
 
 from __future__ import annotations

@@ -286,6 +286,12 @@ def _runge_kutta(module: RungeKuttaBlock, norm: str) -> Bound:
 def _uniform(module: RungeKuttaBlock, norm: str) -> Bound | None:
     own = module.field.norm
     check_field(module.field)
+    try:
+        radius = contractivity_radius(module.tableau, own)
+    except ValueError:
+        return None
+    if module.radius > radius:  # the field was replaced, and the step is limited for another one
+        return None
     return Bound(0.0, 1.0) if norm == own or (norm == TOKEN_MAX and own == "l2") else None
 
 

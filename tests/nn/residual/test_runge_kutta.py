@@ -13,6 +13,7 @@ from torch import nn
 import stableopt.theory as th
 from stableopt.errors import UncertifiableError
 from stableopt.nn import (
+    ContinuousDepth,
     DissipativeField,
     GradientBlock,
     GradientField,
@@ -141,6 +142,17 @@ def test_beyond_every_limit_the_bound_is_the_recursion_of_the_constant(method: s
         z = 5.0 * bound.lipschitz.upper
         assert upper == pytest.approx(1 + z + z**2 / 2 + z**3 / 6 + z**4 / 24, rel=1e-9)
     assert step_bound(tableau, bound, 0.0).upper == 1.0
+
+
+def test_nothing_is_promised_for_a_field_that_was_put_in_later() -> None:
+    block = RungeKuttaBlock(GradientField(3), method="rk4")
+    assert uniform_bound(block) is not None
+    block.field = InfNormField(3)
+    assert uniform_bound(block, "linf") is None
+    flow = ContinuousDepth(GradientField(3), steps=4)
+    assert uniform_bound(flow) is not None
+    flow.fields[0] = InfNormField(3)
+    assert uniform_bound(flow) is None
 
 
 def test_copies_casts_and_gradients() -> None:
