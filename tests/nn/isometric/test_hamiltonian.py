@@ -149,6 +149,18 @@ def test_both_shears_use_up_the_budget_at_the_worst_angle() -> None:
     assert 0.95 * norm <= worst_ratio(block, (4,), steps=30) <= norm * (1 + 1e-9)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_rounding_never_lifts_a_full_step_over_the_budget(dtype: torch.dtype) -> None:
+    """Gram iteration is exact for rank one: only the slack is left between the steps and their limit."""
+    for size in (1, 2, 3, 8, 32) * 4:
+        block = HamiltonianBlock(2 * size, size, growth=1.5).to(dtype)
+        with torch.no_grad():
+            for weight in (block.weight_q, block.weight_p):
+                weight.copy_(torch.outer(torch.randn(size), torch.randn(size)))
+            block.raw_step.fill_(60.0)
+        assert lipschitz(block).upper <= block.limit
+
+
 def test_it_is_never_a_contraction_and_damping_makes_it_one() -> None:
     for activation in ACTIVATIONS:
         block = filled(HamiltonianBlock(4, 6, growth=4.0, activation=activation))
