@@ -25,11 +25,23 @@ from stableopt.lyapunov import Every, Monitor
 from stableopt.nn import (
     METHODS,
     SLL,
+    AntisymmetricCell,
     AveragedResidual,
+    CompensatedPair,
+    DissipativeBlock,
     GradientBlock,
+    GradientField,
     Householder,
+    LastStep,
     LinearSpline,
+    ProximalBlock,
+    Recurrence,
+    ResidualStack,
+    RungeKuttaBlock,
     Sandwich,
+    SkewBlock,
+    StateSpaceStack,
+    TransformerBlock,
     UnitRowLinear,
     export,
     lipschitz,
@@ -65,6 +77,26 @@ def layered() -> nn.Sequential:
     )
     nn.init.uniform_(model[4].slopes, -0.9, 0.9)  # type: ignore[arg-type]
     return model
+
+
+def stepped() -> nn.Sequential:
+    """Blocks and cells that compute a step, a rotation or a factor of their own from their parameters."""
+    block = nn.Sequential(nn.Linear(9, 9), nn.Tanh())
+    return nn.Sequential(
+        GradientBlock(9, 4, bound="rows"),
+        DissipativeBlock(9),
+        RungeKuttaBlock(GradientField(9)),
+        ResidualStack([block], budget=2.0),
+        CompensatedPair(GradientBlock(9, strong=0.5), nn.Linear(9, 9)),
+        ProximalBlock(9),
+        SkewBlock(9),
+        nn.Unflatten(1, (3, 3)),
+        TransformerBlock(3, depth=2),
+        StateSpaceStack(3, 4, 4, 2, 3),
+        Recurrence(AntisymmetricCell(3, 4)),
+        LastStep(),
+        UnitRowLinear(4, 2),
+    )
 
 
 def batches(steps: int = STEPS) -> Iterator[tuple[Tensor, Tensor]]:
@@ -227,6 +259,7 @@ for _method in METHODS:
                 )
 for _how, _spread in SPREADS.items():
     CHECKS[f"layers {_how}"] = lambda s=_spread: check_training(lambda: seeded(layered), s, "l2", 10.0)
+    CHECKS[f"stepped {_how}"] = lambda s=_spread: check_training(lambda: seeded(stepped), s, "l2", 1e6, tolerance=1e-12)
     CHECKS[f"learned budget {_how}"] = lambda s=_spread, t=1e-12 * (_how == "fsdp"): (
         check_training(  # sums gradients per layer
             lambda: limited("gram", budget="learned"), s, "l2", tolerance=t
