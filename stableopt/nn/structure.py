@@ -73,7 +73,8 @@ class Parallel(nn.Module):
 
     .. math:: (x_1, \dots, x_k) \mapsto (f_1(x_1), \dots, f_k(x_k))
 
-    The Jacobian is block diagonal: in l2, linf and l1 the constant is exactly the largest constant of a branch.
+    The Jacobian is block diagonal: in l2, linf and l1 the constant is exactly the largest constant of a branch. In ``token_max``
+    it is at most :math:`\bigl(\sum_i L_i^2\bigr)^{1/2}`: branches that mix tokens may bring the parts of two together.
 
     Args:
         *branches: at least one module.
@@ -196,6 +197,8 @@ def _sum(parts: Sequence[Bound], weights: Sequence[float] | None = None, power: 
 
 def _combined(module: Concat | Parallel | Merge, parts: Sequence[Bound], norm: str) -> Bound:
     """Return the bound of a combination whose branches have the bounds ``parts``."""
+    if isinstance(module, Parallel) and norm == TOKEN_MAX:  # parts of several tokens may meet in one
+        return _sum(parts, power=2).sqrt()
     if isinstance(module, Parallel) or (isinstance(module, Concat) and norm == "linf"):
         return Bound(0.0, max(part.upper for part in parts), all(part.proved for part in parts))
     if isinstance(module, Concat):

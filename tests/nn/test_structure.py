@@ -17,6 +17,7 @@ from stableopt.nn.activations import NActivation
 from stableopt.nn.branches import branch_constant
 from stableopt.nn.centering import BallProjection, BatchCentering, InputNormalization, LayerCentering
 from stableopt.nn.householder import Householder
+from stableopt.nn.recurrent import LastStep, Recurrence
 from stableopt.nn.residual import AveragedResidual
 from stableopt.nn.splines import LinearSpline
 from stableopt.nn.structure import Concat, Merge, Parallel
@@ -652,3 +653,19 @@ def test_a_uniform_bound_of_wrong_arguments_is_refused() -> None:
             uniform_bound(module, "l7")
     with pytest.raises(TypeError, match=r"uniform_bound needs a torch\.nn\.Module, got int"):
         uniform_bound(3)  # type: ignore[arg-type]
+
+
+def test_parts_of_two_tokens_may_meet_in_one_behind_parallel_branches() -> None:
+    """In the norm of the largest token the constants of branches that mix tokens add up as squares."""
+    cell = nn.RNNCell(1, 1, nonlinearity="relu", bias=False)
+    with torch.no_grad():
+        cell.weight_hh.fill_(0.99)
+        cell.weight_ih.fill_(0.01)
+    model = nn.Sequential(Parallel(nn.Identity(), Recurrence(cell), sizes=(1, 1), dim=-1), LastStep())
+    x = torch.zeros(1, 1000, 2)
+    x[..., 1] = 1.0
+    y = x.clone()
+    y[:, -1] = torch.tensor([1.0, 0.0])  # one token has the first part, all others the second
+    with torch.no_grad():
+        moved = float((model(y) - model(torch.zeros_like(x))).norm())
+    assert 1.3 < moved <= lipschitz(model, "token_max").upper <= math.sqrt(2) + 1e-9

@@ -222,6 +222,12 @@ class ClippedAttention(nn.Module):
             constant = _log_norm(output) + torch.logaddexp(0.5 * torch.logsumexp(2.0 * heads, 0), queries)
             weights = (self.query_weight, self.key_weight, self.value_weight, self.output_weight)
             slack = _LOGS * torch.finfo(output.dtype).eps + sum(rounding_slack(wide(W)) for W in weights)
+            stored = torch.finfo(
+                self.output_weight.dtype
+            )  # in half precision the product and the scale are rounded once more
+            slack += (
+                4.0 * math.sqrt(min(output.shape)) * stored.eps if stored.eps > torch.finfo(output.dtype).eps else 0.0
+            )
             factor: Tensor = (1.0 - slack) * (math.log(self.lipschitz) - constant).clamp_max(0.0).exp()
             few_digits = factor < torch.finfo(factor.dtype).tiny  # a subnormal number
             return torch.where(few_digits, 0.0, factor)
@@ -259,8 +265,17 @@ class ClippedAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, rows.mask, dropout_p=p, is_causal=rows.causal, scale=1.0)
         if rows.empty is not None:
             mixed = mixed.masked_fill(rows.empty, 0.0)
-        weight = (self.output_factor() * wide(self.output_weight)).to(self.output_weight.dtype)
-        return F.linear(mixed.transpose(-3, -2).flatten(-2), weight, self.output_bias)
+        return F.linear(mixed.transpose(-3, -2).flatten(-2), self.output_matrix(), self.output_bias)
+
+    def output_matrix(self) -> Tensor:
+        r"""Return :math:`a W_O` as ``forward`` uses it, in the dtype of the weights.
+
+        Examples:
+            >>> layer = ClippedAttention(4)
+            >>> bool(torch.allclose(layer.output_matrix(), layer.output_factor() * layer.output_weight))
+            True
+        """
+        return (self.output_factor() * wide(self.output_weight)).to(self.output_weight.dtype)
 
     def _split(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, self.head_dim)).transpose(-3, -2)
@@ -300,10 +315,10 @@ def _log_norm(W: Tensor) -> Tensor:
 def _constant(module: ClippedAttention, weight_sums: list[Real] | None) -> Bound:
     """Bound the module by its stored numbers, a times C."""
     with torch.no_grad():
-        factor = float(module.output_factor())
-    scales = module.logit_scale().detach().to("cpu", torch.float64)
-    if not (math.isfinite(factor) and all(bool(p.isfinite().all()) for p in module.parameters())):
-        raise ValueError(f"no bound holds for a ClippedAttention with NaN or infinite parameters (factor {factor}).")
+        output = module.output_matrix()
+    scales = module.logit_scale().detach().to(output.dtype).to("cpu", torch.float64)
+    if not all(bool(t.isfinite().all()) for t in (output, *module.parameters())):
+        raise ValueError("no bound holds for a ClippedAttention with NaN or infinite parameters.")
     R_q, R_k, R_v = module.radii
     query, key, value = (
         W.detach().to("cpu", torch.float64).unflatten(0, (module.heads, module.head_dim))
@@ -319,8 +334,8 @@ def _constant(module: ClippedAttention, weight_sums: list[Real] | None) -> Bound
     scaled = (scales[:, None, None] * query).flatten(0, 1)  # each entry rounded once
     rounding = frobenius_norm(scaled) * 2.0**-52 + scaled.numel() * 2.0**-1074
     queries = (spectral_norm(scaled) + rounding) * R_v * R_k
-    total = attention_constant(spectral_norm(module.output_weight), heads, queries=queries, weight_sums=weight_sums)
-    return Bound(0.0, (Bound.point(factor) * total).upper)
+    total = attention_constant(spectral_norm(output), heads, queries=queries, weight_sums=weight_sums)
+    return Bound(0.0, total.upper)  # pyright: ignore[reportAttributeAccessIssue] a Bound, since the norm is one
 
 
 @token_rule.register(ClippedAttention)
@@ -342,7 +357,8 @@ def _clipped_attention(module: ClippedAttention, norm: str) -> Bound:
             "for norm='token_max', whose bound holds for every length and for l2 perturbations of the input."
         )
     R_q, R_k, _ = module.radii
-    limits = [Bound.point(float(s)) * R_q * R_k for s in module.logit_scale().detach()]
+    used = module.logit_scale().detach().to(module.query_weight.dtype)
+    limits = [Bound.point(float(s)) * R_q * R_k for s in used]
     sums = [attention_weight_sum(B, module.max_length, causal=module.causal) for B in limits]
     return _constant(module, sums)
 

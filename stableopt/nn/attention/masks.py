@@ -65,7 +65,8 @@ def allowed(q: Tensor, k: Tensor, mask: Tensor | None, padding: Tensor | None, *
         open_ = ~forbidden if mask is None else mask & ~forbidden
         empty = ~open_.any(-1, keepdim=True)
         return Allowed(open_ | empty, empty, False)
-    added = mask.to(q.dtype).masked_fill(forbidden, -math.inf)
+    lowest = torch.finfo(q.dtype).min  # a number that half precision cannot hold forbids nothing
+    added = torch.where(mask == -math.inf, mask, mask.clamp_min(lowest)).to(q.dtype).masked_fill(forbidden, -math.inf)
     empty = (added == -math.inf).all(-1, keepdim=True)
     return Allowed(added.masked_fill(empty, 0.0), empty, False)
 

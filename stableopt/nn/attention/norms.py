@@ -2,15 +2,13 @@ r"""A normalization of tokens with the constant 1, and the true constants of tor
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
 from stableopt.nn.activations import at_least_float32
-from stableopt.nn.arguments import check_positive, check_sizes
+from stableopt.nn.arguments import check_sizes
 from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule
 from stableopt.nn.pooling import largest_entry
 from stableopt.nn.precision import full_precision
@@ -34,7 +32,8 @@ class BoundedNorm(nn.Module):
 
     Args:
         dim: d, the size of the last dimension.
-        radius: :math:`r > 0`, the root mean square that large tokens get; the norm of an output stays below :math:`r\sqrt d`.
+        radius: :math:`r`, from 1e-6 to 1e6, the root mean square that large tokens get; the norm of an output stays below
+            :math:`r\sqrt d`.
         affine: whether w is learned, at first 1; it is capped together, so that no entry loses its gradient for good.
 
     Raises:
@@ -58,7 +57,8 @@ class BoundedNorm(nn.Module):
     def __init__(self, dim: int, radius: float = 1.0, *, affine: bool = True) -> None:
         super().__init__()
         check_sizes(dim=dim)
-        check_positive(radius=radius)
+        if not 1e-6 <= radius <= 1e6:
+            raise ValueError(f"radius must lie between 1e-6 and 1e6, whose squares float32 holds, got {radius!r}.")
         self.dim, self.radius = dim, float(radius)
         self.weight = nn.Parameter(torch.ones(dim)) if affine else None
 
@@ -81,8 +81,8 @@ class BoundedNorm(nn.Module):
             x = at_least_float32(input)
             size = largest_entry(x, (-1,)).clamp_min(1.0)  # it cancels; with it no square overflows
             unit = x / size
-            norm = torch.linalg.vector_norm(unit, dim=-1, keepdim=True)
-            output = unit / torch.hypot(1.0 / size, norm / (self.radius * math.sqrt(self.dim)))
+            spread = unit.square().sum(-1, keepdim=True) / (self.radius**2 * self.dim)
+            output = unit / (size.reciprocal().square() + spread).sqrt()  # smooth at 0, where a norm is not
             gain = self.gain()
             return (output if gain is None else output * gain).to(input.dtype)
 

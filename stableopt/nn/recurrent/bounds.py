@@ -45,6 +45,7 @@ class CellBound:
         metric: what :math:`P` is, for printing.
         peak: a bound of :math:`\max_t\|h_t - h'_t\|_P / \max_t\|x_t - x'_t\|` for every length that is known to be better than
             :math:`b/(1-a)`; only for ``"linf"``, the norm that takes the maximum over time. None for no such bound.
+        initial: the largest modulus of an entry of the initial states from which all this holds; infinity for all states.
 
     Examples:
         >>> CellBound(Bound.point(0.5), Bound.point(1.0)).gain().upper
@@ -56,6 +57,7 @@ class CellBound:
     output: Bound = _ONE
     metric: str = "the norm of the state"
     peak: Bound | None = None
+    initial: float = math.inf
 
     @property
     def contracts(self) -> bool:
@@ -165,6 +167,8 @@ def cell_bound(cell: nn.Module, norm: str = "l2") -> CellBound:
 
 def sequence_gain(cell: nn.Module, norm: str, length: int | None = None) -> Bound:
     """Bound the map from input to output sequences that a cell makes from a fixed initial state.
+
+    The moduli of that state must be within :attr:`CellBound.initial`, as zeros always are.
 
     Args:
         cell: a cell with a rule.

@@ -55,6 +55,11 @@ class Comparison(ABC):
     reach: Array
     metric: str = "the maximum norm of the state"
 
+    @property
+    def initial(self) -> float:
+        """The largest modulus of an entry of the initial states from which the states stay where this holds."""
+        return math.inf
+
     @abstractmethod
     def grown(self, w: Array, norm: str | None, mix: Mix) -> Array:
         """Return :math:`T(w, 1)`, or :math:`T(w, 0)` without a norm.
@@ -134,6 +139,7 @@ def _weighted(cell: Comparison, norm: str, w: Array, peak: Array | None) -> Cell
         Bound(0.0, _size(w[cell.visible], norm)),
         cell.metric + weighted,
         None if peak is None else Bound(0.0, _largest_quotient(peak, w)),
+        cell.initial,
     )
 
 

@@ -133,6 +133,7 @@ class Rows:
         ValueError: if a number is NaN or infinite.
 
     Examples:
+        >>> import torch
         >>> rows = Rows(torch.eye(2), torch.ones(2, 3), torch.tensor([0.5, -0.5]))
         >>> [end.round(9).tolist() for end in rows.interval(np.ones(2), np.ones(3))]
         [[-3.5, -4.5], [4.5, 3.5]]

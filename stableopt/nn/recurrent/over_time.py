@@ -12,7 +12,7 @@ from stableopt.errors import UncertifiableError
 from stableopt.linalg import Bound
 from stableopt.nn.arguments import check_sizes
 from stableopt.nn.dispatch import TOKEN_MAX, lipschitz_rule
-from stableopt.nn.recurrent.bounds import FEATURE_NORMS, sequence_gain
+from stableopt.nn.recurrent.bounds import FEATURE_NORMS, cell_bound, sequence_gain
 from stableopt.nn.recurrent.cell import RecurrentCell
 from stableopt.nn.tokens import token_rule
 from stableopt.nn.uniform import uniform_rule
@@ -47,7 +47,9 @@ class Recurrence(nn.Module):
     Note:
         The input map is applied to all steps at once; the states come one after the other, in a loop that compilers and exporters
         unroll, so each length is compiled for itself. A step that is masked out has a state of zeros in the output and cannot
-        raise the gain: the rule holds for padded and packed sequences, too. Wrap the whole Recurrence with ``fully_shard``, not
+        raise the gain: the rule holds for padded and packed sequences, too. A ``state`` that is handed to ``forward`` must be one
+        from which the constants of the cell hold: any for the cells of this package, one within
+        :attr:`stableopt.nn.CellBound.initial` for torch's gated cells. Wrap the whole Recurrence with ``fully_shard``, not
         its cell.
 
     Examples:
@@ -123,6 +125,13 @@ class Recurrence(nn.Module):
         return (outputs, last) if self.return_state else outputs
 
     def _run(self, input: Tensor, state: Tensor | None, lengths: Tensor | None, time: int) -> tuple[Tensor, Tensor]:  # noqa: A002
+        if (
+            lengths is not None and input.ndim == 3 and lengths.ndim == 1
+        ):  # what pads may be NaN, which 0 times NaN would keep
+            steps = torch.arange(input.shape[time], device=input.device)
+            real = lengths.to(input.device)[:, None] > steps if time else lengths.to(input.device) > steps[:, None]
+            if real.shape == input.shape[:2]:
+                input = input.masked_fill(~real[..., None], 0.0)  # noqa: A001
         prepared, drive = self._driven(input)
         start = self._start(state, drive, input.shape[:time] + input.shape[time + 1 : -1])
         h, outputs, steps = start, [], list(enumerate(drive.unbind(time)))
@@ -217,12 +226,13 @@ class LastStep(nn.Module):
 
         Args:
             input: of shape ``(batch, steps, features)``, or ``(steps, batch, features)``, or without a batch.
-            lengths: integers >= 1 of shape ``(batch,)``: which step is the last; None for the last of all.
+            lengths: integers of shape ``(batch,)``: which step is the last; None for the last of all. A sequence without a step
+                gives its first one, which pads it.
         """
         time = _time(input, self.batch_first, "LastStep")
         if lengths is None:
             return input.select(time, -1)
-        index = (lengths - 1).to(input.device).reshape((-1, 1, 1) if time else (1, -1, 1))
+        index = (lengths - 1).clamp_min(0).to(input.device).reshape((-1, 1, 1) if time else (1, -1, 1))
         return input.take_along_dim(index, time).squeeze(time)
 
     def extra_repr(self) -> str:
@@ -296,6 +306,14 @@ def _recurrence(module: Recurrence, norm: str) -> Bound:
             "a Recurrence with return_state=True returns a pair, which has no norm here; build it with return_state=False and take "
             "the last state by LastStep()."
         )
+    if module.initial is not None:
+        largest, within = float(module.initial.detach().abs().amax()), cell_bound(module.cell, norm).initial
+        if not largest <= within:
+            raise UncertifiableError(
+                f"the learned initial state of a Recurrence has entries up to {largest:.6g}, and the bound of its "
+                f"{type(module.cell).__name__} is known for states up to {within:.6g}, where runs from zero stay. Build it with "
+                "learn_initial=False, or use a cell that contracts everywhere."
+            )
     return sequence_gain(module.cell, norm, module.length)
 
 

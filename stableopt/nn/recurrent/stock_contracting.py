@@ -40,7 +40,7 @@ from stableopt.linalg import Bound
 from stableopt.nn.arguments import check_positive
 from stableopt.nn.constrain import check_parameter, check_unwrapped, constrain, projections
 from stableopt.nn.dispatch import check_forward
-from stableopt.nn.input_clip import clip_input
+from stableopt.nn.input_clip import clip_input, input_limit
 from stableopt.nn.parametrized import remember_order
 from stableopt.nn.recurrent.gate_balls import GateBalls
 from stableopt.nn.recurrent.stock import STOCK_CELLS, STOCK_LAYERS
@@ -164,7 +164,7 @@ def contracting(
         remember_order(module)
         constrain(module, name, constraint, by=by)
     promised = settings.gain if by == "parametrization" and settings.norm == "linf" else None
-    vars(module)[_RECORD] = (tuple(limits), promised)
+    vars(module)[_RECORD] = (tuple(limits), promised, math.inf if input_bound is None else float(input_bound))
     return module
 
 
@@ -175,7 +175,7 @@ def contracting_names(module: nn.Module) -> tuple[str, ...]:
         >>> contracting_names(contracting(nn.RNN(2, 2)))
         ('weight_hh_l0',)
     """
-    return vars(module).get(_RECORD, ((), None))[0]
+    return vars(module).get(_RECORD, ((),))[0]
 
 
 def forget_contracting(module: nn.Module) -> None:
@@ -321,7 +321,9 @@ def _apart(constraint: Constraint) -> Constraint:
 @uniform_rule.register(nn.GRU)
 @uniform_rule.register(nn.LSTM)
 def _uniform(module: nn.Module, norm: str) -> Bound | None:
-    names, gain = vars(module).get(_RECORD, ((), None))
+    names, gain, limit = vars(module).get(_RECORD, ((), None, math.inf))
     if gain is None or norm != "linf" or not all(P.is_parametrized(module, name) for name in names):
+        return None
+    if input_limit(module) > limit:  # clipped anew, or no more: the weights are limited for smaller inputs
         return None
     return Bound(0.0, gain)

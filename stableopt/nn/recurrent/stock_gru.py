@@ -25,6 +25,8 @@ nothing contracts, although the gain in linf may still be finite.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from torch import Tensor
 
@@ -84,6 +86,11 @@ class GatedStep(Comparison):
         self.slope = np.minimum(up(1.0 - np.nextafter(nearest * nearest, 0.0)), 1.0)
         self.spread = up(self.reach + top)
         self.reach = np.minimum(self.reach, top)  # the gates are enclosed for the larger box, which contains this one
+
+    @property
+    def initial(self) -> float:
+        """The smallest side of the box of states."""
+        return float(self.reach.min(initial=math.inf))
 
     def grown(self, w: Array, norm: str | None, mix: Mix) -> Array:
         """Return the comparison map; see the module."""

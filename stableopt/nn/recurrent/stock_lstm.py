@@ -21,6 +21,8 @@ because tanh has slopes up to 1. The state is the pair (c, h). Without a limit u
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from torch import Tensor
 
@@ -84,6 +86,11 @@ class MemoryStep(Comparison):
             self.cells = up(np.where(escape > 0.0, self.i[1] * self.g / escape, np.inf), 2)
         self.tanh = ends("tanh", np.zeros(self.size), self.cells)[1]
         self.reach = np.minimum(self.reach, self._projected(up(self.o[1] * self.tanh)))
+
+    @property
+    def initial(self) -> float:
+        """The smallest side of the box of states (c, h)."""
+        return float(min(self.cells.min(initial=math.inf), self.reach.min(initial=math.inf)))
 
     def grown(self, w: Array, norm: str | None, mix: Mix) -> Array:
         """Return the comparison map; see the module."""

@@ -231,7 +231,7 @@ class DiagonalStateSpace(nn.Module):
         valid = None if lengths is None else valid_steps(lengths, input)
         with full_precision(input):
             x = wide(input)
-            x = x if valid is None else x * valid
+            x = x if valid is None else x.masked_fill(~valid, 0.0)
             system, batch, time = self.system(), input.shape[:-2], input.shape[-2]
             flat = x.reshape(-1, self.d_in)
             u = (system.input @ flat.mT).view(len(system.input), -1, time)
@@ -241,12 +241,15 @@ class DiagonalStateSpace(nn.Module):
             if system.skip is not None:
                 y = torch.addmm(y, flat, system.skip.mT)
             y = y.view(*batch, time, self.d_out)
-            y = y if valid is None else y * valid
+            y = y if valid is None else y.masked_fill(~valid, 0.0)
             if lengths is None:
                 last = h[..., -1]
             else:
                 index = (lengths.reshape(1, -1, 1) - 1).clamp_min(0)
                 last = h.gather(-1, index.expand(len(h), -1, 1)).squeeze(-1)
+                last = torch.where(
+                    lengths.reshape(1, -1) > 0, last, torch.zeros_like(last) if before is None else before
+                )
             return y.to(input.dtype), last.mT.reshape(*batch, len(h))
 
     def step(
@@ -313,7 +316,7 @@ class DiagonalStateSpace(nn.Module):
 
 
 def valid_steps(lengths: Tensor, input: Tensor) -> Tensor:  # noqa: A002
-    """Return a mask of 1 for the valid steps of each sequence and 0 for the others, of shape ``(..., time, 1)``.
+    """Return a mask, True for the valid steps of each sequence, of shape ``(..., time, 1)``.
 
     Args:
         lengths: of shape ``(...)``.
@@ -324,14 +327,14 @@ def valid_steps(lengths: Tensor, input: Tensor) -> Tensor:  # noqa: A002
 
     Examples:
         >>> valid_steps(torch.tensor([1, 2]), torch.zeros(2, 2, 3)).squeeze(-1).tolist()
-        [[1.0, 0.0], [1.0, 1.0]]
+        [[True, False], [True, True]]
     """
     if lengths.shape != input.shape[:-2]:
         raise ValueError(
             f"lengths must hold one number per sequence, shape {tuple(input.shape[:-2])}, got {tuple(lengths.shape)}."
         )
     steps = torch.arange(input.shape[-2], device=input.device)
-    return (steps < lengths.unsqueeze(-1)).unsqueeze(-1).to(wide(input).dtype)
+    return (steps < lengths.unsqueeze(-1)).unsqueeze(-1)
 
 
 def _flipped_half(u: Tensor) -> Tensor:

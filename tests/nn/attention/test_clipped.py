@@ -499,3 +499,24 @@ def test_an_adversary_reaches_a_good_part_of_the_bound(heads: int, reached: floa
     found = worst_ratio(layer, (6, 8), "token_max", steps=150)
     assert reached * bound(layer) < found <= bound(layer)
     assert worst_ratio(layer, (6, 8), "l2", steps=60) <= bound(layer, "l2")
+
+
+def test_a_finite_mask_forbids_nothing_in_half_precision() -> None:
+    layer = ClippedAttention(4)
+    nn.init.normal_(layer.output_weight)
+    x = torch.randn(1, 3, 4)
+    mask = torch.tensor([[-1e8, -1e9, -1e9]]).expand(3, 3)
+    assert bool(layer.half()(x.half(), mask=mask).abs().sum() > 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_matrix_that_half_precision_uses_keeps_the_limit(dtype: torch.dtype) -> None:
+    for seed in range(10):
+        torch.manual_seed(seed)
+        layer = ClippedAttention(8, 2)
+        with torch.no_grad():
+            for name, parameter in layer.named_parameters():
+                if name.endswith("weight"):
+                    parameter.normal_()
+        bound = lipschitz(layer.to(dtype), "token_max").upper
+        assert 0.8 < bound <= 1.0

@@ -127,8 +127,8 @@ def test_huge_tokens_keep_the_size_of_the_radius() -> None:
 def test_bad_input_is_refused() -> None:
     for arguments, message in (
         ((0,), "dim must be"),
-        ((2, 0.0), "radius must be finite"),
-        ((2, math.inf), "radius must be"),
+        ((2, 0.0), "radius must lie between"),
+        ((2, math.inf), "radius must lie between"),
     ):
         with pytest.raises(ValueError, match=message):
             BoundedNorm(*arguments)  # type: ignore[arg-type]
@@ -138,3 +138,11 @@ def test_bad_input_is_refused() -> None:
     nn.init.constant_(layer.weight, math.inf)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="NaN or infinite"):
         lipschitz(layer)
+
+
+def test_second_derivatives_are_finite_at_a_token_of_zeros() -> None:
+    x = torch.zeros(1, 3, 4, requires_grad=True)
+    (first,) = torch.autograd.grad((BoundedNorm(4)(x) * torch.randn(1, 3, 4)).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.square().sum(), x)
+    assert second.isfinite().all()
+    assert torch.autograd.gradgradcheck(BoundedNorm(4), (torch.zeros(1, 4, requires_grad=True),))

@@ -359,3 +359,10 @@ def test_a_subclass_that_changes_the_step_has_no_bound() -> None:
     with pytest.raises(UncertifiableError, match="overrides advance"):
         lipschitz(Recurrence(Other(2, 3)))
     assert isinstance(Other(2, 3), RecurrentCell)
+
+
+def test_a_tiny_step_has_finite_gradients_under_a_limit_of_the_gain() -> None:
+    cell = AntisymmetricCell(2, 3, gain=1.0).float()
+    torch.nn.init.constant_(cell.raw_step, -60.0)
+    cell(torch.ones(1, 2, dtype=torch.float32)).sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in cell.parameters())

@@ -25,6 +25,7 @@ from stableopt.nn import (
     MeanOverTime,
     Recurrence,
     cell_rule,
+    contracting,
     lipschitz,
     sequence_gain,
     stabilize,
@@ -258,3 +259,35 @@ def test_every_cell_compiles_exports_and_runs_in_half_precision(name: str) -> No
 def test_wrong_arguments_are_refused(run: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         run()  # type: ignore[operator]
+
+
+def test_a_learned_start_outside_of_the_states_of_a_gated_cell_has_no_bound() -> None:
+    """The constants of torch's gated cells hold where runs from zero stay."""
+    cell = contracting(nn.GRUCell(2, 4), 0.95, input_bound=1.0)
+    layer = Recurrence(cell, learn_initial=True)
+    assert lipschitz(layer, "linf").upper < math.inf
+    assert layer.initial is not None
+    for start in (20.0, math.nan):
+        nn.init.constant_(layer.initial, start)
+        with pytest.raises(UncertifiableError, match="learned initial state of a Recurrence has entries up to"):
+            lipschitz(layer, "linf")
+    plain = Recurrence(contracting(nn.RNNCell(2, 4), 0.9), learn_initial=True)
+    assert plain.initial is not None
+    nn.init.constant_(plain.initial, 20.0)
+    assert lipschitz(plain).upper < math.inf  # its constants hold everywhere
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_what_pads_a_sequence_may_be_anything(batch_first: bool) -> None:
+    layer = Recurrence(LeakyCell(2, 3), batch_first=batch_first)
+    lengths = torch.tensor([2, 4])
+    x = torch.randn(2, 4, 2)
+    bad = x.clone()
+    bad[0, 2:] = math.nan
+    outputs = []
+    for v in (x, bad):
+        layer.zero_grad()
+        out = layer(v if batch_first else v.transpose(0, 1), lengths=lengths)
+        out.sum().backward()
+        outputs.append((out.detach(), [p.grad.clone() for p in layer.parameters() if p.grad is not None]))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0, atol=0)

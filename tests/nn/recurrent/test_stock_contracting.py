@@ -382,3 +382,14 @@ def test_it_is_compiled_and_exported_with_its_limits() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.testing.assert_close(torch.export.export(gru, (x, h)).module()(x, h), gru(x, h))
+
+
+def test_nothing_is_promised_for_inputs_larger_than_the_weights_are_limited_for() -> None:
+    layer = contracting(nn.LSTM(2, 1, bias=False), 0.95, input_bound=1.0, gain=1.0)
+    assert uniform_bound(layer, "linf") is not None
+    clip_input(layer, 0.5)
+    assert uniform_bound(layer, "linf") is not None
+    clip_input(layer, 5000.0)
+    assert uniform_bound(layer, "linf") is None
+    layer._forward_pre_hooks.clear()
+    assert uniform_bound(layer, "linf") is None

@@ -352,3 +352,22 @@ def test_it_learns_an_average_within_its_gain() -> None:
         losses.append(float(loss.detach()))
         assert lipschitz(layer).upper <= 1.0
     assert losses[-1] < 0.1 < 0.5 < losses[0]
+
+
+def test_a_sequence_without_a_step_leaves_the_state_as_it_is() -> None:
+    layer = DiagonalStateSpace(2, 3)
+    state = torch.randn(2, 6)
+    _, last = layer.run(torch.randn(2, 4, 2), state, lengths=torch.tensor([0, 3]))
+    assert torch.equal(last[0], state[0])
+    assert not torch.equal(last[1], state[1])
+    _, last = layer.run(torch.randn(2, 4, 2), lengths=torch.tensor([0, 3]))
+    assert not last[0].any()
+
+
+def test_what_pads_a_sequence_may_be_anything() -> None:
+    layer = DiagonalStateSpace(2, 3)
+    x = torch.randn(1, 4, 2)
+    bad = x.clone()
+    bad[0, 2:] = math.nan
+    lengths = torch.tensor([2])
+    assert torch.equal(layer(x, lengths=lengths), layer(bad, lengths=lengths))
