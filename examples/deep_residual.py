@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import stableopt as so
+from stableopt.report.figures import line_chart
 
 WIDTH, DEPTH = 64, 64
 
 
-class Residual(nn.Module):
+class Residual(nn.Sequential):
     """The usual block h + f(h); its Lipschitz bound is 1 + ‖A‖‖B‖."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.branch = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
 
     def forward(self, h: Tensor) -> Tensor:
         """Add the branch."""
-        return h + self.branch(h)
+        return h + super().forward(h)
 
 
 @so.nn.lipschitz_rule.register(Residual)
 def _(module: Residual, norm: str) -> so.Bound:
-    return 1 + so.lipschitz(module.branch, norm)
+    return 1 + so.lipschitz(nn.Sequential(*module), norm)
 
 
 def train(model: nn.Module, lr: float, steps: int, x: Tensor, y: Tensor, loss_function: nn.Module) -> None:
@@ -41,27 +41,39 @@ def train(model: nn.Module, lr: float, steps: int, x: Tensor, y: Tensor, loss_fu
         schedule.step()
 
 
-def main(steps: int = 150, depth: int = DEPTH) -> dict[str, float]:
-    """Train both networks; print and return their test accuracy and their proved bound."""
+def growth(model: nn.Sequential, x: Tensor) -> list[tuple[float, float]]:
+    """By how much a perturbation of the first representation of an image can have grown at each depth: the norm of the Jacobian."""
+    h, J = model[0](x).detach(), torch.eye(WIDTH)
+    points = [(0, 1.0)]
+    for block in model[1:-1]:
+        J, h = torch.func.jacrev(block)(h).detach() @ J, block(h).detach()
+        points.append((len(points), float(torch.linalg.matrix_norm(J, 2))))
+    return points
+
+
+def main(steps: int = 150, depth: int = DEPTH, picture: str = "") -> dict[str, float]:
+    """Train both networks; print and return their test accuracy and their proved bound; draw their growth if a file is given."""
     digits, labels = load_digits(return_X_y=True)
     x, y = torch.tensor(digits / 16, dtype=torch.float32), torch.tensor(labels)
     test = torch.arange(len(x)) % 5 == 4
-    result: dict[str, float] = {}
+    result, lines = {}, {}
     for name in ("stable", "plain"):
         torch.manual_seed(0)
-        blocks = [so.nn.GradientBlock(WIDTH, depth=depth) if name == "stable" else Residual() for _ in range(depth)]
-        model: nn.Module = nn.Sequential(nn.Linear(64, WIDTH), *blocks, nn.Linear(WIDTH, 10))
-        loss: nn.Module = nn.CrossEntropyLoss()
+        plain = [Residual(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH)) for _ in range(depth)]
+        blocks = [so.nn.GradientBlock(WIDTH, depth=depth) for _ in range(depth)] if name == "stable" else plain
+        model, loss = nn.Sequential(nn.Linear(64, WIDTH), *blocks, nn.Linear(WIDTH, 10)), nn.CrossEntropyLoss()
         if name == "stable":
             model, loss = so.stabilize(model, lipschitz=1.0), so.nn.MarginCrossEntropy(temperature=16.0, offset=0.4)
         train(model, 1e-2 if name == "stable" else 1e-3, steps, x[~test], y[~test], loss)
         with torch.no_grad():
             result[f"{name} accuracy"] = float((model.eval()(x[test]).argmax(1) == y[test]).double().mean())
         bound = so.certify(model, (64,)).lipschitz if name == "stable" else so.lipschitz(model).upper
-        result[f"{name} bound"] = bound
+        result[f"{name} bound"], lines[name] = bound, growth(model, x[test][0])
         print(f"{name}: test accuracy {result[f'{name} accuracy']:.3f}, proved Lipschitz bound {bound:.4g}")
+    if picture:
+        Path(picture).write_text(line_chart("Growth of a perturbation", "depth", lines, scale="log"), encoding="utf-8")
     return result
 
 
 if __name__ == "__main__":
-    main()
+    main(picture=sys.argv[1] if len(sys.argv) > 1 else "")

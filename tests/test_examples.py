@@ -69,8 +69,9 @@ def test_a_deep_certified_network_learns() -> None:
     assert result["plain bound"] >= 1e20
 
 
-def test_a_shallow_version_of_the_deep_network_is_certified() -> None:
-    result = load("deep_residual").main(steps=10, depth=4)
+def test_a_shallow_version_of_the_deep_network_is_certified(tmp_path: Path) -> None:
+    result = load("deep_residual").main(steps=10, depth=4, picture=str(tmp_path / "growth.svg"))
+    assert (tmp_path / "growth.svg").read_text().startswith("<svg")
     assert result["stable bound"] <= 1.0 < result["plain bound"]
 
 

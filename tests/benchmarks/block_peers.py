@@ -1,6 +1,7 @@
 """Blocks of ours and of the peers side by side: does the claimed condition hold while training, and what does it cost?
 
-Run ``python -m tests.benchmarks.block_peers residual|sequences [epochs] [seeds]`` with ``OMP_NUM_THREADS=1``. Peers (deel-torchlip,
+Run ``python -m tests.benchmarks.block_peers residual|sequences [epochs] [seeds] [part of a name]`` with
+``OMP_NUM_THREADS=1``. Peers (deel-torchlip,
 orthogonium, neural-ssm, torchrecurrent, s5-pytorch) are taken where they are installed. All contenders of a table get the same
 data, epochs and batch size, and the better of two learning rates on a part of the training set; tests are scored once. *Violations*
 counts the layers, over the steps that are read, whose constant in the weights of the next training step exceeds what the block
@@ -408,25 +409,35 @@ def compare(
         )
 
 
-def main(table: str = "residual", epochs: int = 10, seeds: int = 2) -> None:
-    """Print one table."""
+def main(table: str = "residual", epochs: int = 10, seeds: int = 2, part: str = "") -> None:
+    """Print one table, or the rows whose names contain a text."""
     warnings.filterwarnings("ignore")
     print(f"{device_name()}, {epochs} epochs")
     torch.set_default_dtype(torch.float32)
     if table == "residual":
         print(f"digits, {DEPTH} blocks of width {WIDTH}")
         loss = stable.MarginCrossEntropy(16.0, 0.4)
-        compare(residual_contenders(), digits(), epochs, seeds, loss, (1e-3, 1e-2), watch=4)
+        compare(
+            [c for c in residual_contenders() if part in c.name], digits(), epochs, seeds, loss, (1e-3, 1e-2), watch=4
+        )
         return
     if table == "sequences":
         print(f"digits, {STEPS} single pixels, models of {MODEL} with {STATE} states")
         x, y, x_test, y_test = digits()
         data = (x[..., None], y, x_test[..., None], y_test)
-        compare(sequence_contenders(), data, epochs, seeds, nn.CrossEntropyLoss(), (3e-3, 1e-2), watch=4)
+        compare(
+            [c for c in sequence_contenders() if part in c.name],
+            data,
+            epochs,
+            seeds,
+            nn.CrossEntropyLoss(),
+            (3e-3, 1e-2),
+            watch=4,
+        )
         return
     raise SystemExit(f"there is no table {table!r}; the tables are residual and sequences.")
 
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    main(arguments[0] if arguments else "residual", *[int(a) for a in arguments[1:]])
+    main(arguments[0] if arguments else "residual", *map(int, arguments[1:3]), *arguments[3:4])
