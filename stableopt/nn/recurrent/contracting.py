@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stableopt.nn.infinity_parametrization import log_norm_bounded
+from stableopt.nn.positive import bounded_exp
 from stableopt.nn.precision import full_precision, wide
 from stableopt.nn.recurrent.bounds import CellBound, cell_rule
 from stableopt.nn.recurrent.cell import RecurrentCell, capped, check_memory, cyclic, initial_steps, logit, proof_slack
 from stableopt.nn.recurrent.constants import check_finite, from_state, row_constants
-from stableopt.nn.residual.sll import bounded_exp
 
 __all__ = ["ContractingCell"]
 

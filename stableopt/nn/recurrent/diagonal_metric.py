@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stableopt.linalg import Bound, gram_norm
+from stableopt.nn.positive import bounded_exp
 from stableopt.nn.precision import full_precision, wide
 from stableopt.nn.recurrent.bounds import CellBound, cell_rule
 from stableopt.nn.recurrent.cell import RecurrentCell, capped, check_memory, proof_slack
 from stableopt.nn.recurrent.constants import check_finite, from_state, into_state, weighted_norm
-from stableopt.nn.residual.sll import bounded_exp
 
 __all__ = ["DiagonalMetricCell"]
 

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from stableopt.linalg import Bound, spectral_norm
 from stableopt.nn.arguments import check_sizes
 from stableopt.nn.dispatch import lipschitz_rule
-from stableopt.nn.positive import bounded_exp  # noqa: F401 for the modules that find it here
 from stableopt.nn.residual.per_unit import damped_factor, rounding_of_rows, row_factor, scaled_rows, unit_steps
 from stableopt.nn.unit_slopes import UNIT_SLOPES, check_unit_slopes
 

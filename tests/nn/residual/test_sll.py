@@ -15,7 +15,8 @@ from torch import Tensor, nn
 import stableopt.nn.residual.sll as slope
 from stableopt.errors import UncertifiableError
 from stableopt.nn import lipschitz
-from stableopt.nn.residual.sll import SLL, FoldedSLL, bounded_exp
+from stableopt.nn.positive import bounded_exp
+from stableopt.nn.residual.sll import SLL, FoldedSLL
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ACTIVATIONS = ("relu", "leaky_relu", "tanh", "softplus", "hardtanh")
