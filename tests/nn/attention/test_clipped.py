@@ -430,6 +430,7 @@ def test_gradients_are_right_and_reach_every_parameter() -> None:
     assert float(torch.as_tensor(layer.output_factor()).detach()) < 1.0
 
 
+@pytest.mark.slow
 def test_copies_graphs_and_state_round_trips_keep_the_map() -> None:
     layer = scrambled(ClippedAttention(4, 2, causal=True))
     x = torch.randn(2, 5, 4)
