@@ -23,6 +23,7 @@ class ClippedInput:
         bound: :math:`u > 0`.
 
     Examples:
+        >>> import torch
         >>> ClippedInput(1.0)(nn.Identity(), (torch.tensor([3.0, 0.5]),), {})
         ((tensor([1.0000, 0.5000]),), {})
     """
@@ -65,6 +66,7 @@ def clip_input(module: _Module, bound: float) -> _Module:
         It is a forward pre-hook, which ``deepcopy`` and ``pickle`` of the module keep and a state dict does not hold.
 
     Examples:
+        >>> import torch
         >>> gru = clip_input(nn.GRU(2, 3), 1.0)
         >>> x = torch.randn(5, 2)
         >>> torch.equal(gru(10 * x)[0], gru((10 * x).clamp(-1, 1))[0])
