@@ -236,6 +236,9 @@ CORE = ("SGD", "AdamW", "RMSprop")
 WIDE = ("Muon",)
 """In float64, and few steps: each raises small singular values of its momentum a thousandfold, and their rounding with them."""
 
+QUOTIENTS = ("AdamW", "RMSprop", "Adagrad")
+"""In float64: where the two halves of a gradient nearly cancel, a division by its size multiplies their rounding."""
+
 MODES: dict[str, dict[str, Any]] = {
     "backtrack": {"guard": "backtrack"},
     "strict": {"guard": "strict"},
