@@ -435,8 +435,8 @@ def main(table: str = "residual", epochs: int = 10, seeds: int = 2, part: str = 
             epochs,
             seeds,
             nn.CrossEntropyLoss(),
-            (3e-3, 1e-2),
-            watch=4,
+            (5e-3,),
+            watch=20,
         )
         return
     raise SystemExit(f"there is no table {table!r}; the tables are residual and sequences.")
