@@ -125,29 +125,27 @@ class Recurrence(nn.Module):
         return (outputs, last) if self.return_state else outputs
 
     def _run(self, input: Tensor, state: Tensor | None, lengths: Tensor | None, time: int) -> tuple[Tensor, Tensor]:  # noqa: A002
-        if (
-            lengths is not None and input.ndim == 3 and lengths.ndim == 1
-        ):  # what pads may be NaN, which 0 times NaN would keep
-            steps = torch.arange(input.shape[time], device=input.device)
-            real = lengths.to(input.device)[:, None] > steps if time else lengths.to(input.device) > steps[:, None]
-            if real.shape == input.shape[:2]:
-                input = input.masked_fill(~real[..., None], 0.0)  # noqa: A001
+        batch, real = input.shape[:time] + input.shape[time + 1 : -1], None
+        if lengths is not None:
+            if input.ndim != 3 or lengths.shape != batch:
+                raise ValueError(
+                    f"lengths must have the shape of the batch, {tuple(batch)}, got {tuple(lengths.shape)}."
+                )
+            steps = torch.arange(input.shape[time], device=input.device).unsqueeze(1 - time)
+            real = lengths.to(input.device).unsqueeze(time) > steps
+            input = input.masked_fill(~real[..., None], 0.0)  # noqa: A001 what pads may be NaN, which 0 times NaN would keep
         prepared, drive = self._driven(input)
-        start = self._start(state, drive, input.shape[:time] + input.shape[time + 1 : -1])
-        h, outputs, steps = start, [], list(enumerate(drive.unbind(time)))
-        if lengths is not None and (input.ndim != 3 or lengths.shape != start.shape[:1]):
-            raise ValueError(
-                f"lengths must have the shape of the batch, {tuple(start.shape[:1])}, got {tuple(lengths.shape)}."
-            )
-        for t, piece in reversed(steps) if self.reverse else steps:
+        start = self._start(state, drive, batch)
+        h, outputs, pieces = start, [], list(enumerate(drive.unbind(time)))
+        for t, piece in reversed(pieces) if self.reverse else pieces:
             following = self._step(h, piece, prepared)
-            if lengths is None:
+            if real is None:
                 h = following
                 outputs.append(h)
             else:
-                real = (lengths > t).to(h.device)[:, None]
-                h = torch.where(real, following, h)
-                outputs.append(torch.where(real, following, torch.zeros_like(following)))
+                now = real.select(time, t)[:, None]
+                h = torch.where(now, following, h)
+                outputs.append(torch.where(now, following, torch.zeros_like(following)))
         if not outputs:
             return start.new_zeros((*start.shape[:time], 0, *start.shape[time:])), start
         return torch.stack(outputs[::-1] if self.reverse else outputs, time), h
