@@ -66,7 +66,7 @@ ACTIVATIONS: dict[str, Function] = {
     "leaky_relu": lambda x, n, _t: torch.where(x > 0, x, x * n["slope"]),
     "prelu": _prelu,
     "softshrink": lambda x, n, _t: x - x.clamp(-n["lambd"], n["lambd"]),
-    "n_activation": _zigzag,
+    "zigzag": _zigzag,
     "spline": _spline,
     "hardsigmoid": lambda x, _n, _t: (x / 6 + 0.5).clamp(0.0, 1.0),
     "hardswish": lambda x, _n, _t: x * ((x + 3).clamp(0.0, 6.0) / 6),

@@ -1,7 +1,11 @@
-r"""The operations that move, select and add entries."""
+r"""The operations that move, select and add entries.
+
+Half precision is computed in float32 and rounded once at the end.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stableopt.certify.operations import operation
+from stableopt.nn.activations import at_least_float32
 
 __all__ = ["batched"]
 
@@ -28,16 +33,20 @@ def batched(axis: int) -> int:
 
 @operation("scale")
 def _scale(node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
-    return inputs[0] * node["factor"]
+    return (at_least_float32(inputs[0]) * node["factor"]).to(inputs[0].dtype)
 
 
 @operation("sum")
 def _sum(node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
-    terms = zip(inputs, node["factors"], strict=True)
+    terms = zip(map(at_least_float32, inputs), node["factors"], strict=True)
     first, *others = (value if factor == 1.0 else value * factor for value, factor in terms)
     for value in others:
         first = first + value
-    return first
+    return first.to(_common_dtype(inputs))
+
+
+def _common_dtype(inputs: list[Tensor]) -> torch.dtype:
+    return functools.reduce(torch.promote_types, (value.dtype for value in inputs))
 
 
 @operation("reshape")
@@ -68,7 +77,7 @@ def _slice(node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> 
 
 @operation("mean")
 def _mean(node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
-    return inputs[0].mean(batched(node["axis"]))
+    return at_least_float32(inputs[0]).mean(batched(node["axis"])).to(inputs[0].dtype)
 
 
 @operation("concat")
@@ -79,4 +88,5 @@ def _concat(node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tensor]) ->
 @operation("center")
 def _center(_node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
     """Subtract the mean along the last axis."""
-    return inputs[0] - inputs[0].mean(-1, keepdim=True)
+    x = at_least_float32(inputs[0])
+    return (x - x.mean(-1, keepdim=True)).to(inputs[0].dtype)

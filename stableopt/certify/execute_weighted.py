@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stableopt.certify.operations import operation
+from stableopt.nn.activations import at_least_float32
 
 __all__ = ["along", "convolve", "linear", "plain_convolve"]
 
@@ -19,8 +20,10 @@ _CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
 _TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
-def along(values: Tensor, axis: int, x: Tensor) -> Tensor:
+def along(values: Tensor, axis: int | None, x: Tensor) -> Tensor:
     """Return one value per entry of an axis in a shape that broadcasts against a batch; axis 0 is the first after the batch.
+
+    Without an axis there is one value per entry of a sample.
 
     Examples:
         >>> along(torch.ones(3), 0, torch.zeros(2, 3, 4)).shape, along(torch.ones(4), -1, torch.zeros(2, 3, 4)).shape
@@ -78,16 +81,16 @@ def plain_convolve(node: Node, weight: Tensor, bias: Tensor | None, x: Tensor) -
         x = _spread(x, stride)
         x = F.pad(x, [n for s, e in zip(reversed(sides), reversed(extra), strict=True) for n in (s, s + e)])
         parts = weight.flip(*range(2, weight.ndim)).unflatten(0, (groups, -1)).transpose(1, 2)
-        y = _correlate(x, parts, [1] * node["dims"], dilation)
-        y = _unwrap(y, padding) if wrapped else y
-    else:
-        x = _wrap(x, padding) if node["padding_mode"] == "circular" else F.pad(x, _sides(padding))
-        y = _correlate(x, weight.unflatten(0, (groups, -1)), stride, dilation)
-    return y if bias is None else y + along(bias, 0, y)
+        if not wrapped:
+            return _correlate(x, parts, bias, [1] * node["dims"], dilation)
+        y = _unwrap(_correlate(x, parts, None, [1] * node["dims"], dilation), padding)
+        return y if bias is None else y + along(bias, 0, y)
+    x = _wrap(x, padding) if node["padding_mode"] == "circular" else F.pad(x, _sides(padding))
+    return _correlate(x, weight.unflatten(0, (groups, -1)), bias, stride, dilation)
 
 
-def _correlate(x: Tensor, parts: Tensor, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
-    """Sum products of the entries of a kernel (groups, out, in, *kernel) and of each window."""
+def _correlate(x: Tensor, parts: Tensor, bias: Tensor | None, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:
+    """Sum products of the entries of a kernel (groups, out, in, *kernel) and of each window; the bias is one product more."""
     dims, kernel = len(stride), parts.shape[3:]
     for axis in range(dims):
         span = dilation[axis] * (kernel[axis] - 1) + 1
@@ -95,7 +98,11 @@ def _correlate(x: Tensor, parts: Tensor, stride: Sequence[int], dilation: Sequen
     image = x.shape[2 : 2 + dims]
     columns = x.unflatten(1, (parts.shape[0], -1)).movedim(list(range(3, 3 + dims)), list(range(-dims, 0)))
     columns = columns.flatten(-dims).flatten(2, -2)  # (batch, groups, in * taps, pixels)
-    return (parts.flatten(2) @ columns).flatten(1, 2).unflatten(2, image)
+    rows = parts.flatten(2)
+    if bias is not None:
+        rows = torch.cat([rows, bias.reshape(*rows.shape[:2], 1)], 2)
+        columns = torch.cat([columns, torch.ones_like(columns[:, :, :1])], 2)
+    return (rows @ columns).flatten(1, 2).unflatten(2, image)
 
 
 def _spread(x: Tensor, stride: Sequence[int]) -> Tensor:
@@ -144,20 +151,24 @@ def _conv(node: Node, tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Te
 
 @operation("affine")
 def _affine(node: Node, tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
-    x = inputs[0]
+    x = at_least_float32(inputs[0])
     if node["scale"] is not None:
         x = x * along(tensors[node["scale"]], node["axis"], x)
-    return x if node["bias"] is None else x + along(tensors[node["bias"]], node["axis"], x)
+    if node["bias"] is not None:
+        x = x + along(tensors[node["bias"]], node["axis"], x)
+    return x.to(inputs[0].dtype)
 
 
 @operation("householder")
 def _householder(node: Node, tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
     """Reflect the groups with v . z < 0 at the hyperplane of v, of any length; a zero vector leaves its group as it is."""
-    x, v = inputs[0], tensors[node["vectors"]]
+    x, v = at_least_float32(inputs[0]), tensors[node["vectors"]]
     dim = 1 if node["axis"] == 0 else x.ndim - 1
     z = x.unflatten(dim, tuple(v.shape))
-    v = v.reshape(*v.shape, *[1] * (z.ndim - dim - 2))
-    square = (v * v).sum(dim=1 if v.ndim > 2 else -1, keepdim=True)
+    v = v / v.abs().amax(1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)  # so that no square over- or underflows
+    square = v.square().sum(1, keepdim=True)
     square = torch.where(square == 0, torch.ones_like(square), square)
+    shape = [1] * (z.ndim - dim - 2)
+    v, square = v.reshape(*v.shape, *shape), square.reshape(*square.shape, *shape)
     side = (v * z).sum(dim + 1, keepdim=True).clamp_max(0)
-    return (z - 2 * side / square * v).flatten(dim, dim + 1)
+    return (z - 2 * side / square * v).flatten(dim, dim + 1).to(inputs[0].dtype)

@@ -1,4 +1,7 @@
-r"""The operations on windows and on groups of entries: pools, sorting, projections and normalizations."""
+r"""The operations on windows and on groups of entries: pools, sorting, projections and normalizations.
+
+Half precision is computed in float32 and rounded once at the end.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,9 @@ from torch import Tensor
 
 from stableopt.certify.execute_layout import batched
 from stableopt.certify.operations import operation
+from stableopt.nn.activations import at_least_float32
 
-__all__ = ["plain_average"]
+__all__: list[str] = []
 
 Node = dict[str, Any]
 
@@ -24,7 +28,8 @@ _MAXIMA = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 def _pool(node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
     kernel, stride, padding = (tuple(node[key]) for key in ("kernel", "stride", "padding"))
     if node["name"] == "avg":
-        return _AVERAGES[node["dims"] - 1](inputs[0], kernel, stride, padding)
+        x = at_least_float32(inputs[0])
+        return _AVERAGES[node["dims"] - 1](x, kernel, stride, padding).to(inputs[0].dtype)
     if node["name"] == "max":
         return _MAXIMA[node["dims"] - 1](inputs[0], kernel, stride, padding)
     raise ValueError(f"the pool {node['name']!r} is unknown.")
@@ -33,27 +38,16 @@ def _pool(node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> T
 @operation("l2pool")
 def _l2pool(node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
     """Return the 2-norm of each window; each is first divided by its largest entry, so that no square over- or underflows."""
-    x = _windows(node, inputs[0]).flatten(-node["dims"])
+    x = _windows(node, at_least_float32(inputs[0])).flatten(-node["dims"])
     size = x.abs().amax(-1, keepdim=True)
     size = torch.where(size == 0, torch.ones_like(size), size)
-    return (x / size).square().sum(-1).sqrt() * size.squeeze(-1)
+    return ((x / size).square().sum(-1).sqrt() * size.squeeze(-1)).to(inputs[0].dtype)
 
 
 def _windows(node: Node, x: Tensor) -> Tensor:
     for k, s in zip(node["kernel"], node["stride"], strict=True):
         x = x.unfold(-node["dims"], k, s)  # each adds a dimension at the end, so the next axis has the same number
     return x
-
-
-def plain_average(node: Node, x: Tensor) -> Tensor:
-    """Average each window; the entries around the image count as zeros.
-
-    Examples:
-        >>> node = {"op": "pool", "name": "avg", "dims": 1, "kernel": [2], "stride": [2], "padding": [0]}
-        >>> plain_average(node, torch.tensor([[[1.0, 3.0]]]))
-        tensor([[[2.]]])
-    """
-    return _pool(node | {"name": "avg"}, {}, [x])
 
 
 @operation("groupsort")
@@ -69,29 +63,22 @@ def _groupsort(node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tensor])
 
 @operation("softmax")
 def _softmax(node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
-    return inputs[0].softmax(batched(node["axis"]))
+    return at_least_float32(inputs[0]).softmax(batched(node["axis"])).to(inputs[0].dtype)
 
 
 @operation("ball")
 def _ball(node: Node, tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
-    """Project each sample onto a Euclidean ball; the largest entry is taken out, so that no square over- or underflows."""
-    x = inputs[0]
+    """Project each sample, or each vector along the last axis, onto a Euclidean ball.
+
+    The largest entry is taken out, so that no square over- or underflows.
+    """
+    x = at_least_float32(inputs[0])
     middle = None if node["center"] is None else tensors[node["center"]]
     away = x if middle is None else x - middle
-    dims = tuple(range(1, x.ndim))
+    dims = (-1,) if node.get("axis") == -1 else tuple(range(1, x.ndim))
     size = away.abs().amax(dims, keepdim=True)
     size = torch.where(size == 0, torch.ones_like(size), size)
     norm = (away / size).square().sum(dims, keepdim=True).sqrt()  # at least 1, or 0
     near = away / size * (node["radius"] / norm.clamp_min(1.0))
     inside = size * norm <= node["radius"]
-    return torch.where(inside, x, near if middle is None else near + middle)
-
-
-@operation("bounded_norm")
-def _bounded_norm(node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
-    r"""Return :math:`x/\sqrt{1 + \|x\|^2/(d r^2)}` along the last axis of size d."""
-    x = inputs[0]
-    size = x.abs().amax(-1, keepdim=True).clamp_min(1.0)
-    unit = x / size
-    spread = unit.square().sum(-1, keepdim=True) / (node["radius"] ** 2 * x.shape[-1])
-    return unit / (size.reciprocal().square() + spread).sqrt()
+    return torch.where(inside, x, near if middle is None else near + middle).to(inputs[0].dtype)
