@@ -28,7 +28,15 @@ from stableopt.nn.implicit import (
 from stableopt.nn.input_clip import clip_input
 from stableopt.nn.isometric import HamiltonianBlock, SkewBlock, SkewEulerBlock
 from stableopt.nn.layers import layers
-from stableopt.nn.losses import MarginCrossEntropy
+from stableopt.nn.losses import (
+    CertificateRegularizer,
+    CertifiedMarginLoss,
+    GloRoLoss,
+    HKRLoss,
+    KRLoss,
+    MarginBounds,
+    MarginCrossEntropy,
+)
 from stableopt.nn.pooling import InvertibleDownsampling, L2NormPool, ScaledAvgPool
 from stableopt.nn.recurrent import (
     AntisymmetricCell,
@@ -100,6 +108,8 @@ __all__ = [
     "CFLBlock",
     "CappedLinear",
     "CellBound",
+    "CertificateRegularizer",
+    "CertifiedMarginLoss",
     "ClippedAttention",
     "CompensatedPair",
     "Concat",
@@ -119,7 +129,9 @@ __all__ = [
     "Geometry",
     "GradientBlock",
     "GradientField",
+    "GloRoLoss",
     "GroupSort",
+    "HKRLoss",
     "HamiltonianBlock",
     "Householder",
     "InfNormBlock",
@@ -129,12 +141,14 @@ __all__ = [
     "L2NormPool",
     "LastStep",
     "JoinTokens",
+    "KRLoss",
     "LayerCentering",
     "LeakyCell",
     "LearnedBudget",
     "LinearSpline",
     "LinearSystem",
     "METHODS",
+    "MarginBounds",
     "MarginCrossEntropy",
     "MaxMin",
     "MeanOverTime",
