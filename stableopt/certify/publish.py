@@ -16,17 +16,20 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from stableopt.certify import verify
-from stableopt.certify.conv_bounds import conv_inf_upper, conv_sides, conv_upper, grids
+from stableopt.certify.conv_bounds import conv_inf_upper, conv_sides, conv_upper
 from stableopt.certify.execute import apply
 from stableopt.certify.program import Node, Program, nested_tensors
 from stableopt.certify.publish_constants import CONSTANTS, constant_bound
+from stableopt.certify.verifier.activations import slopes as verified_slopes
+from stableopt.certify.verifier.numbers import RejectedError
+from stableopt.certify.verifier.operations import Graph
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import inf_norm, round_up, spectral_norm
+from stableopt.linalg.proved import gamma
 
 __all__ = [
     "COMPOSITES", "WEIGHTED", "composite", "from_file", "layer_limits", "matrix_bound", "publish", "published", "shapes", "shrink",
-    "to_file", "weight_bound", "within",
+    "slopes", "to_file", "weight_bound", "within",
 ]  # fmt: skip
 
 Shape: TypeAlias = tuple[int, ...]
@@ -91,7 +94,7 @@ def publish(program: Program) -> Program:
 
 
 def published(node: Node, tensors: Mapping[str, Tensor], sizes: list[Shape], norm: str) -> Node:
-    """Return one operation, or one that is nested in another, with its bound (a convolution with its grid of frequencies, too).
+    """Return one operation, or one that is nested in another, with its bound.
 
     Args:
         node: the operation without bound.
@@ -110,15 +113,11 @@ def published(node: Node, tensors: Mapping[str, Tensor], sizes: list[Shape], nor
     if op in COMPOSITES:
         return COMPOSITES[op](node, tensors, sizes, norm)
     if op == "activation":
-        return node | {"bound": _activation(node, tensors)}
+        return node | {"bound": round_up(max(map(abs, slopes(node, tensors, sizes[0]))))}
     if op in CONSTANTS:
         return node | {"bound": constant_bound(node, tensors, sizes[0], norm)}
     if op not in WEIGHTED:
         raise UncertifiableError(f"the operation '{op}' has no proved bound.")
-    if op == "conv":
-        kernel = tensors[node["weight"]].shape[2:]
-        axes = grids(node, kernel, sizes[0][1:])
-        node = node | {"grid": [1] * len(axes) if norm == "linf" else [axis.points for axis in axes]}
     return node | {"bound": weight_bound(node, tensors[node["weight"]], sizes[0], norm)}
 
 
@@ -143,7 +142,7 @@ def weight_bound(node: Node, weight: Tensor, shape: Sequence[int] | None = None,
     if norm == "token_max":
         raise UncertifiableError("a convolution has no bound in the norm token_max.")
     if norm == "linf":
-        return _float(conv_inf_upper(node, weight))
+        return _above_sum(conv_inf_upper(node, weight), weight.numel())
     proved = conv_upper(node, weight, None if shape is None else shape[1:])
     return _with_slack(proved, *(2 * side for side in conv_sides(node, weight.shape)))
 
@@ -163,7 +162,7 @@ def matrix_bound(matrix: Tensor, norm: str = "l2") -> float:
         True
     """
     if norm == "linf":
-        return _float(Fraction(inf_norm(matrix).upper))
+        return _above_sum(Fraction(inf_norm(matrix).upper), matrix.shape[1])
     return _with_slack(spectral_norm(matrix).upper, *matrix.shape)
 
 
@@ -176,6 +175,11 @@ def _with_slack(proved: float, rows: int, columns: int) -> float:
     return _float(Fraction(proved) * (1 + slack))
 
 
+def _above_sum(value: Fraction, terms: int) -> float:
+    """Round a sum of moduli up so far that it is not below the same sum in another order, and its rounding."""
+    return _float(value * (1 + Fraction(gamma(8 * terms))) + (Fraction(1, 2**899) if value else 0))
+
+
 def _float(value: Fraction | None) -> float:
     bound = math.inf if value is None else round_up(value)
     if not math.isfinite(bound):
@@ -183,18 +187,26 @@ def _float(value: Fraction | None) -> float:
     return bound
 
 
-def _activation(node: Node, tensors: Mapping[str, Tensor]) -> float:
-    """Return the largest modulus of a slope; those of learned activations are among their tensors."""
-    if node["name"] == "zigzag":
-        return 1.0
-    learned = {"prelu": "weight", "spline": "slopes"}.get(node["name"])
-    if learned is not None:
-        moduli = float(tensors[node[learned]].double().abs().max())
-        return max(moduli, 1.0) if node["name"] == "prelu" else moduli
+def slopes(node: Node, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> tuple[Fraction, Fraction]:
+    """Return the ends of an interval that holds all slopes of an activation, as the verifier knows them.
+
+    Args:
+        node: the operation ``activation``, real settings as floats.
+        tensors: the tensors that it names.
+        shape: the shape of its input, without the batch.
+
+    Raises:
+        UncertifiableError: if the activation has no rule.
+
+    Examples:
+        >>> slopes({"op": "activation", "name": "leaky_relu", "slope": 0.25}, {}, (2,))
+        (Fraction(1, 4), Fraction(1, 1))
+    """
+    arrays = {name: tensors[name].double().numpy() for name in nested_tensors(node) if name in tensors}
     try:
-        return round_up(max(map(abs, verify.slopes(to_file(node)))))
-    except (verify.RejectedError, KeyError) as error:
-        raise UncertifiableError(f"the activation '{node['name']}' has no proved bound: {error}.") from None
+        return verified_slopes(Graph(arrays, "l2", exact=False), to_file(node), tuple(shape))
+    except (RejectedError, KeyError) as error:
+        raise UncertifiableError(f"the activation '{node.get('name')}' has no proved bound: {error}.") from None
 
 
 def shapes(program: Program) -> list[Shape]:

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from stableopt.certify.verifier.numbers import root_up as fraction_root_up
 from stableopt.errors import UncertifiableError
 
 __all__ = ["CONSTANTS", "constant_bound", "root_up"]
@@ -156,7 +157,7 @@ def _standardize(node: Node, _tensors: Mapping[str, Tensor], shape: Sequence[int
         return square
     n = shape[-1]
     centre = Fraction(2 * (n - 1), n) if node["centered"] else Fraction(1)
-    return square * (centre + Fraction(root_up(Fraction(n - 1, 27)))) ** 2
+    return square * (centre + fraction_root_up(Fraction(n - 1, 27))) ** 2
 
 
 def _within_tokens(axis: int, shape: Sequence[int]) -> bool:
