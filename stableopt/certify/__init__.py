@@ -3,7 +3,8 @@
 :func:`certify` makes a certificate, :meth:`Certificate.save` writes it, ``verify.py`` (one file, numpy only) checks it.
 """
 
-from stableopt.certify.certificate import Certificate, certify, load
-from stableopt.certify.graph import fold
+from stableopt.certify.certificate import Certificate, load
+from stableopt.certify.fold import fold
+from stableopt.certify.produce import certify
 
 __all__ = ["Certificate", "certify", "fold", "load"]

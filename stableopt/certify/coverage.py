@@ -48,7 +48,7 @@ from stableopt.nn.parametrized import plain_class
 from stableopt.nn.residual.sll import FoldedSLL
 from stableopt.nn.sandwich import FoldedSandwich
 
-__all__ = ["KNOWN", "uncovered"]
+__all__ = ["KNOWN", "is_foreign", "uncovered"]
 
 KNOWN = (
     "Linear, Conv1d, Conv2d, UnitRowLinear, GradientBlock, BatchNorm, BatchCentering, InputNormalization, average and max pooling, "
@@ -125,3 +125,20 @@ def uncovered(module: nn.Module, path: str) -> str:
         " Its bound without a file is stableopt.nn.lipschitz(module)." if registered_class(module) is not None else ""
     )
     return f"{named(module, path)} cannot be certified: {reason}.{bound}"
+
+
+def is_foreign(module: nn.Module) -> bool:
+    """Return whether a module is of somebody else's class, or a list of modules: its forward may be recorded.
+
+    Args:
+        module: the module.
+
+    Examples:
+        >>> class Mine(nn.Module):
+        ...     pass
+        >>> is_foreign(Mine()), is_foreign(nn.ModuleList()), is_foreign(nn.GLU())
+        (True, True, False)
+    """
+    kind = plain_class(module)
+    lists = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+    return kind in lists or kind.__module__.split(".")[0] not in {"torch", "stableopt"}

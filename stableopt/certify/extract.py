@@ -1,18 +1,23 @@
 r"""From a torch model to the program that a certificate speaks about.
 
 Each layer is *folded*: read as the operations that it computes in evaluation mode, with the numbers that its parametrizations
-produce now. A module without a rule is refused.
+produce now. A module with a forward of its own is read through ``torch.export``. That the program computes what the model computes
+is checked on random inputs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from stableopt.certify.fold.registry import checked_fold
-from stableopt.certify.program import Builder, Node, Program, nested_tensors
+from stableopt.certify.coverage import is_foreign
+from stableopt.certify.crosscheck import check_same_function
+from stableopt.certify.fold.registry import checked_fold, has_rule
+from stableopt.certify.folding import fold_affine, with_nodes
+from stableopt.certify.program import Builder, Node, Program, Value, nested_tensors
 from stableopt.errors import UncertifiableError
 from stableopt.lyapunov.undisturbed import undisturbed
 from stableopt.nn.sharded import refuse_spread
@@ -20,16 +25,19 @@ from stableopt.nn.sharded import refuse_spread
 __all__ = ["extract", "live"]
 
 
-def extract(model: nn.Module, shape: tuple[int, ...], norm: str = "l2") -> Program:
+def extract(model: nn.Module, shape: tuple[int, ...], norm: str = "l2", *, join: bool = True) -> Program:
     """Fold a model into a program with detached CPU copies of its tensors.
 
     Args:
-        model: nested ``nn.Sequential`` of layers with a rule; it is not changed and need not be in evaluation mode.
+        model: layers with a rule, in nested ``nn.Sequential`` or called by modules with a forward of their own; it is not changed
+            and need not be in evaluation mode.
         shape: shape of one input, without the batch dimension.
         norm: the norm in which bounds will be proved, ``"l2"``, ``"linf"`` or ``"token_max"``.
+        join: whether a normalization is joined with the weight before it, which gives smaller bounds.
 
     Raises:
-        UncertifiableError: for a layer without a rule; the message names its class, its path and how to register one.
+        UncertifiableError: for a layer or operation without a rule; the message names it, its path and how to register one. If the
+            program computes something else than the model.
         ValueError: if a layer does not fit the shape before it, or a weight is not finite.
 
     Examples:
@@ -40,11 +48,32 @@ def extract(model: nn.Module, shape: tuple[int, ...], norm: str = "l2") -> Progr
     refuse_spread(model, UncertifiableError)
     with undisturbed(model), torch.no_grad():
         model.eval()  # where the weights are those of a method that trains with an estimate, too
-        graph = Builder(tuple(shape), norm, rule=checked_fold)
-        output = checked_fold(model, graph, graph.input)
-    if not output.number:
-        raise UncertifiableError("the model has no layer, so there is nothing to certify.")
-    return live(graph.program(), output.number)
+        graph = Builder(tuple(shape), norm, rule=_fold)
+        output = _fold(model, graph, graph.input)
+        if not output.number:
+            raise UncertifiableError("the model has no layer, so there is nothing to certify.")
+        program = live(_rounded(graph.program(), model), output.number)
+        program = fold_affine(program) if join else program
+        check_same_function(model, program)
+    return program
+
+
+def _fold(module: nn.Module, graph: Builder, value: Value) -> Value:
+    """Fold by the rule of the class, or through ``torch.export`` if it has a forward of its own."""
+    if has_rule(module) or not is_foreign(module):
+        return checked_fold(module, graph, value)
+    from stableopt.certify.exported import fold_exported  # here, because torch.export takes seconds to import
+
+    return fold_exported(module, graph, value)
+
+
+def _rounded(program: Program, model: nn.Module) -> Program:
+    """Round the numbers that rules computed in a wider dtype than any of the model to the widest of the model."""
+    widths = [p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()]
+    widest = max(widths, key=lambda dtype: torch.finfo(dtype).bits, default=torch.get_default_dtype())
+    bits = torch.finfo(widest).bits
+    tensors = {k: v.to(widest) if torch.finfo(v.dtype).bits > bits else v for k, v in program.tensors.items()}
+    return replace(program, tensors=tensors)
 
 
 def live(program: Program, output: int) -> Program:
@@ -69,7 +98,7 @@ def live(program: Program, output: int) -> Program:
     place = {0: 0} | {number: index + 1 for index, number in enumerate(kept)}
     nodes = tuple(program.nodes[number - 1] | {"in": _renumbered(program.nodes[number - 1], place)} for number in kept)
     names = {name for node in nodes for name in nested_tensors(node)}
-    return Program(nodes, {k: v for k, v in program.tensors.items() if k in names}, program.shape, program.norm)
+    return with_nodes(program, nodes, {k: v for k, v in program.tensors.items() if k in names}, place)
 
 
 def _renumbered(node: Node, place: dict[int, int]) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from stableopt.certify.fold.registry import fold
 from stableopt.certify.fold.structure import batched_axis
 from stableopt.certify.program import Builder, Value
 from stableopt.errors import UncertifiableError
-from stableopt.nn.dispatch import lipschitz_rule
 from stableopt.nn.rules.spatial import per_axis
 
 __all__ = ["add_affine", "add_permute", "add_reshape", "need_image"]
@@ -81,7 +81,28 @@ def add_affine(graph: Builder, value: Value, scale: Tensor | None, bias: Tensor 
                 f"channels, got {shape[0]} in dimension {axis}" if axis is not None else f"the shape {shape}, got that"
             )
             raise ValueError(f"it was built for {len(part)} {where} of the shape {value.shape}.")
-    return graph.add("affine", value, scale=scale, bias=bias, axis=axis)
+    return graph.add("affine", value, scale=scale, bias=bias, axis=-1 if len(value.shape) == 1 else axis)
+
+
+def along_last(
+    graph: Builder, value: Value, last: tuple[int, ...], middle: Callable[[Value], Value], scale: Any, bias: Any
+) -> Value:
+    """Append an operation along the last axis for the last axes joined to one, with a factor and a summand per entry.
+
+    Raises:
+        ValueError: if the last axes of the value are others.
+
+    Examples:
+        >>> graph = Builder((2, 3))
+        >>> along_last(graph, graph.input, (2, 3), lambda value: value, None, None).shape
+        (2, 3)
+    """
+    shape = value.shape
+    if shape[len(shape) - len(last) :] != tuple(last):
+        raise ValueError(f"it is for the last sizes {tuple(last)}, got the shape {shape}.")
+    joined = add_reshape(graph, value, (*shape[: len(shape) - len(last)], math.prod(last)))
+    flat = [None if part is None else part.reshape(-1) for part in (scale, bias)]
+    return add_reshape(graph, add_affine(graph, middle(joined), *flat, -1), shape)
 
 
 # ----------------------------------------------------------------------------------------------------------- layers with weights
@@ -159,35 +180,6 @@ def _(module: nn.ConvTranspose2d, graph: Builder, value: Value) -> Value:
         transposed=True,
         output_padding=list(per_axis(module.output_padding, dims)),
     )
-
-
-# ---------------------------------------------------------------------------------------------------------------- normalizations
-
-
-_BATCH_AXES: dict[type[nn.Module], tuple[tuple[int, ...], str]] = {
-    nn.BatchNorm1d: ((0, 1), "features or signals"), nn.BatchNorm2d: ((2,), "images"), nn.BatchNorm3d: ((3,), "volumes"),
-    nn.InstanceNorm1d: ((1,), "signals"), nn.InstanceNorm2d: ((2,), "images"), nn.InstanceNorm3d: ((3,), "volumes"),
-}  # fmt: skip
-
-
-def _stored(module: Any, graph: Builder, value: Value) -> Value:
-    """Fold a normalization by stored statistics: one factor and one summand per channel, computed in float64."""
-    lipschitz_rule(module, "l2")  # refuses statistics that are missing, not finite, or not positive
-    for kind, (axes, wanted) in _BATCH_AXES.items():
-        if isinstance(module, kind) and len(value.shape) - 1 not in axes:
-            raise ValueError(f"{type(module).__name__} is for {wanted}, got the shape {value.shape} without the batch.")
-    scale = (module.running_var.double() + module.eps).rsqrt()
-    if module.weight is not None:
-        scale = scale * module.weight
-    shift = -module.running_mean * scale
-    if module.bias is not None:
-        shift = shift + module.bias
-    dtype = module.running_var.dtype
-    return add_affine(graph, value, scale.to(dtype), shift.to(dtype), 0)
-
-
-for _kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm):
-    fold.register(_kind)(_stored)
 
 
 # --------------------------------------------------------------------------------------------------- entries in another order

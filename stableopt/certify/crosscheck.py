@@ -1,0 +1,133 @@
+r"""Whether a program computes what the model computes: both run in float64 on random inputs, small and large.
+
+The two may differ by rounding: a rule computes numbers in another order than the module, and stores them in the dtype of the model.
+How much such differences can matter is measured: the program runs again with all its stored numbers, its input and the result of
+each operation changed at random by one unit in the last place of the coarsest dtype that the model stores. The largest change that
+this makes, times a factor for the number of roundings and the luck of the draw, is the tolerance. It is far below what a rule that
+reads a module wrongly makes, unless the mistake itself is of the size of a rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping
+
+import torch
+import torch.nn.utils.parametrize as P
+from torch import Tensor, nn
+
+from stableopt.certify.execute import apply
+from stableopt.certify.program import Program
+from stableopt.errors import UncertifiableError
+
+__all__ = ["check_same_function", "perturbed_run"]
+
+_SIZES = (1.0, 100.0, 0.01, 1.0)
+"""The sizes of the probes: kinks, thresholds and clips far from 0 are met, and so is what is smooth at 0."""
+_FACTOR, _DRAWS = 64.0, 2
+_SOFTPLUS_JUMP = 2.1e-9
+"""torch goes over to the identity at 20/beta, by exp(-20)/beta too early."""
+
+
+def check_same_function(model: nn.Module, program: Program) -> None:
+    """Refuse a program that computes something else than the model.
+
+    Args:
+        model: the model; a copy of it runs in float64, in evaluation mode, with the numbers that its parametrizations give now.
+        program: the program.
+
+    Raises:
+        UncertifiableError: if the results differ, or the model cannot be run in float64.
+
+    Examples:
+        >>> from stableopt.certify.extract import extract
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.ReLU())
+        >>> program = extract(model, (2,))
+        >>> check_same_function(model, program)
+        >>> check_same_function(model[0], program)
+        Traceback (most recent call last):
+        stableopt.errors.UncertifiableError: the operations of the certificate compute something else than the model: ...
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(20)
+        x = torch.randn(len(_SIZES), *program.shape, dtype=torch.float64)
+        x = x * torch.tensor(_SIZES, dtype=torch.float64).reshape(-1, *[1] * len(program.shape))
+        expected = _model_in_double(model, x)
+        doubles = {name: value.double() for name, value in program.tensors.items()}
+        exact = perturbed_run(program, doubles, x, 0.0)
+        unit = max((torch.finfo(d).eps for d in _dtypes(model)), default=torch.finfo(torch.float64).eps)
+        changes = [_largest(perturbed_run(program, doubles, x, unit) - exact) for _ in range(_DRAWS)]
+    if expected.shape != exact.shape:
+        raise _different(f"it gives the shape {tuple(exact.shape[1:])}, the model {tuple(expected.shape[1:])}")
+    tolerance = _FACTOR * torch.stack(changes).amax(0)
+    difference = _largest(exact - expected)
+    if not bool((difference <= tolerance).all()):  # also for NaN
+        worst = int((difference - tolerance).nan_to_num(torch.inf).argmax())
+        raise _different(
+            f"on a random input of size {_SIZES[worst]} it differs by {float(difference[worst]):.2g}, where rounding explains "
+            f"{float(tolerance[worst]):.2g}"
+        )
+
+
+def perturbed_run(program: Program, tensors: Mapping[str, Tensor], x: Tensor, unit: float) -> Tensor:
+    """Run a program in float64 with relative changes of all numbers of at most ``unit``, drawn at random.
+
+    Args:
+        program: the program.
+        tensors: its tensors in float64.
+        x: a batch.
+        unit: the largest relative change; 0 runs it as it is.
+
+    Examples:
+        >>> from stableopt.certify.program import Builder
+        >>> perturbed_run(Builder((1,)).program(), {}, torch.ones(1, 1, dtype=torch.float64), 0.0)
+        tensor([[1.]], dtype=torch.float64)
+    """
+    moved = {name: _moved(value, unit) for name, value in tensors.items()}
+    values = [_moved(x, unit)]
+    last = {number: place for place, node in enumerate(program.nodes) for number in node["in"]}
+    for place, node in enumerate(program.nodes):
+        output = _moved(apply(node, moved, [values[number] for number in node["in"]]), unit)
+        if node.get("name") == "softplus" and unit:
+            output = output + _SOFTPLUS_JUMP / node["beta"] * (2 * torch.rand_like(output) - 1)
+        values.append(output)
+        for number in set(node["in"]):
+            if last[number] == place:
+                values[number] = torch.empty(0)  # no longer needed
+    return values[-1]
+
+
+def _moved(value: Tensor, unit: float) -> Tensor:
+    return value * (1 + unit * (2 * torch.rand_like(value) - 1)) if unit else value
+
+
+def _largest(value: Tensor) -> Tensor:
+    return value.abs().flatten(1).amax(1)
+
+
+def _dtypes(model: nn.Module) -> set[torch.dtype]:
+    return {p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()}
+
+
+def _model_in_double(model: nn.Module, x: Tensor) -> Tensor:
+    try:
+        plain = copy.deepcopy(model).eval()
+        for part in list(plain.modules()):  # the numbers that are stored, not those that float64 would compute
+            if P.is_parametrized(part):
+                for name in list(part.parametrizations):  # pyright: ignore[reportArgumentType]
+                    P.remove_parametrizations(part, name, leave_parametrized=True)
+        output = plain.cpu().double()(x)
+    except Exception as error:
+        raise _different(f"the model could not be run in float64 to compare ({error})") from None
+    if not isinstance(output, Tensor):
+        raise _different(f"the model gives a {type(output).__name__}, not a tensor")
+    return output
+
+
+def _different(reason: str) -> UncertifiableError:
+    return UncertifiableError(
+        f"the operations of the certificate compute something else than the model: {reason}. If you registered a rule with "
+        "stableopt.certify.fold, it is wrong for this module; otherwise please report it."
+    )
