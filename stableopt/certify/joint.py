@@ -14,7 +14,7 @@ the sum of the first ones over :math:`i` gives :math:`\|z_0\|^2 \ge z_k^\top X_k
 follow from the :math:`\Lambda_i`, which is all that a certificate stores:
 
 .. math:: X_i = (1 - \epsilon)\bigl(\Lambda_i - \tfrac14 \Lambda_i A_i X_{i-1}^{-1} A_i^\top \Lambda_i\bigr), \qquad
-    G = (1 + \epsilon) W X_k^{-1} W^\top .
+    G = (1 + \epsilon) S + \epsilon \operatorname{tr}(S) / n \; I, \quad S = W X_k^{-1} W^\top .
 
 References:
     Fazlyab et al., *Efficient and Accurate Estimation of Lipschitz Constants for Deep Neural Networks*, 2019 (the inequality);
@@ -188,6 +188,7 @@ def chain_gram(weights: Sequence[Tensor], diagonals: Sequence[Tensor]) -> Array 
             x = after
         gram = _inside(x, matrices[-1].T)
         gram = (1.0 + _EPSILON) * (gram + gram.T) / 2.0
+        gram = gram + _EPSILON * np.trace(gram) / len(gram) * np.eye(len(gram))  # it may be singular
         return gram if _joined(x, matrices[-1].T, gram) else None
 
 
@@ -225,7 +226,7 @@ def semidefinite(matrix: Array) -> bool:
     power = -np.rint(np.log2(diagonal) / 2.0).astype(np.int64)
     m = np.ldexp(matrix, power[:, None] + power[None, :])
     error = _up(float(np.abs(m).sum(axis=1).max()) * (2.0 * _U * (1.0 + 4.0 * gamma(n + 4)))) + n * 2.0**-170
-    shift = _up(error + 2.0**-45 * n)
+    shift = _up(error + 2.0**-45 * n + 4.0 * n * n * _U)
     moved = m.copy()
     moved[range(n), range(n)] -= shift
     try:
