@@ -5,10 +5,13 @@ Each block runs as these simple operations, so an analysis of their rounding spe
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
 from stableopt.certify.execute_composite import adjoint
-from stableopt.certify.operations import lowering
+from stableopt.certify.operations import lower, lowering, operation, run
 
 __all__ = ["Steps"]
 
@@ -138,3 +141,25 @@ def _implicit(node: Node) -> list[Node]:
         if node["resolvent"] is not None:
             y = steps.add("linear", y, weight=node["resolvent"], bias=None, transposed=False)
     return steps.nodes
+
+
+@lowering("sandwich")
+def _sandwich(node: Node) -> list[Node]:
+    steps = Steps()
+    steps.nest(node["second"], steps.nest(node["activation"], steps.nest(node["first"], 0)))
+    return steps.nodes
+
+
+@lowering("euclidean")
+def _euclidean(node: Node) -> list[Node]:
+    """Return the operations of the map whose bound is converted."""
+    return lower(node["map"] | {"in": [0]})
+
+
+def _same_shape(node: Node, tensors: Mapping[str, Tensor], inputs: list[Tensor]) -> Tensor:
+    """Run a block; on the meta device only its shape is asked for, which is that of its input."""
+    return inputs[0].clone() if inputs[0].is_meta else run(lower(node), tensors, inputs)
+
+
+for _op in ("euler", "infinity", "shear", "runge_kutta", "implicit", "euclidean"):
+    operation(_op)(_same_shape)

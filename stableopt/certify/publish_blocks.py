@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stableopt.certify.program import Node
-from stableopt.certify.publish import composite, matrix_bound, published
+from stableopt.certify.publish import Publisher, composite, matrix_bound, published
 from stableopt.certify.verifier.blocks import (
     euler_factor,
     infinity_factor,
@@ -25,10 +25,12 @@ from stableopt.certify.verifier.blocks import (
     iterated,
     rounding_of_rows,
     row_factor,
+    sandwich_matrix,
     scaled_rows,
     shear_excess,
+    shear_sums,
 )
-from stableopt.certify.verifier.numbers import power_up, root_up
+from stableopt.certify.verifier.numbers import TINY, U, power_up, root_up, squares
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import round_down, round_up
 
@@ -85,7 +87,6 @@ def _operator(node: Node, tensors: Mapping[str, Tensor], sizes: Shapes, norm: st
     return inner | {"bound": round_up(Fraction(inner["bound"]) + rounding_of_rows(scaled))}
 
 
-@composite("euler")
 def _euler(node: Node, tensors: Mapping[str, Tensor], sizes: Shapes, norm: str) -> Node:
     found, skew, free = _branches(node, tensors, norm)
     operator, step, decay = node["operator"], node["step"], Fraction(node["decay"])
@@ -138,17 +139,24 @@ def _infinity(node: Node, tensors: Mapping[str, Tensor], sizes: Shapes, norm: st
     return node | {"operator": operator, "bound": _power(infinity_factor(norm, sums, parts), node["times"])}
 
 
-@composite("shear")
 def _shear(node: Node, tensors: Mapping[str, Tensor], _sizes: Shapes, norm: str) -> Node:
-    both = {key: _part(node[key], tensors, norm) for key in ("first", "second")}
+    decay, keys = Fraction(node["decay"]), ("first", "second")
+    if norm == "linf":
+        weights = (_array(tensors, node[key]["weight"]) for key in keys)
+        rows = (
+            row_factor(w, 1, None, Fraction(step), Fraction(0)) for w, step in zip(weights, node["steps"], strict=True)
+        )
+        return node | {"bound": round_up(shear_sums(*rows) * decay)}
+    both = {key: _part(node[key], tensors, norm) for key in keys}
     pairs = zip(node["steps"], both.values(), strict=True)
     excess = shear_excess(*(Fraction(step) * Fraction(operator["bound"]) ** 2 for step, operator in pairs))
     largest = (excess + root_up(excess**2 + 4)) / 2  # L with L - 1/L = excess
-    return node | both | {"bound": round_up(Fraction(node["decay"]) * largest)}
+    return node | both | {"bound": round_up(decay * largest)}
 
 
-@composite("runge_kutta")
 def _runge_kutta(node: Node, tensors: Mapping[str, Tensor], sizes: Shapes, norm: str) -> Node:
+    if norm == "linf":
+        raise UncertifiableError("a Runge-Kutta method that is no combination of Euler steps has a bound in l2 only.")
     euler = published(node["euler"], tensors, sizes, norm)
     if euler["bound"] > 1.0:
         raise UncertifiableError(
@@ -157,7 +165,6 @@ def _runge_kutta(node: Node, tensors: Mapping[str, Tensor], sizes: Shapes, norm:
     return node | {"euler": euler, "bound": 1.0}
 
 
-@composite("implicit")
 def _implicit(node: Node, tensors: Mapping[str, Tensor], sizes: Shapes, norm: str) -> Node:
     inner = published(node["map"], tensors, sizes, norm)
     rho = None if node["resolvent"] is None else matrix_bound(tensors[node["resolvent"]], norm)
@@ -165,3 +172,45 @@ def _implicit(node: Node, tensors: Mapping[str, Tensor], sizes: Shapes, norm: st
     factor, size = keep * Fraction(inner["bound"]), Fraction(1 if rho is None else rho)
     bound = round_up(iterated(start, factor, mix, size, node["times"]))
     return node | {"map": inner, "resolvent_bound": rho, "bound": bound}
+
+
+@composite("sandwich")
+def _sandwich(node: Node, tensors: Mapping[str, Tensor], _sizes: Shapes, _norm: str) -> Node:
+    A, B, scales = (
+        _array(tensors, name) for name in (node["first"]["weight"], node["second"]["weight"], node["scales"])
+    )
+    both = sandwich_matrix(A, B, scales)
+    limit = Fraction(matrix_bound(torch.from_numpy(both))) + U * root_up(squares(both[None])) + TINY
+    return node | {
+        "bound": round_up(limit**2 / 2 * (1 + Fraction(1, 2**80)))
+    }  # more than the root of the verifier rounds
+
+
+def _in_linf(publisher: Publisher) -> Publisher:
+    """Publish in linf the smaller of the bound of the rows and of the one that the 2-norm gives, times the root of the size."""
+
+    def publish(node: Node, tensors: Mapping[str, Tensor], sizes: Shapes, norm: str) -> Node:
+        if norm != "linf":
+            return publisher(node, tensors, sizes, norm)
+        shape, kind = sizes[0], "token_max" if _on_tokens(node) else "l2"
+        inner = publisher({key: entry for key, entry in node.items() if key != "in"}, tensors, sizes, kind)
+        size = shape[-1] if kind == "token_max" else math.prod(shape)
+        found = {"op": "euclidean", "in": node.get("in"), "norm": kind, "map": inner}
+        found["bound"] = round_up(root_up(Fraction(inner["bound"]) ** 2 * size))
+        try:
+            rows = publisher(node, tensors, sizes, norm)
+        except UncertifiableError:
+            return found
+        return rows if rows["bound"] <= found["bound"] or "in" not in node else found
+
+    return publish
+
+
+def _on_tokens(node: Node) -> bool:
+    """Return whether all operators of a block are dense: they act on each vector along the last axis alone."""
+    inner = node.get("map", node.get("euler", node))
+    return inner.get("operator", {"op": "linear"})["op"] == "linear"
+
+
+for _op, _publisher in {"euler": _euler, "shear": _shear, "runge_kutta": _runge_kutta, "implicit": _implicit}.items():
+    composite(_op)(_in_linf(_publisher))

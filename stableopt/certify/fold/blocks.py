@@ -3,7 +3,6 @@ r"""The rules of residual and isometric blocks, which are certified as a whole b
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import Any
 
 import torch
 from torch import nn
@@ -11,7 +10,6 @@ from torch import nn
 from stableopt.certify.fold.fields import add_field_steps, infinity_step
 from stableopt.certify.fold.parts import (
     activation_node,
-    add_force,
     add_residual,
     conv_operator,
     euler,
@@ -114,17 +112,10 @@ def _(module: HamiltonianBlock, graph: Builder, value: Value) -> Value:
     ]
     steps = [storable(float(h), dtype) for h in module.step_sizes()]
     decay = storable(module.decay if module.damping else 1.0, dtype)
-    if graph.norm != "linf":
-        activation = activation_node(module.activation)
-        return graph.add(
-            "shear", value, half=half, first=parts[0], second=parts[1], steps=steps, decay=decay, activation=activation
-        )
-    axis = len(value.shape) - 1
-    q, p = (graph.add("slice", value, axis=axis, start=start, stop=start + half) for start in (0, half))
-    p = graph.add("sum", p, add_force(graph, q, parts[0], module.activation), factors=[1.0, -steps[0]])
-    q = graph.add("sum", q, add_force(graph, p, parts[1], module.activation), factors=[1.0, steps[1]])
-    both = graph.add("concat", q, p, axis=axis)
-    return both if decay == 1.0 else graph.add("scale", both, factor=decay)
+    activation = activation_node(module.activation)
+    return graph.add(
+        "shear", value, half=half, first=parts[0], second=parts[1], steps=steps, decay=decay, activation=activation
+    )
 
 
 @fold.register(Sandwich)
@@ -134,16 +125,18 @@ def _(module: Sandwich, graph: Builder, value: Value) -> Value:
 
 @fold.register(FoldedSandwich)
 def _(module: FoldedSandwich, graph: Builder, value: Value) -> Value:
-    proved = lipschitz_rule(module, "l2").upper  # refuses parts that the scales are not about
-    numbers = []
-    for name, part in module.named_children():
-        value = graph.fold(part, value, name)
-        numbers.append(value.number - 1)
-    if graph.norm != "linf" and proved > 0.0:
-        multipliers = [2.0 * psi * psi / proved for psi in module.scales]
-        hints: list[dict[str, Any]] = getattr(graph, "joint", [])
-        hints.append({"nodes": numbers, "multipliers": [multipliers], "bound": proved})
-    return value
+    lipschitz_rule(module, "l2")  # refuses parts that the scales are not about
+    if graph.norm == "linf":  # of the parts
+        for name, part in module.named_children():
+            value = graph.fold(part, value, name)
+        return value
+    first, activation, last = module
+    inside = Builder(value.shape, rule=graph.rule)
+    inside.fold(activation, inside.input, "1")
+    node = {key: entry for key, entry in inside.nodes[0].items() if key != "in"}
+    scales = torch.tensor(module.scales, dtype=torch.float64)
+    parts = [linear_operator(part.weight, part.bias) for part in (first, last)]
+    return graph.add("sandwich", value, first=parts[0], second=parts[1], scales=scales, activation=node)
 
 
 @fold.register(AveragedResidual)

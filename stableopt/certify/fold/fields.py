@@ -51,7 +51,7 @@ def add_field_steps(
     """
     if tableau == EULER:
         return add_map(graph, value, field_step(field, step, times=count))
-    radius, weights = _radius(graph, tableau, step)
+    radius, weights = _radius(field, tableau, step)
     settings = field_step(field, step / radius)
     if weights is None:
         return _by_contractivity(graph, value, settings, tableau, radius, count)
@@ -148,15 +148,16 @@ def infinity_step(field: InfNormField, steps: torch.Tensor, *, times: int = 1) -
     return {"operator": operator, "steps": steps, "decay": field.decay, "activation": activation, "times": times}
 
 
-def _radius(graph: Builder, tableau: ButcherTableau, step: float) -> tuple[float, list[list[Fraction]] | None]:
+def _radius(field: Field, tableau: ButcherTableau, step: float) -> tuple[float, list[list[Fraction]] | None]:
     """Return by what an Euler step is shorter, and the weights of the Euler steps, None where only contractivity is known."""
     radius = monotonicity_radius(tableau)
     if radius > 0.0:
         return radius, _convex_form(tableau, Fraction(radius))
-    radius = circle_contractivity_radius(tableau) if graph.norm != "linf" else 0.0
+    radius = 0.0 if isinstance(field, InfNormField) else circle_contractivity_radius(tableau)
     if radius <= 0.0:
         raise UncertifiableError(
-            f"a step of {step:.6g} of {tableau.name} has no bound in {graph.norm} but that of its parts; use method='euler'."
+            f"a step of {step:.6g} of {tableau.name} along {type(field).__name__} has no bound but that of its parts; use "
+            "method='euler'."
         )
     return radius * (1.0 - 2.0**-22), None  # less than the slack of a RungeKuttaBlock, more than any rounding
 

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stableopt.certify.execute_composite import adjoint
 from stableopt.certify.program import Builder, Value
 from stableopt.certify.publish_blocks import storable, storable_down
 from stableopt.nn.weights.geometry import Geometry
 
 __all__ = [
-    "activation_node", "add_force", "add_residual", "conv_operator", "euler",
+    "activation_node", "add_residual", "conv_operator", "euler",
     "linear_operator", "storage",
 ]  # fmt: skip
 
@@ -111,29 +110,6 @@ def euler(
         "operator": operator, "steps": steps, "step": storable(step, dtype), "decay": storable(float(decay), dtype), "skew": skew,
         "free": free, "activation": activation_node(activation), "times": times,
     }  # fmt: skip
-
-
-def add_force(graph: Builder, value: Value, operator: Settings, activation: str) -> Value:
-    r"""Append :math:`A^\top\sigma(Ax + b)`.
-
-    Args:
-        graph: the program.
-        value: x.
-        operator: A and b.
-        activation: name of :math:`\sigma`.
-
-    Examples:
-        >>> graph = Builder((2,))
-        >>> add_force(graph, graph.input, linear_operator(torch.ones(3, 2), None), "tanh").shape
-        (2,)
-    """
-    inside = _nested(graph, value, operator)
-    stored = operator | {"weight": graph.nodes[-1]["weight"]}
-    return _nested(graph, _nested(graph, inside, activation_node(activation)), adjoint(stored))
-
-
-def _nested(graph: Builder, value: Value, node: Settings) -> Value:
-    return graph.add(node["op"], value, **{key: entry for key, entry in node.items() if key != "op"})
 
 
 def add_residual(
