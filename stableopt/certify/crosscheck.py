@@ -63,6 +63,12 @@ def check_same_function(model: nn.Module, program: Program) -> None:
         raise _different(f"it gives the shape {tuple(exact.shape[1:])}, the model {tuple(expected.shape[1:])}")
     tolerance = _FACTOR * torch.stack(changes).amax(0)
     difference = _largest(exact - expected)
+    if not bool(
+        (difference <= tolerance).all()
+    ):  # some layers keep a margin for the rounding of the dtype that they run in
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            difference = torch.fmin(difference, _largest(exact - _model_as_it_is(model, x)))
     if not bool((difference <= tolerance).all()):  # also for NaN
         worst = int((difference - tolerance).nan_to_num(torch.inf).argmax())
         raise _different(
@@ -121,9 +127,18 @@ def _model_in_double(model: nn.Module, x: Tensor) -> Tensor:
         output = plain.cpu().double()(x)
     except Exception as error:
         raise _different(f"the model could not be run in float64 to compare ({error})") from None
+    if isinstance(output, tuple) and isinstance(model, nn.RNN):
+        output = output[0]  # a certificate of a recurrent layer is one of its sequence of states
     if not isinstance(output, Tensor):
         raise _different(f"the model gives a {type(output).__name__}, not a tensor")
     return output
+
+
+def _model_as_it_is(model: nn.Module, x: Tensor) -> Tensor:
+    """Run a copy of the model in the dtype that it has."""
+    kind = max(_dtypes(model), key=lambda dtype: torch.finfo(dtype).eps, default=x.dtype)
+    output = copy.deepcopy(model).eval().cpu()(x.to(kind))
+    return (output[0] if isinstance(output, tuple) else output).double()
 
 
 def _different(reason: str) -> UncertifiableError:

@@ -72,7 +72,11 @@ def _rounded(program: Program, model: nn.Module) -> Program:
     widths = [p.dtype for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()]
     widest = max(widths, key=lambda dtype: torch.finfo(dtype).bits, default=torch.get_default_dtype())
     bits = torch.finfo(widest).bits
-    tensors = {k: v.to(widest) if torch.finfo(v.dtype).bits > bits else v for k, v in program.tensors.items()}
+    metrics = {node.get("scaling") for node in program.nodes}  # these do not run
+    rounded = {
+        k: v.to(widest) for k, v in program.tensors.items() if torch.finfo(v.dtype).bits > bits and k not in metrics
+    }
+    tensors = program.tensors | rounded
     return replace(program, tensors=tensors)
 
 
