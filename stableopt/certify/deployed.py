@@ -20,6 +20,8 @@ from stableopt.errors import CertificateError
 __all__ = ["CertifiedModel", "Prediction"]
 
 _ROWS = 256
+_UNDEFINED = ("the input is not finite", "overflow", "a single class")
+"""Reasons for which there is no predicted class to speak of."""
 
 
 class Certified(Protocol):
@@ -175,10 +177,8 @@ class CertifiedModel:
         why = self._reasons(x, logits.double(), best, found, reach)
         if labels is not None:
             _check_labels(labels, len(x))
-            why = [
-                "another class" if not hit else text
-                for hit, text in zip((labels.cpu() == best).tolist(), why, strict=True)
-            ]
+            hits = zip((labels.cpu() == best).tolist(), why, strict=True)
+            why = [text if hit or text in _UNDEFINED else "another class" for hit, text in hits]
         zero = torch.tensor([text != "" for text in why], dtype=torch.bool)
         return reach.masked_fill(zero, 0.0), why
 
@@ -189,9 +189,9 @@ class CertifiedModel:
         finite = logits.isfinite().all(1) & found.logits.isfinite().all(1)
         strayed = ((top - logits) - found.margins).abs() > found.errors * (1.0 + 1e-6)
         tests = [
-            (~inside, "the input is not finite"),
-            (~finite | (found.cap <= 0), "overflow"),
-            (torch.full_like(tied, logits.shape[1] < 2), "a single class"),
+            (~inside, _UNDEFINED[0]),
+            (~finite | (found.cap <= 0), _UNDEFINED[1]),
+            (torch.full_like(tied, logits.shape[1] < 2), _UNDEFINED[2]),
             (tied, "a tie"),
             (strayed.any(1), "the run is farther from the exact network than its runtime allows"),
             (~(reach > 0), "the margin is below the rounding"),
@@ -215,7 +215,13 @@ class CertifiedModel:
         nodes, tensors = self._copies
         now = self.network.state_dict()
         same = self.network.nodes == nodes and now.keys() == tensors.keys()
-        if not (same and all(torch.equal(now[name].cpu(), value) for name, value in tensors.items())):
+        if not (
+            same
+            and all(
+                now[name].dtype == value.dtype and torch.equal(now[name].cpu(), value)
+                for name, value in tensors.items()
+            )
+        ):
             raise CertificateError(
                 "the network of this CertifiedModel has been changed since it was made; make it again."
             )

@@ -196,13 +196,21 @@ def _cpu_precision() -> set[str]:
     backends: Any = torch.backends
     words = {_word(backends.mkldnn.matmul, "fp32_precision"), _word(backends.mkldnn.conv, "fp32_precision")}
     words |= {_word(backends.mkldnn, "fp32_precision"), _word(backends, "fp32_precision")}
-    return words | {{"high": "tf32", "medium": "bf16"}.get(torch.get_float32_matmul_precision(), "ieee")}
+    return words | {_older_word()}
 
 
 def _cuda_precision() -> set[str]:
     backends: Any = torch.backends
     words = {_word(backends.cuda.matmul, "fp32_precision"), _word(backends, "fp32_precision")}
-    return words | {{"high": "tf32", "medium": "bf16"}.get(torch.get_float32_matmul_precision(), "ieee")}
+    return words | {_older_word()}
+
+
+def _older_word() -> str:
+    """Read the older flag; torch refuses to, once the newer flags differ from it, and then those alone count."""
+    try:
+        return {"high": "tf32", "medium": "bf16"}.get(torch.get_float32_matmul_precision(), "ieee")
+    except RuntimeError:
+        return "none"
 
 
 def _word(owner: Any, name: str) -> str:
