@@ -3,101 +3,33 @@
 from __future__ import annotations
 
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
-from stableopt.nn import (
-    SLL,
-    AntisymmetricCell,
-    AveragedResidual,
-    BackwardEulerBlock,
-    BallProjection,
-    CFLBlock,
-    ClippedAttention,
-    CompensatedPair,
-    Concat,
-    ContinuousDepth,
-    ContractingCell,
-    ConvGradientBlock,
-    DiagonalMetricCell,
-    DiagonalStateSpace,
-    HamiltonianBlock,
-    Householder,
-    InfNormBlock,
-    InvertibleDownsampling,
-    L2NormPool,
-    LayerCentering,
-    LeakyCell,
-    LinearSpline,
-    Merge,
-    NActivation,
-    Parallel,
-    ProximalBlock,
-    Recurrence,
-    ResidualStack,
-    ResolventBlock,
-    RungeKuttaBlock,
-    Sandwich,
-    SkewBlock,
-    SkewEulerBlock,
-    SoftAbs,
-    StateSpaceBlock,
-    StateSpaceStack,
-    TransformerBlock,
-)
-from stableopt.nn.dispatch import named, registered_class
+from stableopt.errors import UncertifiableError
+from stableopt.nn.budget import LearnedBudget
+from stableopt.nn.dispatch import lipschitz_rule, named, refusal, refused_classes, registered_class
 from stableopt.nn.parametrized import plain_class
-from stableopt.nn.residual.sll import FoldedSLL
-from stableopt.nn.sandwich import FoldedSandwich
+from stableopt.nn.recurrent import RecurrentCell
+from stableopt.nn.residual.fields import Field
 
 __all__ = ["KNOWN", "is_foreign", "uncovered"]
 
 KNOWN = (
-    "Linear, Conv1d, Conv2d, UnitRowLinear, GradientBlock, BatchNorm, BatchCentering, InputNormalization, average and max pooling, "
-    "Flatten, Scale, Dropout, and the activations ReLU, LeakyReLU, Abs, GroupSort, Tanh, Sigmoid, Hardtanh, ELU, Softplus, SiLU, "
-    "GELU"
+    "the layers and activations of torch that have a constant, those of stableopt.nn, nn.Sequential, and modules whose forward "
+    "calls these and operations of torch with a constant"
 )
 """What has a rule, for messages."""
 
-_BRANCHES = "a certificate describes a chain of operations, without branches. Write the model as a chain"
-_TOGETHER = (
-    "its constant is proved for its parts together, and a certificate bounds one operation at a time, which would lose a part of "
-    "the bound. Use a GradientBlock or stabilized Linear layers instead"
-)
-_EQUATION = (
-    "it is the solution of an equation, and the format has operations without iteration only. Use a GradientBlock"
-)
-_SEQUENCE = (
-    "a certificate describes a chain of operations on a vector or an image, without recurrence and attention. Certify the part "
-    "of the model before or behind it"
-)
-_ACTIVATION = "this activation is not in the format. Use Abs, GroupSort or another activation of the format"
-_REASONS: dict[type[nn.Module], str] = {
-    **dict.fromkeys((AveragedResidual, ResidualStack, CompensatedPair, CFLBlock, Concat, Parallel, Merge), _BRANCHES),
-    **dict.fromkeys((SLL, FoldedSLL, Sandwich, FoldedSandwich), _TOGETHER),
-    **dict.fromkeys(
-        (HamiltonianBlock, InfNormBlock, RungeKuttaBlock, SkewBlock, SkewEulerBlock, ContinuousDepth), _TOGETHER
+_LOSS = "it is a loss, which compares its input with a target. Certify the model without it"
+_REASONS: dict[type, str] = {
+    Field: "it is the right-hand side of an equation, a part of a block. Certify the block or the flow that uses it",
+    RecurrentCell: "it is one step of a recurrence, a map of an input and a state. Certify the Recurrence that runs it",
+    LearnedBudget: "it is a number that layers share, and no map. Certify the model that it belongs to",
+    LazyModuleMixin: "it has no weights yet. Run it once on an input",
+    nn.LogSoftmax: (
+        "its constant grows with the number of classes. Certify the logits before it: the differences of two of its outputs, and "
+        "so the radii, are those of the logits"
     ),
-    **dict.fromkeys((BackwardEulerBlock, ProximalBlock, ResolventBlock), _EQUATION),
-    **dict.fromkeys(
-        (
-            AntisymmetricCell,
-            ClippedAttention,
-            ContractingCell,
-            DiagonalMetricCell,
-            DiagonalStateSpace,
-            LeakyCell,
-            Recurrence,
-            StateSpaceBlock,
-            StateSpaceStack,
-            TransformerBlock,
-        ),
-        _SEQUENCE,
-    ),
-    **dict.fromkeys((Householder, LinearSpline, NActivation, SoftAbs), _ACTIVATION),
-    ConvGradientBlock: "the format has gradient blocks of matrices only. Use a GradientBlock, or stabilized convolutions",
-    L2NormPool: "the format has average and max pooling only. Use ScaledAvgPool",
-    LayerCentering: "it is not in the format. Use BatchCentering, which is a translation in evaluation",
-    InvertibleDownsampling: "the format has no rearrangement of pixels. Use a convolution with a stride",
-    BallProjection: "it is not in the format. Leave it out of the model and apply it to the inputs before",
 }
 
 
@@ -109,22 +41,30 @@ def uncovered(module: nn.Module, path: str) -> str:
         path: its dotted name, empty for the model itself.
 
     Examples:
-        >>> print(uncovered(SLL(2), "1"))
-        '1' (SLL) cannot be certified: its constant is proved for its parts together, ... Its bound without a file is
-        stableopt.nn.lipschitz(module).
+        >>> print(uncovered(nn.LogSoftmax(1), "1"))
+        '1' (LogSoftmax) cannot be certified: its constant grows with the number of classes. Certify the logits before it: ...
     """
+    return f"{named(module, path)} cannot be certified: {_reason(module)}."
+
+
+def _reason(module: nn.Module) -> str:
     kind = plain_class(module)
-    reason = next((_REASONS[base] for base in kind.__mro__ if base in _REASONS), None)
-    if reason is None:
-        reason = (
-            f"{kind.__name__} has no rule for certificates. Those with one are {KNOWN}. Replace it, or register a rule that "
-            "returns "
-            f"the operations it computes: @stableopt.certify.fold.register({kind.__name__})"
-        )
-    bound = (
-        " Its bound without a file is stableopt.nn.lipschitz(module)." if registered_class(module) is not None else ""
+    known = next((_REASONS[base] for base in kind.__mro__ if base in _REASONS), None)
+    if known is not None:
+        return known
+    if kind.__module__.startswith("stableopt.nn.losses"):
+        return _LOSS
+    if kind in refused_classes():
+        return refusal(module, "l2").rstrip(".")
+    if registered_class(module) is not None:  # its rule may be a sentence
+        try:
+            lipschitz_rule(module, "l2")
+        except UncertifiableError as error:
+            return str(error).rstrip(".")
+    return (
+        f"{kind.__name__} has no rule for certificates. Those with one are {KNOWN}. Replace it, or register a rule that writes the "
+        f"operations it computes: @stableopt.certify.fold.register({kind.__name__})"
     )
-    return f"{named(module, path)} cannot be certified: {reason}.{bound}"
 
 
 def is_foreign(module: nn.Module) -> bool:

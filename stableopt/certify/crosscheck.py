@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.utils.parametrize as P
@@ -119,12 +120,11 @@ def _dtypes(model: nn.Module) -> set[torch.dtype]:
 
 def _model_in_double(model: nn.Module, x: Tensor) -> Tensor:
     try:
-        plain = copy.deepcopy(model).eval()
-        for part in list(plain.modules()):  # the numbers that are stored, not those that float64 would compute
+        plain = copy.deepcopy(model).cpu().eval()
+        for part in plain.modules():
             if P.is_parametrized(part):
-                for name in list(part.parametrizations):  # pyright: ignore[reportArgumentType]
-                    P.remove_parametrizations(part, name, leave_parametrized=True)
-        output = plain.cpu().double()(x)
+                _keep_numbers(part)
+        output = plain.double()(x)
     except Exception as error:
         raise _different(f"the model could not be run in float64 to compare ({error})") from None
     if isinstance(output, tuple) and isinstance(model, nn.RNN):
@@ -139,6 +139,16 @@ def _model_as_it_is(model: nn.Module, x: Tensor) -> Tensor:
     kind = max(_dtypes(model), key=lambda dtype: torch.finfo(dtype).eps, default=x.dtype)
     output = copy.deepcopy(model).eval().cpu()(x.to(kind))
     return (output[0] if isinstance(output, tuple) else output).double()
+
+
+def _keep_numbers(part: nn.Module) -> None:
+    """Let a copy of a module use the weights that are certified, not those that its parametrizations would give in float64.
+
+    Its class is shared with the model, so a class of its own gets the numbers, which hide the property that computes them.
+    """
+    chains: Any = part.parametrizations
+    numbers = {name: getattr(part, name).detach().as_subclass(Tensor).double() for name in chains}
+    part.__class__ = type(type(part).__name__, (type(part),), numbers)
 
 
 def _different(reason: str) -> UncertifiableError:

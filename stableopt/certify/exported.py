@@ -281,8 +281,7 @@ class _Walk:
         try:
             result = rule(Call(self.graph, arguments, BATCH, name))
         except (UncertifiableError, ValueError) as error:
-            kind = UncertifiableError if isinstance(error, UncertifiableError) else ValueError
-            raise kind(f"{self.where} cannot be certified: {name} ({_place(node)}): {error}") from None
+            raise self._refused(f"{name} ({_place(node)}): {str(error).rstrip('.')}") from None
         finally:
             self.graph.path = self.root
         expected = node.meta.get("val")

@@ -96,11 +96,11 @@ def checked_fold(module: nn.Module, graph: Builder, value: Value) -> Value:
         Traceback (most recent call last):
         stableopt.errors.UncertifiableError: '0' (GLU) cannot be certified: ...
     """
+    _check_numbers(module, graph.path)
     kind = rule_class(module)
     if kind is None:
         raise UncertifiableError(uncovered(module, graph.path))
     check_forward(module, kind, graph.path)
-    _check_numbers(module, graph.path)
     where = named(module, graph.path)
     try:
         return fold(module, graph, value)

@@ -2,21 +2,44 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+import stableopt.nn as stable
+from stableopt.certify.coverage import uncovered
 from stableopt.certify.execute import run
 from stableopt.certify.extract import extract
+from stableopt.certify.fold.registry import fold
 from stableopt.certify.program import Program
-from stableopt.errors import UncertifiableError
 from stableopt.nn import (
-    Abs, BallProjection, BatchCentering, Concat, GroupSort, Householder, InputNormalization, InvertibleDownsampling,
-    JoinTokens, L2NormPool, LayerCentering, LinearSpline, MaxMin, Merge, NActivation, Parallel, Positions, Scale, ScaledAvgPool,
-    SoftAbs, UnitRowLinear,
+    Abs,
+    BallProjection,
+    BatchCentering,
+    Concat,
+    GroupSort,
+    Householder,
+    InputNormalization,
+    InvertibleDownsampling,
+    JoinTokens,
+    L2NormPool,
+    LayerCentering,
+    LinearSpline,
+    MaxMin,
+    Merge,
+    NActivation,
+    Parallel,
+    Positions,
+    Scale,
+    ScaledAvgPool,
+    SoftAbs,
+    UnitRowLinear,
 )  # fmt: skip
+from stableopt.nn.dispatch import lipschitz_rule
+from stableopt.nn.tokens import token_rule
 
 Make = Callable[[], nn.Module]
 
@@ -66,7 +89,8 @@ LAYERS: list[tuple[Make, tuple[int, ...]]] = [
     (lambda: nn.MaxPool1d(2, ceil_mode=True), S),
     (lambda: nn.MaxPool2d(3, 2, 1, ceil_mode=True), I),
     (lambda: nn.MaxPool2d(2, 3, 1, dilation=(2, 3), ceil_mode=True), I),
-    (lambda: nn.LPPool1d(1, 2), S), (lambda: nn.LPPool2d(2, 2), I), (lambda: nn.LPPool2d(2, 3, 1), I), (lambda: nn.LPPool3d(2, 2), D),
+    (lambda: nn.LPPool1d(1, 2), S), (lambda: nn.LPPool2d(2, 2), I), (lambda: nn.LPPool2d(2, 3, 1), I),
+    (lambda: nn.LPPool3d(2, 2), D),
     (lambda: nn.AdaptiveAvgPool1d(3), S), (lambda: nn.AdaptiveAvgPool1d(4), S), (lambda: nn.AdaptiveAvgPool2d(1), I),
     (lambda: nn.AdaptiveAvgPool2d((None, 4)), I), (lambda: nn.AdaptiveAvgPool3d((2, 5, 4)), D),
     (lambda: nn.AdaptiveMaxPool1d(3), S), (lambda: nn.AdaptiveMaxPool2d((3, 4)), I), (lambda: nn.AdaptiveMaxPool3d(2), D),
@@ -143,3 +167,37 @@ def test_a_folded_layer_computes_what_the_module_computes(case: tuple[Make, tupl
             expected, got = module(x), computed(program, x)
         assert got.shape == expected.shape
         assert (got - expected).abs().max() <= 1e-12 * (1 + expected.abs().max())
+
+
+def every_class() -> list[type[nn.Module]]:
+    """All module classes of torch.nn and of the package, and all with a Lipschitz rule."""
+    found = {
+        v
+        for space in (vars(nn), vars(stable))
+        for v in space.values()
+        if inspect.isclass(v) and issubclass(v, nn.Module)
+    }
+    found |= {k for k in (*lipschitz_rule.registry, *token_rule.registry) if k is not object}
+    return sorted((k for k in found if k.__module__.split(".")[0] in {"torch", "stableopt"}), key=lambda k: k.__name__)
+
+
+def test_every_layer_is_folded_or_refused_with_its_own_sentence() -> None:
+    silent = []
+    for kind in every_class():
+        if inspect.isabstract(kind) or any(base in fold.registry for base in kind.__mro__ if base is not object):
+            continue
+        module = nn.Module.__new__(kind)
+        nn.Module.__init__(module)
+        text = uncovered(module, "0")
+        assert text.startswith(f"'0' ({kind.__name__}) cannot be certified: ")
+        assert text.endswith(".")
+        if "has no rule for certificates" in text:
+            silent.append(kind.__name__)
+    assert silent == []
+
+
+def test_every_rule_is_in_the_table() -> None:
+    tried = {type(part) for make, _ in LAYERS for part in make().modules()}
+    owners = {"simple", "stock", "structure", "spatial", "pools", "normalization"}
+    rules = {kind for kind, rule in fold.registry.items() if rule.__module__.rpartition(".")[2] in owners}
+    assert {kind.__name__ for kind in rules - tried} == set()
