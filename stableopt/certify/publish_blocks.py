@@ -23,14 +23,13 @@ from stableopt.certify.verifier.blocks import (
     infinity_parts,
     infinity_sums,
     iterated,
-    rounding_of_rows,
     row_factor,
     sandwich_matrix,
     scaled_rows,
     shear_excess,
     shear_sums,
 )
-from stableopt.certify.verifier.numbers import TINY, U, power_up, root_up, squares
+from stableopt.certify.verifier.numbers import power_up, root_up
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import round_down, round_up
 
@@ -82,9 +81,9 @@ def _operator(node: Node, tensors: Mapping[str, Tensor], sizes: Shapes, norm: st
     if steps is None:
         return published(operator, tensors, sizes, norm)
     weight, units = (_array(tensors, name) for name in (operator["weight"], steps))
-    scaled = scaled_rows(weight, units)
+    scaled, rounding = scaled_rows(weight, units)
     inner = published(operator, {**tensors, operator["weight"]: torch.from_numpy(scaled)}, sizes, norm)
-    return inner | {"bound": round_up(Fraction(inner["bound"]) + rounding_of_rows(scaled))}
+    return inner | {"bound": round_up(Fraction(inner["bound"]) + rounding)}
 
 
 def _euler(node: Node, tensors: Mapping[str, Tensor], sizes: Shapes, norm: str) -> Node:
@@ -179,8 +178,8 @@ def _sandwich(node: Node, tensors: Mapping[str, Tensor], _sizes: Shapes, _norm: 
     A, B, scales = (
         _array(tensors, name) for name in (node["first"]["weight"], node["second"]["weight"], node["scales"])
     )
-    both = sandwich_matrix(A, B, scales)
-    limit = Fraction(matrix_bound(torch.from_numpy(both))) + U * root_up(squares(both[None])) + TINY
+    both, rounding = sandwich_matrix(A, B, scales)
+    limit = Fraction(matrix_bound(torch.from_numpy(both))) + rounding
     return node | {
         "bound": round_up(limit**2 / 2 * (1 + Fraction(1, 2**80)))
     }  # more than the root of the verifier rounds

@@ -34,7 +34,7 @@ from stableopt.nn.residual import (
     ResidualStack,
     RungeKuttaBlock,
 )
-from stableopt.nn.residual.fields import check_field
+from stableopt.nn.residual.fields import Field, check_field
 from stableopt.nn.residual.gradient_step import GradientStep
 from stableopt.nn.residual.sll import FoldedSLL
 from stableopt.nn.sandwich import FoldedSandwich, Sandwich
@@ -82,7 +82,8 @@ def _(module: RungeKuttaBlock, graph: Builder, value: Value) -> Value:
 
 @fold.register(ContinuousDepth)
 def _(module: ContinuousDepth, graph: Builder, value: Value) -> Value:
-    for field, step, count in zip(module.fields, module.step_sizes(), module.steps, strict=True):
+    fields = [field for field in module.fields if isinstance(field, Field)]
+    for field, step, count in zip(fields, module.step_sizes(), module.steps, strict=True):
         check_field(field)
         value = add_field_steps(graph, value, field, float(step), module.tableau, count)
     return value
@@ -135,7 +136,7 @@ def _(module: FoldedSandwich, graph: Builder, value: Value) -> Value:
     inside.fold(activation, inside.input, "1")
     node = {key: entry for key, entry in inside.nodes[0].items() if key != "in"}
     scales = torch.tensor(module.scales, dtype=torch.float64)
-    parts = [linear_operator(part.weight, part.bias) for part in (first, last)]
+    parts = [linear_operator(part.weight, part.bias) for part in (first, last) if isinstance(part, nn.Linear)]
     return graph.add("sandwich", value, first=parts[0], second=parts[1], scales=scales, activation=node)
 
 

@@ -113,7 +113,7 @@ def euler(
 
 
 def add_residual(
-    graph: Builder, value: Value, output: Value, factors: Sequence[float], dtype: torch.dtype, owner: str
+    graph: Builder, value: Value, output: Value, factors: Sequence[float | Fraction], dtype: torch.dtype, owner: str
 ) -> Value:
     """Append a sum of an input and the output of its branch, whose shapes must agree.
 

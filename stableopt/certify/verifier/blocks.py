@@ -14,8 +14,8 @@ from .numbers import TINY, Array, U, float_up, gamma, largest, need, norm_at_mos
 from .operations import RULES, Graph, Node, Shape, rule
 
 __all__ = [
-    "euler_factor", "infinity_factor", "infinity_parts", "infinity_sums", "iterated", "rounding_of_rows", "row_factor",
-    "sandwich_matrix", "scaled_rows", "semidefinite", "shear_excess", "shear_sums",
+    "euler_factor", "infinity_factor", "infinity_parts", "infinity_sums", "iterated", "row_factor", "sandwich_matrix",
+    "scaled_rows", "semidefinite", "shear_excess", "shear_sums",
 ]  # fmt: skip
 
 
@@ -52,8 +52,7 @@ def _adjoint(g: Graph, node: Any, steps: Any, shape: Shape) -> tuple[Array, Arra
     if steps is not None:
         units = g.tensor(steps, 1)
         need(len(units) == len(weight) and (units >= 0).all(), "steps are >= 0, one for each hidden unit")
-        scaled = scaled_rows(weight, units)
-        error = rounding_of_rows(scaled)
+        scaled, error = scaled_rows(weight, units, exact=g.exact)
     if g.norm != "linf":
         bound = number(node["bound"], "a nested bound")
     hidden = g.operator(node, shape, None if bound is None else bound - error, scaled)
@@ -61,15 +60,22 @@ def _adjoint(g: Graph, node: Any, steps: Any, shape: Shape) -> tuple[Array, Arra
     return weight, units, bound or Fraction(0)
 
 
-def scaled_rows(weight: Array, steps: Array) -> Array:
-    """Return R A with R >= steps^(1/2) entrywise, rounded once: ||steps^(1/2) A|| <= ||R A|| (S9.2)."""
-    root: Array = np.nextafter(np.sqrt(steps), np.inf)
-    return root.reshape(-1, *[1] * (weight.ndim - 1)) * weight
+def scaled_rows(weight: Array, steps: Array, *, exact: bool = False) -> tuple[Array, Fraction]:
+    """Return R A with R >= steps^(1/2), rounded once, and a bound of the norm of that rounding, by u |R A| or exactly (S9.2)."""
+    root: Array = np.nextafter(np.sqrt(steps), np.inf).reshape(-1, *[1] * (weight.ndim - 1))
+    scaled, taps = (
+        root * weight,
+        math.prod(weight.shape[2:]),
+    )  # the norm of a kernel: at most sqrt(taps) times its 2-norm
+    if not exact:
+        return scaled, U * root_up(squares(scaled[None]) * taps) + TINY
+    need((fractions(root.ravel()) ** 2 >= fractions(steps)).all() and np.isfinite(scaled).all(), "a root is too small")
+    return scaled, root_up(((fractions(scaled) - fractions(root) * fractions(weight)) ** 2).sum() * taps)
 
 
-def rounding_of_rows(scaled: Array) -> Fraction:
-    """Bound the norm of the rounding of R A (S9.2): u |R A| entrywise, for a kernel times the root of the number of its taps."""
-    return U * root_up(squares(scaled[None]) * math.prod(scaled.shape[2:])) + TINY
+def fractions(values: Array) -> Any:
+    """Return the entries as fractions, in an array with which numpy then computes exactly."""
+    return np.frompyfunc(Fraction, 1, 1)(values)
 
 
 def euler_factor(step: Fraction, norm: Fraction, decay: Fraction, skew: Fraction | None, free: Fraction) -> Fraction:
@@ -94,23 +100,32 @@ def _euler(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
         free = _free(g, node["free"], shape)
     weight, steps, norm = _adjoint(g, operator, node["steps"], shape)
     if g.norm == "linf":
-        factor = row_factor(weight, operator.get("groups", 1), steps, step, decay) + skew + free
+        factor = row_factor(weight, operator.get("groups", 1), steps, step, decay, exact=g.exact) + skew + free
     else:
         factor = euler_factor(step, norm, decay, None if node["skew"] is None else skew, free)
     need(bound >= power_up(factor, _times(node)), "the bound of the block is not proved")
     return shape
 
 
-def row_factor(weight: Array, groups: int, steps: Array | None, step: Fraction, decay: Fraction) -> Fraction:
+def row_factor(
+    weight: Array, groups: int, steps: Array | None, step: Fraction, decay: Fraction, *, exact: bool = False
+) -> Fraction:
     """S9.10: bound the rows of c I - step A^T S D A: with n_k = sum_j |A_kj|, |c - p| is c - p or p - c, linear in the slopes D."""
-    A = np.abs(weight).reshape(groups, len(weight) // groups, weight.shape[1], -1)
-    scaled = A if steps is None else A * steps.reshape(groups, -1, 1, 1)
-    terms = 4 * (A[0].size + 16)
-    sums = A.sum(axis=(2, 3), keepdims=True) * float_up(1 + gamma(terms))  # at least n_k
-    grown, spread = ((scaled * v).sum(axis=(1, 3)) for v in (np.maximum(sums - 2 * A, 0.0), sums))
-    tiny = TINY * (1 + largest(sums))  # what underflows in ``scaled``, times n_k
-    most, whole = ((largest(v) * (1 + gamma(terms)) + tiny) * step for v in (grown, spread))
+    A: Any = np.abs(weight).reshape(groups, len(weight) // groups, weight.shape[1], -1)
+    units: Any = np.ones(len(weight)) if steps is None else steps
+    A, units = (fractions(A), fractions(units)) if exact else (A, units)
+    growth = Fraction(0) if exact else gamma(4 * (A[0].size + 16))
+    sums = A.sum(axis=(2, 3), keepdims=True) * (1 if exact else float_up(1 + growth))  # at least n_k
+    scaled = A * units.reshape(groups, -1, 1, 1)
+    grown, spread = ((scaled * v).sum(axis=(1, 3)).max() for v in (np.maximum(sums - 2 * A, 0), sums))
+    tiny = 0 if exact else TINY * (1 + largest(sums))  # what underflows in ``scaled``, times n_k
+    most, whole = ((_finite(v) * (1 + growth) + tiny) * step for v in (grown, spread))
     return _up(max(decay + most, whole - decay))
+
+
+def _finite(value: Any) -> Fraction:
+    need(isinstance(value, Fraction) or math.isfinite(value), "the arithmetic of a proof overflowed")
+    return Fraction(value)
 
 
 def _free(g: Graph, node: Node, shape: Shape) -> Fraction:
@@ -122,22 +137,17 @@ def _free(g: Graph, node: Node, shape: Shape) -> Fraction:
     return abs(number(node["scale"], "scale", signed=True)) * inner * outer
 
 
-def infinity_sums(kernel: Array, steps: Array, decay: Fraction) -> tuple[Fraction, Fraction]:
+def infinity_sums(kernel: Array, steps: Array, decay: Fraction, *, exact: bool = False) -> tuple[Fraction, Fraction]:
     """S9.4: the largest absolute sums of a row and of a column of 1 - t c + t D A: convex in each slope, so at slope 0 or 1."""
     n, taps = len(kernel), np.abs(kernel).reshape(*kernel.shape[:2], -1)
-    own = kernel.reshape(taps.shape)[range(n), range(n), taps.shape[2] // 2].tolist()
+    own = fractions(kernel.reshape(taps.shape)[range(n), range(n), taps.shape[2] // 2])
     taps[range(n), range(n), taps.shape[2] // 2] = 0.0
-    weighted, grown, moves = (
-        taps.sum(axis=2),
-        1 + gamma(2 * taps[0].size + 2 * n + 4),
-        [Fraction(t) for t in steps.tolist()],
-    )
-    rows = (Fraction(v) * grown * t for v, t in zip(weighted.sum(axis=1).tolist(), moves, strict=True))
-    columns = (Fraction(v) * grown + TINY for v in (steps @ weighted).tolist())
-    idle = [1 - t * decay for t in moves]
-    ends = [(abs(i), abs(i + t * Fraction(a))) for i, t, a in zip(idle, moves, own, strict=True)]
-    row = max(max(still, moved + r) for (still, moved), r in zip(ends, rows, strict=True))
-    return _up(row), _up(max(max(end) + c for end, c in zip(ends, columns, strict=True)))
+    weighted, units = (fractions(taps).sum(axis=2), fractions(steps)) if exact else (taps.sum(axis=2), steps)
+    grown, tiny = (1, 0) if exact else (1 + gamma(2 * taps[0].size + 2 * n + 4), TINY)
+    rows, columns = (fractions(v) * grown + tiny for v in (weighted.sum(axis=1), units @ weighted))
+    moves = fractions(steps)
+    idle, moved = abs(1 - moves * decay), abs(1 - moves * decay + moves * own)
+    return _up(max(np.maximum(idle, moved + moves * rows))), _up(max(np.maximum(idle, moved) + columns))
 
 
 def infinity_factor(norm: str, sums: tuple[Fraction, Fraction], parts: Fraction | None) -> Fraction:
@@ -166,7 +176,7 @@ def _infinity(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
     need(all(k % 2 for k in weight.shape[2:]), "the kernel of a block has a middle")
     need(len(steps) == len(weight) and (steps >= 0).all(), "steps are >= 0, one for each unit")
     parts = None if norm is None else infinity_parts(steps, decay, norm)
-    factor = infinity_factor(g.norm, infinity_sums(weight, steps, decay), parts)
+    factor = infinity_factor(g.norm, infinity_sums(weight, steps, decay, exact=g.exact), parts)
     need(bound >= power_up(factor, _times(node)), "the bound of the block is not proved")
     return shape
 
@@ -195,7 +205,9 @@ def _shear(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
         need(operator["op"] == "linear", "shears need linear operators")
         weight, _, norm = _adjoint(g, operator, None, (*shape[:-1], half))
         size = number(step, "a step")
-        sizes.append(row_factor(weight, 1, None, size, Fraction(0)) if g.norm == "linf" else size * norm**2)
+        sizes.append(
+            row_factor(weight, 1, None, size, Fraction(0), exact=g.exact) if g.norm == "linf" else size * norm**2
+        )
     if g.norm == "linf":
         need(bound >= shear_sums(*sizes) * decay, "the bound of the shears is not proved")
         return shape
@@ -266,15 +278,22 @@ def _sandwich(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
     shape = g.operator(second, g.operator(first, shape, None), None)
     A, B, scales = g.tensors[first["weight"]], g.tensors[second["weight"]], g.tensor(node["scales"], 1)
     need(scales.shape == (len(A),) and (scales > 0).all(), "the scales of a sandwich are > 0, one for each hidden unit")
-    both = sandwich_matrix(A, B, scales)
-    limit = bound * 2 / root_up(2 * bound) - U * root_up(squares(both[None])) - TINY  # below the root of 2 L
+    both, error = sandwich_matrix(A, B, scales, exact=g.exact)
+    limit = bound * 2 / root_up(2 * bound) - error  # below the root of 2 L
     need(norm_at_most(both[None], limit, exact=g.exact), "the bound of the sandwich is not proved")
     return shape
 
 
-def sandwich_matrix(A: Array, B: Array, scales: Array) -> Array:
-    """Return [B^T / psi, psi A], each entry rounded once (S9.8)."""
-    return np.concatenate([B.T / scales[:, None], scales[:, None] * A], axis=1)
+def sandwich_matrix(A: Array, B: Array, scales: Array, *, exact: bool = False) -> tuple[Array, Fraction]:
+    """Return [B^T / psi, psi A], each entry rounded once, and a bound of the norm of that rounding (S9.8)."""
+    both = np.concatenate([B.T / scales[:, None], scales[:, None] * A], axis=1)
+    if not exact:
+        return both, U * root_up(squares(both[None])) + TINY
+    psi = fractions(scales)[:, None]
+    need(np.isfinite(both).all(), "the arithmetic of a proof overflowed")
+    return both, root_up(
+        ((fractions(both) - np.concatenate([fractions(B.T) / psi, psi * fractions(A)], axis=1)) ** 2).sum()
+    )
 
 
 @rule("euclidean", "norm map", "linf")

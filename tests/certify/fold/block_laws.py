@@ -33,10 +33,10 @@ def certified(module: nn.Module, shape: tuple[int, ...], norm: str = "l2") -> Pr
     return publish(extract(module, shape, norm))
 
 
-def constant(program: Program) -> float:
+def constant(program: Program, *, exact: bool = False) -> float:
     """The constant that the verifier proves; it rejects with an exception."""
     tensors = {name: value.double().numpy() for name, value in program.tensors.items()}
-    graph = Graph(tensors, program.norm, False)
+    graph = Graph(tensors, program.norm, exact)
     walk = Walk([to_file(node) for node in program.nodes], graph, program.shape)
     assert graph.used == set(tensors)
     last = walk.constants()[-1]

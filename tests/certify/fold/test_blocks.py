@@ -98,6 +98,16 @@ def test_a_folded_block_computes_what_the_module_computes_and_its_bound_is_that_
     assert bound >= worst_ratio(as_map(program), shape, norm, starts=4, steps=4) * (1.0 - 1e-9)
 
 
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize(
+    "name", ["gradient rows", "conv rows", "dissipative", "hamiltonian", "infinity conv", "runge rk4", "sandwich"]
+)
+def test_blocks_are_proved_in_integers_and_fractions_too(name: str, norm: str) -> None:
+    make, shape = BLOCKS[name]
+    program = certified(stirred(make(), 0.1), shape, norm)
+    assert constant(program, exact=True) == constant(program)
+
+
 @pytest.mark.parametrize(
     "name",
     ["gradient", "gradient rows", "sll", "dissipative", "hamiltonian", "infinity", "runge rk4", "sandwich", "skew"],
