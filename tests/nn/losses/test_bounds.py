@@ -76,6 +76,19 @@ def test_pair_norms_scale_exactly_and_do_not_vanish_for_small_weights(k: int) ->
         assert bool((pair_norms(rows * 1e-30, p) + torch.eye(4) > 0).all())  # squares of these are 0 in float32
 
 
+def test_rows_that_are_almost_equal_keep_their_distance(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1e-30, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float32)
+    close = (
+        1.0 + 2.0**-23 * torch.randint(0, 4, (5, 3)).float()
+    )  # dividing by the largest would round these differences away
+    for p, W, direct in itertools.product(DUALS.values(), (rows, close, 1.0 / 3.0 * close), (module._DIRECT, 1)):
+        monkeypatch.setattr(module, "_DIRECT", direct)
+        exact = torch.linalg.vector_norm(W.double()[:, None] - W.double()[None], ord=p, dim=2)
+        found = pair_norms(W, p).double()
+        assert bool((found >= exact).all())
+        assert not found[exact == 0].any()
+
+
 def test_equal_rows_have_no_gradient_and_the_others_have_theirs() -> None:
     W = torch.randn(4, 3)
     W[2] = W[0]

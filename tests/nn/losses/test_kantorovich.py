@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
@@ -29,6 +29,7 @@ def literal_hinge(row: list[float], label: int, m: float) -> float:
     return max(0.0, m / 2 - row[label]) + sum(others) / len(others)
 
 
+@settings(max_examples=30)
 @given(
     n=st.integers(1, 6), classes=st.integers(2, 4), alpha=st.floats(0, 1), m=st.floats(0.1, 3), seed=st.integers(0, 99)
 )
