@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +21,15 @@ from stableopt.certify.verifier.operations import Graph
 from stableopt.certify.verifier.program import Walk
 
 SLACK = 1 + 1e-8
+
+
+def pairs(names: Iterable[str], norms: tuple[str, ...]) -> list[Any]:
+    """All pairs for the slow run, and one norm of each name, by turns, for the others."""
+    return [
+        pytest.param(name, norm, id=f"{name}-{norm}", marks=[] if j == i % len(norms) else [pytest.mark.slow])
+        for i, name in enumerate(names)
+        for j, norm in enumerate(norms)
+    ]
 
 
 def program_of(module: nn.Module, shape: tuple[int, ...], norm: str) -> Program:

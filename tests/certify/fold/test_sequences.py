@@ -35,6 +35,7 @@ from tests.certify.fold.sequence_laws import (
     constant,
     output,
     output_of,
+    pairs,
     program_of,
     rejected,
     walked,
@@ -85,7 +86,7 @@ def made(name: str, *, spread: float = 0.5) -> nn.Module:
 @pytest.mark.parametrize("name", ALL)
 def test_a_program_computes_what_the_module_computes(name: str) -> None:
     module = made(name)
-    for length in (1, T, 17):
+    for length in (1, T):
         if name == "mean" and length < T:
             continue
         x = 3.0 * torch.randn(4, length, D)
@@ -93,8 +94,7 @@ def test_a_program_computes_what_the_module_computes(name: str) -> None:
         torch.testing.assert_close(output(program, x), output_of(module, x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(("name", "norm"), pairs(ALL, NORMS))
 def test_the_verifier_proves_what_is_published_and_it_is_not_above_the_rule(name: str, norm: str) -> None:
     module = made(name)
     program = program_of(module, (T, D), norm)
@@ -106,8 +106,7 @@ def test_the_verifier_proves_what_is_published_and_it_is_not_above_the_rule(name
     assert proved <= rule * SLACK, (proved, rule)
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", [*CELLS, *SPACES])
+@pytest.mark.parametrize(("name", "norm"), pairs([*CELLS, *SPACES], NORMS))
 def test_no_adversary_stretches_more_than_is_proved(name: str, norm: str) -> None:
     module = made(name)
     program = program_of(module, (T, D), norm)
@@ -189,8 +188,7 @@ def node_of(name: str, norm: str = "l2") -> tuple[Program, int, dict[str, Any]]:
     return program, index, program.nodes[index]
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", [*CELLS, *SPACES])
+@pytest.mark.parametrize(("name", "norm"), pairs([*CELLS, *SPACES], NORMS))
 def test_smaller_numbers_are_rejected(name: str, norm: str) -> None:
     program, index, node = node_of(name, norm)
     walked(program)
@@ -217,8 +215,7 @@ def test_a_recurrence_with_other_settings_is_rejected(name: str) -> None:
         assert rejected(with_tensor(program, node["step"], -program.tensors[node["step"]]))
 
 
-@pytest.mark.parametrize("norm", NORMS)
-@pytest.mark.parametrize("name", SPACES)
+@pytest.mark.parametrize(("name", "norm"), pairs(SPACES, NORMS))
 def test_a_state_space_without_a_stable_eigenvalue_is_rejected(name: str, norm: str) -> None:
     program, index, node = node_of(name, norm)
     real, imag = program.tensors[node["real"]], program.tensors[node["imag"]]
@@ -233,8 +230,7 @@ def test_a_state_space_without_a_stable_eigenvalue_is_rejected(name: str, norm: 
     assert rejected(with_tensor(program, node["input"], 1.01 * program.tensors[node["input"]]))
 
 
-@pytest.mark.parametrize("name", ["contracting", "leaky", "antisymmetric", "space"])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize(("name", "norm"), pairs(["contracting", "leaky", "antisymmetric", "space"], NORMS))
 def test_a_rate_and_a_gain_for_every_length_are_known_to_the_claims(name: str, norm: str) -> None:
     module = made(name)
     walk = walked(program_of(module, (400, D), norm))
