@@ -17,7 +17,7 @@ Examples:
 from stableopt import constraints, linalg, lyapunov, nn, optim, theory
 from stableopt._version import __version__
 from stableopt.certify import Certificate, certify, load
-from stableopt.certify.verify import verify
+from stableopt.certify.verifier import verify
 from stableopt.errors import CertificateError, InfeasibleError, StabilityError, StableoptError, UncertifiableError
 from stableopt.linalg import Bound
 from stableopt.lyapunov import Monitor, Profile

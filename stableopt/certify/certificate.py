@@ -5,45 +5,30 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from stableopt._version import __version__
-from stableopt.certify import verify as verifier
-from stableopt.certify.bounds import WEIGHTED, from_file, layer_limits, publish, shrink, to_file, weight_bound, within
-from stableopt.certify.files import decode_weights, encode_weights
-from stableopt.certify.graph import extract
-from stableopt.certify.modules import build
-from stableopt.certify.radius import evaluate, radii
-from stableopt.errors import CertificateError, UncertifiableError
+from stableopt.certify import verifier
+from stableopt.certify.deployed import CertifiedModel
+from stableopt.certify.files import decode_weights
+from stableopt.certify.network import CertifiedNetwork
+from stableopt.certify.program import Node, Program
+from stableopt.certify.publish import from_file, to_file
+from stableopt.certify.rounding import Analysis
+from stableopt.certify.rounding_margins import Margins, margins
+from stableopt.certify.runtime import RUNTIMES
+from stableopt.errors import CertificateError
 from stableopt.files import write_atomically
-from stableopt.linalg import Bound
-from stableopt.nn.layers import layers
-from stableopt.nn.stabilize import layer_limit
 
-__all__ = ["CERTIFICATE_NAME", "Certificate", "WEIGHTS_NAME", "certify", "load"]
-
-Node = dict[str, Any]
+__all__ = ["CERTIFICATE_NAME", "WEIGHTS_NAME", "Certificate", "load"]
 
 WEIGHTS_NAME, CERTIFICATE_NAME = "model.safetensors", "model.cert.json"
-_MOST_CLASSES = 256
-"""Beyond this many classes the table of margin constants is left out: it would outgrow the weights."""
 _ROWS = 256
-_NOT_CLAIMED = (
-    "accuracy",
-    "norms other than l2",
-    "the rounding of the arithmetic in which the network is run later",
-    "anything about the data or the training",
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,8 +36,8 @@ class Certificate:
     r"""A proved Lipschitz bound of a network, together with exactly the numbers for which it is proved.
 
     For all inputs :math:`x, y`, the certified network :math:`f` in exact arithmetic has
-    :math:`\|f(x) - f(y)\|_2 \le L \|x - y\|_2`.
-    Certificates are made by :func:`certify` and :func:`load`; both run the independent verifier on the bytes.
+    :math:`\|f(x) - f(y)\| \le L \|x - y\|` in the norm of the certificate. Certificates are made by
+    :func:`stableopt.certify.certify` and :func:`load`; both run the independent verifier on the bytes.
 
     Args:
         certificate: the bytes of the certificate file.
@@ -62,8 +47,9 @@ class Certificate:
         CertificateError: if the verifier rejects the pair; the message is its reason.
 
     Examples:
+        >>> from stableopt.certify import certify
         >>> cert = certify(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.ReLU()), (2,))
-        >>> [layer["op"] for layer in cert.layers]
+        >>> [node["op"] for node in cert.program.nodes]
         ['linear', 'activation']
         >>> Certificate(cert.certificate, cert.weights[:-1])
         Traceback (most recent call last):
@@ -74,6 +60,8 @@ class Certificate:
     weights: bytes = field(repr=False)
     lipschitz: float = field(init=False)
     """The proved bound :math:`L`."""
+    norm: str = field(init=False)
+    """The norm in which it holds: ``"l2"``, ``"linf"`` or ``"token_max"``."""
 
     def __post_init__(self) -> None:
         """Refuse bytes that the verifier rejects."""
@@ -81,23 +69,39 @@ class Certificate:
         if result.lipschitz is None:
             raise CertificateError(f"the certificate is rejected: {result.reason}.")
         object.__setattr__(self, "lipschitz", result.lipschitz)
+        object.__setattr__(self, "norm", result.norm)
+
+    @classmethod
+    def _verified(cls, certificate: bytes, weights: bytes, lipschitz: float, norm: str) -> Certificate:
+        """Make a certificate of bytes whose content the verifier has just walked through."""
+        made = object.__new__(cls)
+        for name, value in (
+            ("certificate", certificate),
+            ("weights", weights),
+            ("lipschitz", lipschitz),
+            ("norm", norm),
+        ):
+            object.__setattr__(made, name, value)
+        return made
 
     @cached_property
     def _predicate(self) -> dict[str, Any]:
         return json.loads(self.certificate)["predicate"]
 
-    @cached_property
-    def _tensors(self) -> dict[str, Tensor]:
-        return decode_weights(self.weights)
+    @property
+    def program(self) -> Program:
+        """The operations in order, each with its settings, its inputs, the names of its tensors and its proved ``bound``."""
+        return self._program
 
     @cached_property
-    def _doubles(self) -> dict[str, Tensor]:
-        return {name: value.double() for name, value in self._tensors.items()}
+    def _program(self) -> Program:
+        nodes = tuple(from_file(node) for node in self._predicate["graph"])
+        return Program(nodes, decode_weights(self.weights), self.input_shape, self.norm)
 
     @property
     def layers(self) -> tuple[Node, ...]:
-        """The operations in order, each with its settings, the names of its tensors and its proved ``bound``."""
-        return tuple(from_file(node) for node in self._predicate["graph"])
+        """The operations of the program."""
+        return self.program.nodes
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -109,54 +113,66 @@ class Certificate:
         """The SHA-256 digest of the weight file."""
         return hashlib.sha256(self.weights).hexdigest()
 
-    @cached_property
+    @property
+    def claims(self) -> dict[str, list[dict[str, Any]]]:
+        """The claims in their three tiers: ``proved``, ``replayable`` and ``attested``, real numbers as floats."""
+        return from_file(self._predicate["claims"])
+
+    @property
     def margin_constants(self) -> Tensor | None:
         r"""Proved bounds of the Lipschitz constants of the differences of two outputs, shape ``(classes, classes)``.
 
-        None if the network does not end with a dense layer of at most 256 outputs; then :math:`\sqrt2 L` bounds each of them.
+        From the norm of the certificate to absolute values. None if the network does not end with a dense layer of at most 256
+        outputs; then :math:`\sqrt2 L` (:math:`2L` in ``"linf"``) bounds each of them.
         """
-        for claim in self._predicate["claims"]["proved"]:
+        return self._margin_constants
+
+    @cached_property
+    def _margin_constants(self) -> Tensor | None:
+        for claim in self.claims["proved"]:
             if claim["id"] == "margin_constants":
-                return torch.tensor([[float.fromhex(v) for v in row] for row in claim["L"]], dtype=torch.float64)
+                return torch.tensor(claim["L"], dtype=torch.float64)
         return None
 
-    def module(self) -> nn.Sequential:
-        """Return the certified network as plain modules in evaluation mode, holding copies of exactly the certified numbers.
+    def module(self) -> CertifiedNetwork:
+        """Return the certified network as a module in evaluation mode that holds copies of exactly the certified numbers.
 
         Note:
-            The bounds are for exact arithmetic. Run in float32, the outputs carry rounding errors that the certificate does not
-            cover; the radii are for the exact network.
+            The bounds are for exact arithmetic. For radii that hold for the outputs of a run in low precision see :meth:`deploy`.
 
         Examples:
+            >>> from stableopt.certify import certify
             >>> cert = certify(torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout(0.5)), (2,))
-            >>> list(cert.module())
-            [Linear(in_features=2, out_features=2, bias=True)]
+            >>> cert.module()(torch.zeros(1, 2)).shape
+            torch.Size([1, 2])
         """
-        copies = {name: value.clone() for name, value in self._tensors.items()}
-        return nn.Sequential(*(build(node, copies) for node in self.layers)).eval()
+        return CertifiedNetwork(self.program).eval()
 
-    def radius(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def radius(self, x: Tensor, labels: Tensor | None = None, *, norm: str | None = None) -> Tensor:
         r"""Return radii within which the predicted class cannot change.
 
-        For every real input :math:`x'` with :math:`\|x' - x\|_2 < r` the exact network with the stored weights predicts the same
-        class as for :math:`x`. The logits are evaluated in float64, and the rounding of this evaluation is subtracted.
+        For every real input :math:`x'` with :math:`\|x' - x\| < r` the exact network with the stored weights predicts the same
+        class as for :math:`x`, and so does every run of it in float64: the rounding of both is subtracted.
 
         Args:
             x: inputs, shape ``(batch, *input_shape)``, floating.
             labels: true classes, shape ``(batch,)``; wrongly classified inputs get 0. None: all inputs count.
+            norm: the norm of the ball, ``"l2"`` or ``"linf"``; None for that of the certificate. For another one the radius is
+                converted by :math:`\|d\|_2 \le \sqrt n \|d\|_\infty` or :math:`\|d\|_\infty \le \|d\|_2`.
 
         Returns:
-            Radii in the 2-norm of the whole input, shape ``(batch,)``, float64 on the CPU. 0 means that nothing is certified: a
-            tie, a margin below the rounding, an overflow, NaN, or a single class.
+            Radii, shape ``(batch,)``, float64 on the CPU. 0 means that nothing is certified: a tie, a margin below the rounding, an
+            overflow, NaN, or a single class.
 
         Raises:
             TypeError: if ``x`` is not a floating tensor.
-            ValueError: if a shape does not fit.
+            ValueError: if a shape or the norm does not fit.
 
         Note:
             This is about the exact network. Smooth activations are assumed to be computed within 16 units in the last place.
 
         Examples:
+            >>> from stableopt.certify import certify
             >>> layer = torch.nn.Linear(2, 2, bias=False)
             >>> _ = torch.nn.init.eye_(layer.weight)  # the boundary is the diagonal
             >>> cert = certify(layer, (2,))
@@ -165,6 +181,8 @@ class Certificate:
             True
         """
         best, reach = self._classify(x)
+        size = self.input_shape[-1] if self.norm == "token_max" else math.prod(self.input_shape)
+        reach = _converted(reach, self.norm, self.norm if norm is None else norm, size)
         if labels is None:
             return reach
         return torch.where(_labels(labels, len(x)) == best, reach, torch.zeros_like(reach))
@@ -182,6 +200,7 @@ class Certificate:
             ValueError: if a shape does not fit, the batch is empty, or ``eps`` is negative or NaN.
 
         Examples:
+            >>> from stableopt.certify import certify
             >>> layer = torch.nn.Linear(1, 2, bias=False)
             >>> _ = torch.nn.init.constant_(layer.weight, 1.0)
             >>> _ = layer.weight.data[1].neg_()
@@ -194,6 +213,28 @@ class Certificate:
         if len(x) == 0:
             raise ValueError("the accuracy of an empty batch is undefined.")
         return float((self.radius(x, y) > eps).double().mean())
+
+    def with_claims(self, replayable: Sequence[Node] = (), attested: Sequence[Node] = ()) -> Certificate:
+        """Return the certificate with more claims of the tiers that are not proved.
+
+        Args:
+            replayable: claims that whoever has the data can repeat, as from :meth:`CertifiedAccuracy.claims`.
+            attested: claims that rest on the word of their author, as from :func:`stableopt.certify.attest_run`.
+
+        Raises:
+            CertificateError: if a claim is malformed, or of a kind that must be proved.
+
+        Examples:
+            >>> from stableopt.certify import certify
+            >>> cert = certify(torch.nn.ReLU(), (2,)).with_claims(attested=[{"id": "note", "author": "me"}])
+            >>> cert.claims["attested"]
+            [{'id': 'note', 'author': 'me'}]
+        """
+        statement = json.loads(self.certificate)
+        claims = statement["predicate"]["claims"]
+        claims["replayable"] += to_file(list(replayable))
+        claims["attested"] += to_file(list(attested))
+        return Certificate((json.dumps(statement, indent=1, sort_keys=True) + "\n").encode(), self.weights)
 
     def save(self, folder: str | Path) -> tuple[Path, Path]:
         """Write ``model.safetensors`` and then ``model.cert.json`` into a folder, each whole or not at all.
@@ -212,6 +253,7 @@ class Certificate:
 
         Examples:
             >>> import tempfile
+            >>> from stableopt.certify import certify
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     [path.name for path in certify(torch.nn.Linear(2, 2), (2,)).save(folder)]
             ['model.safetensors', 'model.cert.json']
@@ -230,64 +272,47 @@ class Certificate:
         best, reach = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.float64)]
         with torch.no_grad():
             for rows in x.detach().to("cpu", torch.float64).split(_ROWS) if len(x) else ():
-                logits, error = evaluate(self.layers, self._doubles, rows)
-                if logits.ndim != 2:
-                    raise ValueError(f"radii need an output of shape (batch, classes), got {tuple(logits.shape)}.")
-                constants = self.margin_constants
-                if constants is None:
-                    root = (Bound.point(2.0).sqrt() * self.lipschitz).upper
-                    constants = torch.full(logits.shape[1:] * 2, root, dtype=torch.float64)
-                labels, r = radii(logits, error, constants)
-                best.append(labels)
-                reach.append(r)
+                found = self._margins(rows)
+                best.append(found.best)
+                reach.append(torch.where(rows.flatten(1).isfinite().all(1), found.radii(), 0.0))
         return torch.cat(best), torch.cat(reach)
 
+    def _margins(self, rows: Tensor) -> Margins:
+        logits = self._reference(rows)
+        if logits.ndim != 2:
+            raise ValueError(f"radii need an output of shape (batch, classes), got {tuple(logits.shape)}.")
+        best = logits.nan_to_num(0.0).argmax(1)
+        return margins(self._analysis, rows, best, self.margin_constants, self.lipschitz, exact=True)
 
-def certify(model: nn.Module, input_shape: Sequence[int], *, lipschitz: float | None = None) -> Certificate:
-    r"""Prove a Lipschitz bound of a model and return it as a certificate.
+    @cached_property
+    def _analysis(self) -> Analysis:
+        doubles = {name: value.double() for name, value in self.program.tensors.items()}
+        return Analysis(self.program.nodes, doubles, RUNTIMES["float64"], self.norm)
 
-    What is certified is the map in evaluation mode, whatever mode the model is in: dropout is left out, parametrizations are folded
-    into the numbers that they produce now. The model is not changed. A weight with an enforced limit (by
-    :func:`stableopt.nn.stabilize` or a :class:`~stableopt.constraints.SpectralBall`) is scaled down, in its own dtype, until its
-    proved bound is within that limit.
+    @cached_property
+    def _reference(self) -> CertifiedNetwork:
+        return CertifiedNetwork(self.program, plain=True).double()
 
-    Args:
-        model: nested ``nn.Sequential`` of layers that have a rule in :func:`stableopt.certify.fold`.
-        input_shape: shape of one input, without the batch dimension.
-        lipschitz: a Lipschitz constant that the certificate must reach; the largest weights are scaled down until it does. None:
-            only the enforced limits count.
+    def deploy(self, runtime: str = "float32") -> CertifiedModel:
+        """Return the certified network as it runs in an arithmetic, with radii that hold for what it computes there.
 
-    Returns:
-        The certificate, already checked by the independent verifier.
+        Args:
+            runtime: ``"float64"``, ``"float32"``, ``"tf32"``, ``"float16"`` or ``"bfloat16"``, see
+                :data:`stableopt.certify.runtime.RUNTIMES`.
 
-    Raises:
-        UncertifiableError: if a layer has no rule, or no weight can be scaled down to reach ``lipschitz``.
-        ValueError: if a weight is NaN or infinite, or an argument or a shape does not fit.
+        Raises:
+            ValueError: if the runtime is unknown.
+            CertificateError: if this process does not compute in it, or an operation has no analysis of its rounding.
 
-    Note:
-        The certified weights can differ from those of the model: by the scaling, of relative size 1e-9 up to the precision of the
-        dtype for a stabilized model, more if ``lipschitz`` is far below what the model has. Run :meth:`Certificate.module`.
-
-    Examples:
-        >>> _ = torch.manual_seed(0)
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))
-        >>> cert = certify(model, (4,), lipschitz=0.25)
-        >>> 0.249999 < cert.lipschitz <= 0.25
-        True
-    """
-    shape = _checked_shape(input_shape)
-    if lipschitz is not None and not (math.isfinite(lipschitz) and lipschitz > 0):
-        raise ValueError(f"lipschitz must be positive and finite, got {lipschitz!r}.")
-    nodes, tensors = extract(model, shape)
-    _keep_limits(model, nodes, tensors)
-    if lipschitz is not None:
-        _reach(nodes, tensors, lipschitz)
-    published = [publish(node, tensors) for node in nodes]
-    total = math.prod((Bound.point(node["bound"]) for node in published), start=Bound.point(1.0)).upper
-    if lipschitz is not None and total > lipschitz:
-        raise UncertifiableError(f"the proved Lipschitz constant is {total!r}, above the {lipschitz!r} asked for.")
-    weights = encode_weights(tensors)
-    return Certificate(_statement(weights, shape, published, total, tensors), weights)
+        Examples:
+            >>> from stableopt.certify import certify
+            >>> layer = torch.nn.Linear(2, 2, bias=False)
+            >>> _ = torch.nn.init.eye_(layer.weight)
+            >>> found = certify(layer, (2,)).deploy("float32").predict(torch.tensor([[3.0, 1.0]]))
+            >>> found.labels.tolist(), round(float(found.radii), 3)
+            ([0], 1.414)
+        """
+        return CertifiedModel(self, runtime)
 
 
 def load(folder: str | Path) -> Certificate:
@@ -301,6 +326,7 @@ def load(folder: str | Path) -> Certificate:
 
     Examples:
         >>> import tempfile
+        >>> from stableopt.certify import certify
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = certify(torch.nn.ReLU(), (2,)).save(folder)
         ...     load(folder).lipschitz
@@ -316,69 +342,15 @@ def load(folder: str | Path) -> Certificate:
         ) from None
 
 
-def _keep_limits(model: nn.Module, nodes: list[Node], tensors: dict[str, Tensor]) -> None:
-    limits = {f"{path}.weight" if path else "weight": layer_limit(module) for path, module in layers(model)}
-    for node in nodes:
-        limit = limits.get(str(node.get("weight")))
-        if node["op"] in WEIGHTED and limit is not None:
-            tensors[node["weight"]] = shrink(node, tensors[node["weight"]], within(limit))
-
-
-def _reach(nodes: list[Node], tensors: dict[str, Tensor], target: float) -> None:
-    weighted = [node for node in nodes if node["op"] in WEIGHTED]
-    others = [publish(node, tensors)["bound"] for node in nodes if node["op"] not in WEIGHTED]
-    bounds = [weight_bound(node, tensors[node["weight"]]) for node in weighted]
-    limit = layer_limits(bounds, math.prod(others), target)
-    for node, bound in zip(weighted, bounds, strict=True):
-        if bound > limit:
-            tensors[node["weight"]] = shrink(node, tensors[node["weight"]], limit)
-
-
-def _statement(
-    weights: bytes, shape: tuple[int, ...], nodes: list[Node], total: float, tensors: dict[str, Tensor]
-) -> bytes:
-    proved: list[dict[str, Any]] = [{"id": "lipschitz_l2", "L": total.hex()}]
-    last = nodes[-1]
-    if last["op"] == "linear" and _is_vector(nodes, shape) and 2 <= len(tensors[last["weight"]]) <= _MOST_CLASSES:
-        before = math.prod((Bound.point(node["bound"]) for node in nodes[:-1]), start=Bound.point(1.0)).upper
-        table = verifier.margin_constants(tensors[last["weight"]].double().numpy(), Fraction(before)) * (1 + 1e-9)
-        if np.isfinite(table).all():
-            table = np.maximum(table, table.T)
-            proved.append({"id": "margin_constants", "L": [[value.hex() for value in row] for row in table.tolist()]})
-    statement = {
-        "_type": "https://in-toto.io/Statement/v1",
-        "subject": [{"name": WEIGHTS_NAME, "digest": {"sha256": hashlib.sha256(weights).hexdigest()}}],
-        "predicateType": verifier.PREDICATE_TYPE,
-        "predicate": {
-            "schema": 1,
-            "producer": {
-                "stableopt": __version__, "torch": str(torch.__version__), "python": platform.python_version(),
-            },
-            "input": {"shape": list(shape), "metric": "l2", "domain": "R^n"},
-            "graph": [to_file(node) for node in nodes],
-            "claims": {"proved": proved, "replayable": [], "attested": []},
-            "assumptions": list(verifier.ASSUMPTIONS),
-            "not_claimed": list(_NOT_CLAIMED),
-        },
-    }  # fmt: skip
-    return (json.dumps(statement, indent=1, sort_keys=True) + "\n").encode()
-
-
-def _is_vector(nodes: list[Node], shape: tuple[int, ...]) -> bool:
-    """Return whether the output is a vector: a flatten or a vector input, and no image layer after it."""
-    flat = len(shape) == 1
-    for node in nodes:
-        flat = flat or node["op"] == "flatten"
-    return flat
-
-
-def _checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
-    shape = tuple(input_shape) if isinstance(input_shape, Sequence) else ()
-    if not shape or not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in shape):
-        raise ValueError(
-            f"input_shape must be a tuple of integers >= 1, without the batch dimension, got {input_shape!r}."
-        )
-    return shape
+def _converted(reach: Tensor, given: str, wanted: str, size: int) -> Tensor:
+    """Convert radii to another norm of the ball, rounded down."""
+    if wanted not in {"l2", "linf", given}:
+        raise ValueError(f"norm must be 'l2', 'linf' or that of the certificate ({given!r}), got {wanted!r}.")
+    if given in {wanted, "linf"}:  # |d|_inf <= |d|_2
+        return reach
+    if given == "token_max" and wanted == "l2":  # max over tokens <= |d|_2
+        return reach
+    return reach / math.nextafter(math.sqrt(size), math.inf) * (1.0 - 2.0**-50)
 
 
 def _labels(labels: Tensor, batch: int) -> Tensor:

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stableopt.certify.verify import parse_weights
+from stableopt.certify.verifier import parse_weights
 from stableopt.files import encode_safetensors
 
 __all__ = ["decode_weights", "encode_weights"]

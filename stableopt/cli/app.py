@@ -1,4 +1,4 @@
-"""The commands: train, certify, verify, report, doctor, profile."""
+"""The commands: train, certify, verify, report, doctor, profile, audit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.table import Table
 
 from stableopt._version import __version__
-from stableopt.certify.verify import main as run_verifier
+from stableopt.certify.verifier import main as run_verifier
 from stableopt.cli.progress import LiveProgress
 from stableopt.cli.train import EPSILONS, Settings, certify_run
 from stableopt.cli.train import train as run_training
-from stableopt.errors import StableoptError
+from stableopt.errors import CertificateError, StableoptError
 
 __all__ = ["app", "run"]
 
@@ -97,12 +97,37 @@ def certify(run_folder: Annotated[Path, typer.Argument(help="A run folder.")]) -
 
 @app.command()
 def verify(
-    certificate: Annotated[Path, typer.Argument(help="A model.cert.json, or the folder that holds it.")],
+    certificate: Annotated[Path | None, typer.Argument(help="A model.cert.json, or the folder that holds it.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Prove the norms in integers; slower.")] = False,
+    replay: Annotated[Path | None, typer.Option(help="An npz file (x, y): repeat the claims about these data.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    sig: Annotated[Path | None, typer.Option(help="A public key (PEM): check the signature of the folder too.")] = None,
+    standalone: Annotated[
+        Path | None, typer.Option(help="Write the verifier itself, as one file that needs numpy only, to this path.")
+    ] = None,
 ) -> None:
     """Prove a certificate again from the bytes of the weights; exit 0 verified, 1 rejected, 2 error."""
+    if standalone is not None:
+        from stableopt.certify.standalone import write_verifier
+
+        console.print(f"wrote {write_verifier(standalone)}", highlight=False)
+    if certificate is None:
+        raise typer.Exit(0 if standalone is not None else 2)
     path = certificate / "model.cert.json" if certificate.is_dir() else certificate
-    raise typer.Exit(run_verifier([str(path), *(["--json"] if as_json else [])]))
+    if sig is not None:
+        _check_signature(path.parent, sig)
+    flags = [*(["--json"] if as_json else []), *(["--exact"] if exact else [])]
+    raise typer.Exit(run_verifier([str(path), *flags, *([] if replay is None else ["--replay", str(replay)])]))
+
+
+def _check_signature(folder: Path, key: Path) -> None:
+    from stableopt.certify.signing import verify_signature
+
+    try:
+        verify_signature(folder, key)
+    except CertificateError as error:
+        console.print(f"rejected: {error}", highlight=False)
+        raise typer.Exit(1) from None
 
 
 @app.command()
@@ -130,6 +155,26 @@ def doctor(
 
     found = diagnose(*load_subject(subject))
     print(json.dumps(found.as_dict(), indent=1) if as_json else found)  # noqa: T201
+
+
+@app.command()
+def audit(
+    subject: Annotated[
+        str,
+        typer.Argument(help="FILE.py:FUNCTION, which returns (model, loss) or (model, inputs[, targets[, loss_fn]])."),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    fail_on: Annotated[
+        str, typer.Option(help="Exit with 1 at a finding as bad as this or worse: serious, weak, note or never.")
+    ] = "never",
+) -> None:
+    """List what breaks or weakens a guarantee in a model of anybody's, where, and how large each error is measured to be."""
+    from stableopt.cli.audit import audit_subject, fails
+
+    found = audit_subject(subject)
+    failed = fails(found, fail_on)
+    print(json.dumps(found.as_dict(), indent=1, allow_nan=False) if as_json else found)  # noqa: T201
+    raise typer.Exit(int(failed))
 
 
 @app.command()

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from stableopt.certify import Certificate
-from stableopt.certify.verify import Result, check
+from stableopt.certify.verifier import Result, check
 
 
 def norm_is_at_most(A: np.ndarray, limit: Fraction) -> bool:

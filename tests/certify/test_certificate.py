@@ -6,7 +6,6 @@ import copy
 import json
 import math
 import os
-from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from stableopt.certify import Certificate, certify, fold, load, verify
-from stableopt.certify.bounds import layer_limits, publish, shrink, weight_bound, within
+from stableopt.certify import Certificate, certify, fold, load, verifier
 from stableopt.certify.files import decode_weights, encode_weights
+from stableopt.certify.program import Builder, Value
+from stableopt.certify.verifier.files import to_float64
 from stableopt.constraints import SpectralBall
 from stableopt.errors import CertificateError, UncertifiableError
-from stableopt.linalg import conv_symbol_norm
 from stableopt.nn import GradientBlock, GroupSort, constrain, lipschitz, stabilize
 from tests.certify.models import DTYPES, models, rich_model
 from tests.certify.oracle import operator_matrix
@@ -35,7 +34,7 @@ def test_what_certify_makes_is_verified_and_bounds_the_map(
 ) -> None:
     model, shape = case
     cert = certify(model, shape, lipschitz=target)
-    result = verify.check(cert.certificate, lambda _: cert.weights)
+    result = verifier.check(cert.certificate, lambda _: cert.weights)
     assert result.verified, result.reason
     assert result.lipschitz == cert.lipschitz
     assert target is None or cert.lipschitz <= target
@@ -93,7 +92,7 @@ def test_changing_the_model_or_the_module_does_not_change_the_certificate() -> N
     with torch.no_grad():
         model[0].weight.mul_(2.0)
         next(cert.module().parameters()).mul_(2.0)
-    assert Certificate(cert.certificate, encode_weights(cert._tensors)).weights == weights
+    assert Certificate(cert.certificate, encode_weights(cert.program.tensors)).weights == weights
 
 
 def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -106,19 +105,6 @@ def test_the_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
     assert (loaded.certificate, loaded.weights) == (first.certificate, first.weights)
     torch.testing.assert_close(loaded.module().state_dict(), first.module().state_dict(), rtol=0, atol=0)
     assert sorted(p.name for p in (tmp_path / "new" / "folder").iterdir()) == ["model.cert.json", "model.safetensors"]
-
-
-def test_certifying_the_certified_module_changes_nothing() -> None:
-    model, shape = rich_model()
-    stabilize(model, 1.0)
-    cert = certify(model, shape, lipschitz=1.0)
-    plain = nn.Sequential(*(m for m in cert.module() if not type(m).__name__.startswith("Folded")))
-    block = next(m for m in cert.module() if type(m).__name__.startswith("Folded"))
-    assert block.step > 0
-    again = certify(plain, shape)
-    assert again.lipschitz <= 1.0
-    stored = {v.numpy().tobytes() for v in decode_weights(again.weights).values()}
-    assert stored <= {v.numpy().tobytes() for v in decode_weights(cert.weights).values()}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -154,62 +140,27 @@ def test_the_limit_of_a_constraint_is_kept(by: str) -> None:
     assert cert.lipschitz > 0.7499 or by == "parametrization"
 
 
-def test_the_certificate_agrees_with_the_rules_of_the_modules() -> None:
-    """But for convolutions, the proof of which neither counts on a stride nor on a kernel that is nearly orthogonal."""
+def test_the_certificate_is_as_sharp_as_the_rules_of_the_modules() -> None:
+    """And sharper for convolutions, whose norm is that for images of the declared size."""
     model, shape = rich_model(torch.float64)
-    expected = lipschitz(model).upper
-    for layer in model:
-        if isinstance(layer, nn.Conv2d):
-            alone = conv_symbol_norm(layer.weight, groups=layer.groups).upper
-            assert alone >= lipschitz(layer).upper * (1 - 1e-12)
-            expected *= alone / lipschitz(layer).upper
-    ratio = certify(model, shape).lipschitz / expected
-    assert 1 - 1e-12 <= ratio <= 1 + 1e-6
+    assert certify(model, shape).lipschitz <= lipschitz(model).upper * (1 + 1e-6)
+    dense = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+    assert certify(dense, (5,)).lipschitz == pytest.approx(lipschitz(dense).upper, rel=1e-6)
 
 
-def test_a_certificate_of_an_orthogonal_convolution_is_accepted() -> None:
-    """Its norm is proved by its self-correlation elsewhere, which the verifier does not know: the kernel is shrunk by little."""
+def test_an_orthogonal_convolution_is_accepted_with_its_own_numbers() -> None:
     layer = stabilize(nn.Conv2d(4, 4, 3, padding=1), 1.0, method="bcop")
     cert = certify(layer, (4, 5, 5))
     assert lipschitz(layer).upper <= 1.0
     assert 0.999 < cert.lipschitz <= 1.0
-    ratio = cert.module()[0].weight.detach() / layer.weight.detach()
-    torch.testing.assert_close(ratio, ratio.amax().expand_as(ratio))
-    assert 1.0 / 1.02**2 < ratio.amax() < 0.999
+    [stored] = [value for value in cert.program.tensors.values() if value.ndim == 4]
+    torch.testing.assert_close(stored, layer.weight.detach(), rtol=1e-8, atol=0)
 
 
 def test_one_times_one_is_one() -> None:
     assert certify(nn.Sequential(nn.ReLU(), nn.Tanh(), nn.Flatten()), (3,)).lipschitz == 1.0
     block = GradientBlock(4)
     assert certify(nn.Sequential(block, nn.ReLU(), GradientBlock(4, activation="tanh")), (4,)).lipschitz == 1.0
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_block_at_its_very_limit_is_certified_nonexpansive(dtype: torch.dtype) -> None:
-    block = GradientBlock(3, step=0.999, strong=0.0).to(dtype)
-    with torch.no_grad():
-        block.raw_step.fill_(50.0)  # the sigmoid is 1: the step is the limit itself
-        block.weight.copy_(torch.eye(3))
-    cert = certify(block, (3,))
-    assert cert.lipschitz == 1.0
-    node = cert.layers[0]
-    assert node["step"] * (2 * node["strong"] + node["weight_bound"] ** 2) <= 2.0
-    assert node["step"] == pytest.approx(2.0, rel=0.03)
-    assert dtype == torch.float64 or node["step"] == np.float32(node["step"])
-    flip = -torch.ones(1, 3) + torch.eye(3)[:1] * 2
-    moved = cert.module().double()(torch.cat([flip, flip + 0.1]))
-    assert float((moved[1] - moved[0]).norm()) <= 0.1 * math.sqrt(3) * (1 + 1e-12)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_step_beyond_its_limit_is_lowered_just_to_it(dtype: torch.dtype) -> None:
-    node = {"op": "gradient_block", "weight": "w", "bias": None, "step": 3.0, "strong": 0.5, "activation": "relu"}
-    done = publish(node, {"w": torch.eye(2, dtype=dtype)})
-    exact = Fraction(done["step"]) * (1 + Fraction(done["weight_bound"]) ** 2)
-    assert 2 * (1 - Fraction(1, 10**6)) < exact <= 2
-    assert done["bound"] >= abs(1 - done["step"] * 0.5)
-    assert done["bound"] == pytest.approx(0.5, rel=1e-6)  # 1 - step m, and the other end is 1 - step (m + 1) = -0.5
-    assert publish(node | {"step": 0.5}, {"w": torch.eye(2, dtype=dtype)})["step"] == 0.5
 
 
 def test_only_the_largest_norms_are_lowered_to_reach_a_target() -> None:
@@ -222,33 +173,6 @@ def test_only_the_largest_norms_are_lowered_to_reach_a_target() -> None:
     assert stored["2.weight"].equal(model[2].weight)
     torch.testing.assert_close(stored["0.weight"], 4 * torch.eye(3), rtol=1e-8, atol=0)
     assert 2.0 * (1 - 1e-8) < cert.lipschitz <= 2.0
-
-
-@given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=6), st.floats(1e-2, 1e2), st.floats(1e-3, 1e3))
-def test_the_common_limit_uses_the_target_up(bounds: list[float], fixed: float, target: float) -> None:
-    limit = layer_limits(bounds, fixed, target)
-    reached = fixed * math.prod(min(b, limit) for b in bounds)
-    if math.isinf(limit):
-        assert math.prod(bounds) * fixed <= target * (1 + 1e-12)
-    else:
-        assert target * (1 - 1e-10) <= reached <= target
-
-
-def test_a_product_of_limits_is_within_the_target() -> None:
-    for target in (0.9, 1.0, 3.0, 1e-3):
-        for n in range(1, 120):
-            assert Fraction(within(target ** (1.0 / n))) ** n <= Fraction(target)
-
-
-def test_shrinking_is_minimal() -> None:
-    for dtype in DTYPES:
-        weight = torch.linalg.qr(torch.randn(8, 8))[0].to(dtype)
-        small = shrink({"op": "linear"}, weight, 1.0)
-        assert small.dtype == dtype
-        assert 1.0 >= weight_bound({"op": "linear"}, small) > 1.0 - 8 * torch.finfo(dtype).eps - 2e-9
-        assert shrink({"op": "linear"}, small, 1.0) is small
-    least = torch.full((1, 1), 6e-8, dtype=torch.float16)  # the smallest positive number: only zero is below it
-    assert not shrink({"op": "linear"}, least, 1e-30).any()
 
 
 def test_a_tied_layer_is_stored_once_and_counted_twice() -> None:
@@ -291,15 +215,15 @@ class Halved(nn.Linear):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (nn.Sequential(nn.Linear(4, 4), nn.Sequential(Strange())), ["'1.0'", "Strange", "register"]),
+        (nn.Sequential(nn.Linear(4, 4), nn.Sequential(Strange())), ["'1.0'", "Strange", "multiplied"]),
         (nn.Sequential(Halved(4, 4)), ["'0'", "Halved", "overrides"]),
-        (nn.Sequential(nn.LayerNorm(4)), ["'0'", "LayerNorm"]),
         (nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)), ["BatchNorm1d", "running statistics"]),
-        (nn.Sequential(nn.GELU(approximate="tanh")), ["GELU", "approximat"]),
-        (nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 2, 3, padding=1, padding_mode="reflect")), ["Unflatten"]),
+        (
+            nn.Sequential(nn.Unflatten(1, (2, 2)), nn.Conv1d(2, 2, 3, padding=1, padding_mode="reflect")),
+            ["Conv1d", "reflect"],
+        ),
         (nn.Sequential(), ["no layer"]),
         (nn.Sequential(nn.Dropout()), ["no layer"]),
-        (nn.Sequential(nn.Hardtanh(0.0, math.inf)), ["Hardtanh"]),
     ],
 )
 def test_what_has_no_rule_is_refused_with_its_name_and_path(model: nn.Module, words: list[str]) -> None:
@@ -314,17 +238,10 @@ def test_what_has_no_rule_is_refused_with_its_name_and_path(model: nn.Module, wo
     [
         nn.Conv1d(2, 2, 3, padding=1, padding_mode="reflect"),
         nn.Conv1d(2, 2, 3, padding=2, padding_mode="circular"),
-        nn.Conv1d(2, 2, 2, padding="same"),
-        nn.AvgPool1d(2, padding=1, count_include_pad=False),
-        nn.AvgPool1d(2, ceil_mode=True),
-        nn.MaxPool1d(2, dilation=2),
-        nn.MaxPool1d(2, ceil_mode=True),
-        nn.AdaptiveAvgPool1d(2),
-        nn.Flatten(0),
     ],
 )
 def test_settings_without_a_proof_are_refused(layer: nn.Module) -> None:
-    with pytest.raises(UncertifiableError):
+    with pytest.raises(UncertifiableError, match="pad"):
         certify(layer, (2, 8))
 
 
@@ -368,12 +285,26 @@ def test_a_rule_of_the_user_is_used() -> None:
             return -x
 
     @fold.register(Mine)
-    def _(module: Mine, shape: tuple[int, ...]) -> list[dict]:
-        return [{"op": "linear", "weight": torch.eye(shape[0]) * 2, "bias": None}, {"op": "scale", "factor": -0.5}]
+    def _(_module: Mine, graph: Builder, value: Value) -> Value:
+        value = graph.add("linear", value, weight=torch.eye(value.shape[0]) * 2, bias=None, transposed=False)
+        return graph.add("scale", value, factor=-0.5)
 
     cert = certify(nn.Sequential(nn.Linear(2, 3), Mine()), (2,))
     assert [node["op"] for node in cert.layers] == ["linear", "linear", "scale"]
-    assert sorted(decode_weights(cert.weights)) == ["0.bias", "0.weight", "1.0.weight"]
+    assert sorted(decode_weights(cert.weights)) == ["0.bias", "0.weight", "1.weight"]
+
+
+def test_a_rule_that_computes_something_else_is_refused() -> None:
+    class Other(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return -x
+
+    @fold.register(Other)
+    def _(_module: Other, graph: Builder, value: Value) -> Value:
+        return graph.add("scale", value, factor=-0.999999)
+
+    with pytest.raises(UncertifiableError, match="comput"):
+        certify(nn.Sequential(nn.Linear(2, 3), Other()), (2,))
 
 
 # ----------------------------------------------------------------------------------------------------------- files
@@ -439,7 +370,7 @@ def test_weights_survive_bit_for_bit(dtype: torch.dtype) -> None:
             assert read[name].dtype == dtype
             assert read[name].shape == value.shape
             assert read[name].contiguous().view(torch.uint8).equal(value.contiguous().view(torch.uint8))
-    exact = {name: verify.to_float64(*entry) for name, entry in verify.parse_weights(data).items()}
+    exact = {name: to_float64(*entry) for name, entry in verifier.parse_weights(data).items()}
     for name, value in tensors.items():
         assert (exact[name] == value.double().numpy()).all()
 
@@ -450,6 +381,7 @@ def test_the_file_says_what_it_claims_and_what_it_does_not() -> None:
     assert document["predicate"]["claims"].keys() == {"proved", "replayable", "attested"}
     assert "accuracy" in document["predicate"]["not_claimed"]
     assert len(document["predicate"]["assumptions"]) == 5
+    assert document["predicate"]["schema"] == 2
     assert "created" not in json.dumps(document)
 
 

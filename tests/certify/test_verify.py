@@ -19,8 +19,12 @@ import pytest
 import torch
 from torch import nn
 
-from stableopt.certify import Certificate, certify, verify
+from stableopt.certify import Certificate, certify, verifier
 from stableopt.certify.files import decode_weights, encode_weights
+from stableopt.certify.standalone import write_verifier
+from stableopt.certify.verifier import checking
+from stableopt.certify.verifier.claims import margin_constants
+from stableopt.certify.verifier.numbers import gamma
 from stableopt.nn import GradientBlock, GroupSort
 from tests.certify.models import rich_model
 from tests.certify.oracle import lowered, recheck, statement
@@ -42,6 +46,13 @@ def proved(document: Document) -> list[Document]:
     return document["predicate"]["claims"]["proved"]
 
 
+def claim(document: Document, kind: str) -> Document:
+    return next(entry for entry in proved(document) if entry["id"] == kind)
+
+
+JOINT: Document = {"nodes": [], "multipliers": [["0x1.0p+0"]], "bound": "0x1.0p+9"}
+
+
 def test_an_honest_certificate_is_verified(cert: Certificate) -> None:
     result = recheck(cert, lambda d: None)
     assert result.verified, result.reason
@@ -56,9 +67,10 @@ def _claims(cert: Certificate) -> list[tuple[str, Callable[[Document], None]]]:
     for index, node in enumerate(statement(cert)["predicate"]["graph"]):
         edits += [
             (f"{index}.{key}", lambda d, i=index, k=key: graph(d)[i].update({k: lowered(graph(d)[i][k])}))
-            for key in ("bound", "weight_bound")
+            for key in ("bound",)
             if key in node
         ]
+    edits.append(("operator", lambda d: (op := graph(d)[BLOCK]["operator"]).update(bound=lowered(op["bound"]))))
     edits.append(("L", lambda d: proved(d)[0].update(L=lowered(proved(d)[0]["L"]))))
     for i, j in ((0, 1), (1, 2), (0, 2)):
 
@@ -90,7 +102,7 @@ def test_every_changed_byte_of_the_weights_is_rejected(cert: Certificate) -> Non
     for position in range(len(cert.weights)):
         data = bytearray(cert.weights)
         data[position] ^= 1 << (position % 8)
-        result = verify.check(cert.certificate, lambda _, data=data: bytes(data))
+        result = verifier.check(cert.certificate, lambda _, data=data: bytes(data))
         assert not result.verified
         assert "digest" in result.reason
 
@@ -110,37 +122,37 @@ def _remove_claim(d: Document) -> None:
 BLOCK, TANH = 8, 9
 
 REASONS = {
-    "dropped layer": "a convolution does not fit the channels befo",
-    "dropped last layer": "tensors outside the graph:",
-    "operation of another name": "the operation 'swish' has no rule",
-    "unknown op": "the operation 'softmax' has no rule",
-    "unknown activation": "the activation 'mish' has no rule",
-    "unknown key of a node": "conv has wrong keys",
-    "unknown key of an activation": "the activation 'tanh' has wrong parameters",
-    "missing key of a node": "conv has wrong keys",
-    "missing bound": "activation has wrong keys",
-    "node is a list": "the operation None has no rule",
-    "op is a list": "the operation",
-    "unknown proved id": "an unknown kind of claim cannot be proved:",
-    "double proved id": "there must be one claim of each kind, and li",
-    "no lipschitz claim": "there must be one claim of each kind, and li",
-    "claim with extra key": "a claim has unknown keys",
+    "dropped layer": "operation 0 (groupsort): it reads a value that is not there yet",
+    "dropped last layer": "tensors outside the program: ['9.bias', '9.weight']",
+    "operation of another name": "operation 1 (swish): it has no rule in l2",
+    "unknown op": "operation 11 (hopfield): it has no rule in l2",
+    "unknown activation": "operation 9 (activation): the activation 'snake' has no rule here",
+    "unknown key of a node": "operation 0 (conv): it has wrong keys",
+    "unknown key of an activation": "operation 9 (activation): the activation 'tanh' has wrong settings",
+    "missing key of a node": "operation 0 (conv): it has wrong keys",
+    "missing bound": "operation 9 (activation): the bound must be a finite hexadecimal float",
+    "node is a list": "operation 0 (None): an operation has no name",
+    "op is a list": "operation 0 (['conv']): an operation has no name",
+    "unknown proved id": "a claim 'accuracy' cannot be proved",
+    "double proved id": "there must be one claim of a Lipschitz constant",
+    "no lipschitz claim": "there must be one claim of a Lipschitz constant",
+    "claim with extra key": "the claim 'lipschitz' has wrong keys",
     "claims missing": "the claims are malformed",
     "replayable missing": "the claims are malformed",
-    "schema 2": "the schema is unknown; version 1 is known",
-    "schema true": "the schema is unknown; version 1 is known",
-    "schema 1.0": "the schema is unknown; version 1 is known",
+    "schema 1": "the schema is unknown; version 2 is known",
+    "schema true": "there is no predicate",
+    "schema 2.0": "there is no predicate",
     "other predicate": "the certificate is of an unknown type",
     "other type": "the certificate is not an in-toto statement",
     "no predicate": "there is no predicate",
-    "metric linf": "the input is malformed",
+    "metric linf": "operation 0 (conv): the bound 0.9",
     "bounded domain": "the input is malformed",
-    "other input shape": "a convolution does not fit the channels befo",
-    "empty input shape": "the input shape is empty",
-    "input shape of booleans": "input shape: expected a list of integers >= ",
-    "empty graph": "the graph is malformed",
-    "graph is an object": "the graph is malformed",
-    "other digest": "the digest of 'model.safetensors' does not m",
+    "other input shape": "operation 0 (conv): a convolution of 2 channels follows the shape (3, ",
+    "empty input shape": "the input shape is empty or too large",
+    "input shape of booleans": "input shape: expected a list of integers >= 1",
+    "empty graph": "the program is malformed",
+    "graph is an object": "the program is malformed",
+    "other digest": "the digest of 'model.safetensors' does not match",
     "no digest": "there is no SHA-256 digest",
     "two subjects": "there must be one subject",
     "no subject": "there must be one subject",
@@ -149,54 +161,73 @@ REASONS = {
     "backslash path": "unsafe weight file name",
     "hidden file": "unsafe weight file name",
     "name with newline": "unsafe weight file name",
-    "decimal number": "'bound' must be a finite hexadecimal float >",
-    "decimal string": "'bound' must be a finite hexadecimal float >",
-    "negative bound": "'bound' must be a finite hexadecimal float >",
-    "infinite bound": "'bound' must be a finite hexadecimal float >",
-    "nan bound": "'bound' must be a finite hexadecimal float >",
-    "overflowing bound": "'bound' is not finite",
-    "upper-case hex": "'bound' must be a finite hexadecimal float >",
-    "missing tensor": "the tensor 'absent' is not in the weight fil",
-    "tensor name is null": "the tensor None is not in the weight file",
-    "bias dropped (hidden tensor)": "tensors outside the graph:",
-    "bias of another layer": "the bias '6.1.bias' has the wrong shape",
-    "wrong groups": "a convolution does not fit the channels befo",
-    "groups 0": "groups must divide the channels",
-    "wrong dims": "the tensor '0.weight' must have 3 dimensions",
-    "stride 0": "stride: expected a list of integers >= 1",
-    "negative padding": "padding: expected a list of integers >= 0",
-    "reflect padding": "the padding mode 'reflect' has no rule",
-    "too much circular padding": "too much circular padding",
-    "window larger than image": "a window is larger than its padded image",
-    "pool padded too much": "a pool is padded by at most half its kernel",
-    "unknown pool": "the pool 'sum' has no rule",
-    "pool with dims true": "a pool needs one entry per axis",
-    "group size 3": "group_size must divide the channels",
-    "group size 0": "group_size must divide the channels",
-    "steep slope": "the bound 1.0 is not proved",
-    "steep negative slope": "the bound 1.0 is not proved",
-    "block with gelu": "gradient_block has wrong keys",
-    "block with steep slope": "the slope of a gradient block must lie in",
-    "block with negative slope": "'slope' must be a finite hexadecimal float >",
-    "block with negative damping": "'strong' must be a finite hexadecimal float ",
-    "block with a larger step": "the bound 0.83",
-    "block without damping": "the bound 0.83",
+    "decimal number": "operation 0 (conv): the bound must be a finite hexadecimal float >= 0",
+    "decimal string": "operation 0 (conv): the bound must be a finite hexadecimal float >= 0",
+    "negative bound": "operation 0 (conv): the bound must be a finite hexadecimal float >= 0",
+    "infinite bound": "operation 0 (conv): the bound must be a finite hexadecimal float >= 0",
+    "nan bound": "operation 0 (conv): the bound must be a finite hexadecimal float >= 0",
+    "overflowing bound": "operation 0 (conv): the bound must be a finite hexadecimal float >= 0",
+    "upper-case hex": "operation 0 (conv): the bound must be a finite hexadecimal float >= 0",
+    "missing tensor": "operation 0 (conv): the tensor 'absent' is not in the weight file",
+    "tensor name is null": "operation 0 (conv): the tensor None is not in the weight file",
+    "bias dropped (hidden tensor)": "tensors outside the program: ['0.bias']",
+    "bias of another layer": "operation 0 (conv): the tensor '6.1.bias' must have 4 entries",
+    "wrong groups": "operation 0 (conv): a convolution of 4 channels follows the shape (2, ",
+    "groups 0": "operation 0 (conv): groups must divide the channels",
+    "wrong dims": "operation 0 (conv): the tensor '0.weight' must have 3 dimensions",
+    "stride 0": "operation 0 (conv): stride: expected a list of 2 integers >= 1",
+    "negative padding": "operation 0 (conv): padding: expected a list of 2 integers >= 0",
+    "reflect padding": "operation 0 (conv): padding_mode must be one of ('zeros', 'circular')",
+    "too much circular padding": "operation 3 (conv): too much circular padding",
+    "window larger than image": "operation 0 (conv): a convolution has no output, or an output_padding",
+    "pool padded too much": "operation 2 (pool): a pool does not fit its image",
+    "unknown pool": "operation 2 (pool): the pool must be one of ('avg', 'max')",
+    "pool with dims true": "operation 2 (pool): dims must be one of (1, 2, 3)",
+    "group size 3": "operation 1 (groupsort): group_size must divide the channels",
+    "group size 0": "operation 1 (groupsort): group_size: expected a list of integers >= 1",
+    "steep slope": "operation 4 (activation): the bound is not proved",
+    "steep negative slope": "operation 4 (activation): the bound is not proved",
+    "block with gelu": "operation 8 (euler): a block needs an activation with slopes in [0, 1]",
+    "block with gelu and a slope": "operation 8 (euler): the activation 'gelu' has wrong settings",
+    "block with leaky_relu without slope": "operation 8 (euler): the activation 'leaky_relu' has wrong settings",
+    "block with steep slope": "operation 8 (euler): a block needs an activation with slopes in [0, 1]",
+    "block with negative slope": "operation 8 (euler): a block needs an activation with slopes in [0, 1]",
+    "block with negative step": "operation 8 (euler): step must be a finite hexadecimal float >= 0",
+    "block with a larger step": "operation 8 (euler): the bound of the block is not proved",
+    "block without damping": "operation 8 (euler): the bound of the block is not proved",
+    "block taken a thousand million times": "operation 8 (euler): 'times' must be an integer from 1 to 10000",
+    "block with a strange key": "operation 8 (euler): it has wrong keys",
+    "block whose operator has a strange key": "operation 8 (euler): an operator has wrong keys",
+    "block with a bound of its skew part": "there is a bound of a skew part",
+    "value used before it is there": "operation 1 (groupsort): it reads a value that is not there yet",
+    "a value is skipped": "a value is not used",
+    "two inputs": "operation 1 (groupsort): it reads one value",
+    "no input": "operation 1 (groupsort): it reads a value that is not there yet",
+    "input of true": "operation 1 (groupsort): in: expected a list of integers >= 0",
+    "a joint bound of nothing": "a joint bound has wrong keys",
+    "a joint bound of a convolution": "a joint bound alternates dense layers and activations",
+    "a lipschitz claim among the attested": "the attested claims are malformed",
+    "a fourth tier": "the claims are malformed",
+    "the claim in another norm": "the Lipschitz constant is claimed in another norm",
+    "an exponent too low": "the forward exponent is not proved",
+    "an exponent over too many steps": "the depth is above the number of operations",
+    "a contraction of nothing": "a contraction names values that are not there",
+    "stability of a convolution": "stability is claimed of no recurrent operation",
+    "a logarithmic norm of a convolution": "a logarithmic norm needs a linear operation, in l2",
     "asymmetric margins": "the margin constants are not symmetric",
     "margins with a diagonal": "the margin constants are not symmetric",
     "margins of another size": "the margin constants have the wrong shape",
     "ragged margins": "the margin constants have the wrong shape",
     "margins before a nonlinearity": "margin constants need a dense last layer",
-    "block with gelu without slope": "a gradient block needs an activation with sl",
-    "block with leaky_relu without slope": "gradient_block has wrong keys",
-    "empty": "the weight file is too short to be safetenso",
+    "empty": "the weight file is too short to be safetensors",
     "trailing byte": "the weight file has trailing bytes",
     "truncated": "tensor '9.weight' lies outside the file",
     "half": "tensor '0.weight' lies outside the file",
-    "huge header": "the weight file has an impossible header len",
-    "header beyond the file": "the weight file has an impossible header len",
-    "pickle": "the weight file has an impossible header len",
-    "zip": "the weight file has an impossible header len",
-    "text": "the weight file has an impossible header len",
+    "huge header": "the weight file has an impossible header length",
+    "header beyond the file": "the weight file has an impossible header length",
+    "pickle": "the weight file has an impossible header length",
+    "zip": "the weight file has an impossible header length",
+    "text": "the weight file has an impossible header length",
     "header is a list": "the weight file has no safetensors header",
     "header is not utf-8": "not valid JSON (UnicodeDecodeError)",
     "deep header": "not valid JSON (RecursionError)",
@@ -204,19 +235,19 @@ REASONS = {
     "duplicate tensor": "a JSON object has a duplicate key",
     "integer dtype": "tensor '0.bias' has the unknown dtype 'I32'",
     "unknown dtype": "tensor '0.bias' has the unknown dtype 'F8'",
-    "dtype is a list": "tensor '0.bias' has the unknown dtype",
-    "wider dtype": "tensor '0.bias' has the wrong number of byte",
-    "other shape": "tensor '0.bias' has the wrong number of byte",
+    "dtype is a list": "tensor '0.bias' has the unknown dtype ['F32']",
+    "wider dtype": "tensor '0.bias' has the wrong number of bytes",
+    "other shape": "tensor '0.bias' has the wrong number of bytes",
     "negative shape": "0.bias: expected a list of integers >= 1",
     "empty shape": "0.bias: expected a list of integers >= 1",
     "float shape": "0.bias: expected a list of integers >= 1",
     "offsets beyond the file": "tensor '0.bias' lies outside the file",
     "reversed offsets": "tensor '0.bias' lies outside the file",
-    "overlap": "the tensors of the weight file overlap or le",
+    "overlap": "the tensors of the weight file overlap or leave gaps",
     "three offsets": "tensor '0.bias' lies outside the file",
     "extra key": "bad header of tensor '0.bias'",
     "metadata of numbers": "bad weight file metadata",
-    "hidden tensor": "tensors outside the graph:",
+    "hidden tensor": "tensors outside the program: ['hidden']",
     "nan": "the weights are not finite",
 }
 """What the reason of each rejection must say, so that no input is rejected for something else."""
@@ -226,8 +257,8 @@ EDITS: dict[str, Callable[[Document], Any]] = {
     "dropped layer": lambda d: graph(d).pop(0),
     "dropped last layer": lambda d: graph(d).pop(),
     "operation of another name": lambda d: graph(d)[1].update(op="swish"),
-    "unknown op": lambda d: graph(d).append({"op": "softmax", "bound": "0x1.0p+0"}),
-    "unknown activation": lambda d: graph(d)[TANH].update(name="mish"),
+    "unknown op": lambda d: graph(d).append({"op": "hopfield", "in": [11], "bound": "0x1.0p+0"}),
+    "unknown activation": lambda d: graph(d)[TANH].update(name="snake"),
     "unknown key of a node": lambda d: graph(d)[0].update(extra=1),
     "unknown key of an activation": lambda d: graph(d)[TANH].update(extra=1),
     "missing key of a node": lambda d: graph(d)[0].pop("groups"),
@@ -240,9 +271,9 @@ EDITS: dict[str, Callable[[Document], Any]] = {
     "claim with extra key": lambda d: proved(d)[0].update(note="x"),
     "claims missing": lambda d: d["predicate"].pop("claims"),
     "replayable missing": lambda d: d["predicate"]["claims"].pop("replayable"),
-    "schema 2": lambda d: d["predicate"].update(schema=2),
+    "schema 1": lambda d: d["predicate"].update(schema=1),
     "schema true": lambda d: d["predicate"].update(schema=True),
-    "schema 1.0": lambda d: d["predicate"].update(schema=1.0),
+    "schema 2.0": lambda d: d["predicate"].update(schema=2.0),
     "other predicate": lambda d: d.update(predicateType="https://example.org/x"),
     "other type": lambda d: d.update(_type="x"),
     "no predicate": lambda d: d.pop("predicate"),
@@ -288,19 +319,40 @@ EDITS: dict[str, Callable[[Document], Any]] = {
     "group size 0": lambda d: graph(d)[1].update(group_size=0),
     "steep slope": lambda d: graph(d)[4].update(slope=(1.5).hex()),
     "steep negative slope": lambda d: graph(d)[4].update(slope=(-1.5).hex()),
-    "block with gelu": lambda d: graph(d)[BLOCK].update(activation="gelu"),
-    "block with gelu without slope": lambda d: graph(d)[BLOCK].pop("slope") and graph(d)[BLOCK].update(activation="gelu"),
-    "block with leaky_relu without slope": lambda d: graph(d)[BLOCK].pop("slope"),
-    "block with steep slope": lambda d: graph(d)[BLOCK].update(slope=(1.5).hex()),
-    "block with negative slope": lambda d: graph(d)[BLOCK].update(slope=(-0.5).hex()),
-    "block with negative damping": lambda d: graph(d)[BLOCK].update(strong=(-0.5).hex()),
+    "block with gelu": lambda d: graph(d)[BLOCK]["activation"].update(name="gelu") or graph(d)[BLOCK]["activation"].pop("slope"),
+    "block with gelu and a slope": lambda d: graph(d)[BLOCK]["activation"].update(name="gelu"),
+    "block with leaky_relu without slope": lambda d: graph(d)[BLOCK]["activation"].pop("slope"),
+    "block with steep slope": lambda d: graph(d)[BLOCK]["activation"].update(slope=(1.5).hex()),
+    "block with negative slope": lambda d: graph(d)[BLOCK]["activation"].update(slope=(-0.5).hex()),
+    "block with negative step": lambda d: graph(d)[BLOCK].update(step=(-0.5).hex()),
     "block with a larger step": lambda d: graph(d)[BLOCK].update(step=(float.fromhex(graph(d)[BLOCK]["step"]) * 4).hex()),
-    "block without damping": lambda d: graph(d)[BLOCK].update(strong=(0.0).hex()),
+    "block without damping": lambda d: graph(d)[BLOCK].update(decay=(1.0).hex()),
+    "block taken a thousand million times": lambda d: graph(d)[BLOCK].update(times=10**9),
+    "block with a strange key": lambda d: graph(d)[BLOCK].update(note=1),
+    "block whose operator has a strange key": lambda d: graph(d)[BLOCK]["operator"].update(note=1),
+    "block with a bound of its skew part": lambda d: graph(d)[BLOCK].update(skew_bound=(0.0).hex()),
+    "value used before it is there": lambda d: graph(d)[1].update({"in": [5]}),
+    "a value is skipped": lambda d: graph(d)[2].update({"in": [1]}),
+    "two inputs": lambda d: graph(d)[1].update({"in": [1, 1]}),
+    "no input": lambda d: graph(d)[1].update({"in": []}),
+    "input of true": lambda d: graph(d)[1].update({"in": [True]}),
+    "a joint bound of nothing": lambda d: d["predicate"].update(joint=[{}]),
+    "a joint bound of a convolution": lambda d: d["predicate"].update(joint=[JOINT | {"nodes": [0, 1, 2]}]),
+    "a lipschitz claim among the attested": lambda d: d["predicate"]["claims"]["attested"].append(dict(proved(d)[0])),
+    "a fourth tier": lambda d: d["predicate"]["claims"].update(believed=[]),
+    "the claim in another norm": lambda d: proved(d)[0].update(norm="linf"),
+    "an exponent too low": lambda d: claim(d, "forward_exponent").update(rate=lowered(claim(d, "forward_exponent")["rate"])),
+    "an exponent over too many steps": lambda d: claim(d, "forward_exponent").update(depth=12),
+    "a contraction of nothing": lambda d: proved(d).append({"id": "contraction", "from": 3, "to": 3, "factor": "0x1.0p+0"}),
+    "stability of a convolution": lambda d: proved(d).append({"id": "stability", "node": 0, "rate": "0x0.0p+0", "gain": "0x1.0p+9"}),
+    "a logarithmic norm of a convolution": lambda d: proved(d).append({"id": "lognorm", "node": 0, "mu": "0x1.0p+9"}),
     "asymmetric margins": lambda d: proved(d)[1]["L"][0].__setitem__(1, (99.0).hex()),
     "margins with a diagonal": lambda d: proved(d)[1]["L"][0].__setitem__(0, (1.0).hex()),
     "margins of another size": lambda d: proved(d)[1]["L"].pop(),
     "ragged margins": lambda d: proved(d)[1]["L"][0].pop(),
-    "margins before a nonlinearity": lambda d: graph(d).append({"op": "activation", "name": "relu", "bound": "0x1.0p+0"}),
+    "margins before a nonlinearity": lambda d: graph(d).append(
+        {"op": "activation", "in": [11], "name": "relu", "bound": "0x1.0p+0"}
+    ),
 }  # fmt: skip
 
 
@@ -407,22 +459,22 @@ def test_metadata_of_strings_is_harmless(cert: Certificate) -> None:
     ],
 )
 def test_a_malformed_certificate_is_rejected(text: bytes) -> None:
-    result = verify.check(text, lambda _: b"")
+    result = verifier.check(text, lambda _: b"")
     assert not result.verified
     assert result.reason
 
 
 def test_duplicate_keys_in_a_certificate_are_rejected(cert: Certificate) -> None:
-    text = cert.certificate.replace(b'"schema": 1', b'"schema": 1, "schema": 1')
-    result = verify.check(text, lambda _: cert.weights)
+    text = cert.certificate.replace(b'"schema": 2', b'"schema": 2, "schema": 2')
+    result = verifier.check(text, lambda _: cert.weights)
     assert "duplicate" in result.reason
 
 
 def test_too_large_a_certificate_is_rejected_unread(monkeypatch: pytest.MonkeyPatch, cert: Certificate) -> None:
-    monkeypatch.setattr(verify, "_MAX_CERTIFICATE", len(cert.certificate) - 1)
+    monkeypatch.setattr(checking, "_MAX_CERTIFICATE", len(cert.certificate) - 1)
     assert "large" in recheck(cert, lambda d: d.update(pad=" " * 9999)).reason
-    monkeypatch.setattr(verify, "_MAX_CERTIFICATE", len(cert.certificate))
-    assert verify.check(cert.certificate, lambda _: cert.weights).verified
+    monkeypatch.setattr(checking, "_MAX_CERTIFICATE", len(cert.certificate))
+    assert verifier.check(cert.certificate, lambda _: cert.weights).verified
 
 
 def test_margin_constants_are_above_the_truth_and_close() -> None:
@@ -430,7 +482,7 @@ def test_margin_constants_are_above_the_truth_and_close() -> None:
     for scale in (1e-300, 1e-150, 1.0, 1e150):
         weight = rng.standard_normal((5, 3)) * scale
         weight[3] = weight[2]
-        table = verify.margin_constants(weight, Fraction(3, 2))
+        table = margin_constants(weight, Fraction(3, 2))
         for i in range(5):
             for j in range(5):
                 square = sum(
@@ -444,12 +496,12 @@ def test_margin_constants_are_above_the_truth_and_close() -> None:
 
 def test_the_rounding_of_margin_constants_is_counted() -> None:
     weight = np.array([[1.0 / 64] * 4096, [-1.0 / 64] * 4096])  # the difference has norm 2, and nothing rounds
-    assert verify.margin_constants(weight, Fraction(1))[0, 1] >= 2 * (1 + 0.9 * float(verify.gamma(4096)) / 2)
+    assert margin_constants(weight, Fraction(1))[0, 1] >= 2 * (1 + 0.9 * float(gamma(4096)) / 2)
 
 
 def test_rows_that_are_nearly_equal_are_not_called_equal() -> None:
     weight = np.array([[1.0, 1e-200], [1.0, 0.0]])
-    assert verify.margin_constants(weight, Fraction(1))[0, 1] >= 1e-200
+    assert margin_constants(weight, Fraction(1))[0, 1] >= 1e-200
 
 
 @pytest.mark.parametrize(
@@ -462,10 +514,10 @@ def test_both_ends_of_the_spectrum_of_a_block_are_claimed(step: float, strong: f
         block.weight.copy_(2 * torch.eye(2))
     cert = certify(block, (2,))
 
-    def claiming(bound: float) -> verify.Result:
+    def claiming(bound: float) -> verifier.Result:
         def edit(d: Document) -> None:
-            graph(d)[0].update(step=step.hex(), strong=strong.hex(), bound=bound.hex())
-            proved(d)[0]["L"] = bound.hex()
+            graph(d)[0].update(step=step.hex(), decay=(1.0 - step * strong).hex(), bound=bound.hex())
+            d["predicate"]["claims"]["proved"] = [{"id": "lipschitz", "norm": "l2", "L": bound.hex()}]
 
         return recheck(cert, edit)
 
@@ -522,12 +574,12 @@ def run(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_copied_file_needs_neither_torch_nor_this_package(cert: Certificate, tmp_path: Path) -> None:
     cert.save(tmp_path)
-    shutil.copy(verify.__file__, tmp_path / "verify.py")
+    write_verifier(tmp_path / "verify.pyz")
     (tmp_path / "block.py").write_text(
         "import sys, runpy\n"
         "for name in ('torch', 'stableopt', 'scipy', 'safetensors'): sys.modules[name] = None\n"
-        "sys.argv = ['verify.py', *sys.argv[1:]]\n"
-        "runpy.run_path('verify.py', run_name='__main__')\n"
+        "sys.argv = ['verify.pyz', *sys.argv[1:]]\n"
+        "runpy.run_path('verify.pyz', run_name='__main__')\n"
     )
     good = run("block.py", "model.cert.json", "--json", folder=tmp_path)
     assert (good.returncode, good.stderr) == (0, "")
@@ -535,33 +587,33 @@ def test_the_copied_file_needs_neither_torch_nor_this_package(cert: Certificate,
     assert report["verified"] is True
     assert report["lipschitz"] == cert.lipschitz
 
-    plain = run("verify.py", "model.cert.json", folder=tmp_path)
+    plain = run("verify.pyz", "model.cert.json", folder=tmp_path)
     assert plain.returncode == 0
     assert "H1" in plain.stdout
     assert plain.stdout.strip().splitlines()[-1].startswith("verified")
 
     (tmp_path / "model.safetensors").write_bytes(cert.weights[:-1])
-    bad = run("verify.py", "model.cert.json", folder=tmp_path)
+    bad = run("verify.pyz", "model.cert.json", folder=tmp_path)
     assert (bad.returncode, bad.stderr) == (1, "")
     assert bad.stdout.startswith("rejected: ")
 
 
 def test_exit_statuses(cert: Certificate, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, path = cert.save(tmp_path)
-    assert verify.main([str(path)]) == 0
-    assert verify.main([str(path), "--json"]) == 0
-    assert verify.main([]) == 2
-    assert verify.main(["a", "b"]) == 2
-    assert verify.main(["--help"]) == 2
-    assert verify.main([str(tmp_path / "absent.json")]) == 2
-    assert verify.main([str(tmp_path)]) == 2
+    assert verifier.main([str(path)]) == 0
+    assert verifier.main([str(path), "--json"]) == 0
+    assert verifier.main([]) == 2
+    assert verifier.main(["a", "b"]) == 2
+    assert verifier.main(["--help"]) == 2
+    assert verifier.main([str(tmp_path / "absent.json")]) == 2
+    assert verifier.main([str(tmp_path)]) == 2
     (tmp_path / "model.safetensors").unlink()
-    assert verify.main([str(path)]) == 1
+    assert verifier.main([str(path)]) == 1
     assert "cannot be read" in capsys.readouterr().out
     (tmp_path / "model.safetensors").mkdir()
-    assert verify.main([str(path), "--json"]) == 1
+    assert verifier.main([str(path), "--json"]) == 1
     path.write_bytes(cert.weights)
-    assert verify.main([str(path)]) == 1
+    assert verifier.main([str(path)]) == 1
 
 
 def test_a_weight_file_outside_the_folder_is_never_read(cert: Certificate, tmp_path: Path) -> None:
@@ -571,7 +623,7 @@ def test_a_weight_file_outside_the_folder_is_never_read(cert: Certificate, tmp_p
     document = json.loads(path.read_bytes())
     document["subject"][0]["name"] = "../model.safetensors"
     path.write_text(json.dumps(document))
-    result = verify.verify(path)
+    result = verifier.verify(path)
     assert "unsafe" in result.reason
 
 
@@ -579,16 +631,16 @@ def test_a_machine_with_wrong_arithmetic_verifies_nothing(
     cert: Certificate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, path = cert.save(tmp_path)
-    verify.self_test(np.matmul)
+    checking.self_test(np.matmul)
     strange: list[Callable[[np.ndarray, np.ndarray], np.ndarray]] = [
         lambda a, b: (a.astype(np.float32) @ b.astype(np.float32)).astype(float),  # a lower precision inside
         lambda a, b: (a @ b) * (1 + 2.0**-52),
     ]
     for product in strange:
         with pytest.raises(OSError, match="cannot verify"):
-            verify.self_test(product)
-    monkeypatch.setattr(verify.np, "matmul", strange[0])
-    assert verify.main([str(path)]) == 2
+            checking.self_test(product)
+    monkeypatch.setattr(checking.np, "matmul", strange[0])
+    assert verifier.main([str(path)]) == 2
 
 
 @pytest.mark.slow
@@ -600,7 +652,7 @@ def test_random_damage_is_rejected_without_a_traceback(cert: Certificate) -> Non
         data = bytearray(text)
         for _ in range(int(rng.integers(1, 4))):
             data[rng.integers(len(data))] = rng.integers(32, 127)
-        result = verify.check(bytes(data), lambda _: cert.weights)
+        result = verifier.check(bytes(data), lambda _: cert.weights)
         accepted += result.verified
         assert result.verified or result.reason
     assert accepted < 3000  # what is accepted touched free text only, or raised a claim

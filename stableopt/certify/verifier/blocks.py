@@ -96,6 +96,7 @@ def _euler(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
         need(operator["op"] == "linear" and K.shape == (shape[-1],) * 2, "the skew matrix does not fit")
         need((K == -K.T).all(), "the skew matrix is not antisymmetric")
         g.matrix(K[None], skew)
+    need(node["skew"] is not None or node["skew_bound"] is None, "there is a bound of a skew part that is not there")
     if node["free"] is not None:
         free = _free(g, node["free"], shape)
     weight, steps, norm = _adjoint(g, operator, node["steps"], shape)
@@ -250,6 +251,7 @@ def _implicit(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
         R = g.tensor(node["resolvent"], 2)
         need(R.shape == (shape[-1],) * 2, "the resolvent does not fit")
         g.matrix(R[None], rho)
+    need(node["resolvent"] is not None or node["resolvent_bound"] is None, "there is a bound of no resolvent")
     start, keep, mix = (abs(number(node[key], key, signed=True)) for key in ("start", "keep", "mix"))
     need(
         new == shape and bound >= iterated(start, keep * factor, mix, rho, _times(node)),

@@ -1,0 +1,56 @@
+"""The command line: ``python verify_stableopt.pyz model.cert.json [--exact] [--replay data.npz] [--json]``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from .checking import Result, verify
+from .files import parse_json
+from .numbers import RejectedError
+from .replay import replay
+
+__all__ = ["main"]
+
+_USAGE = "usage: verify model.cert.json [--exact] [--replay data.npz] [--json]\n"
+
+
+def _replayed(result: Result, certificate: Path, data: Path) -> Result:
+    content = certificate.read_bytes()
+    weights = (certificate.parent / parse_json(content)["subject"][0]["name"]).read_bytes()
+    try:
+        return replace(result, replayed=tuple(replay(content, weights, data.read_bytes())))
+    except (RejectedError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        return replace(result, verified=False, reason=f"the claims cannot be replayed: {error}")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit status: 0 verified, 1 rejected, 2 error."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    flags = {word for word in words if word in {"--json", "--exact"}}
+    words = [word for word in words if word not in flags]
+    replayed_data = None
+    if "--replay" in words[:-1]:
+        place = words.index("--replay")
+        replayed_data = words[place + 1]
+        del words[place : place + 2]
+    if len(words) != 1 or words[0].startswith("-"):
+        sys.stderr.write(_USAGE)
+        return 2
+    try:
+        result = verify(words[0], exact="--exact" in flags)
+        if replayed_data is not None and result.verified:
+            result = _replayed(result, Path(words[0]), Path(replayed_data))
+    except OSError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    if "--json" in flags:
+        sys.stdout.write(json.dumps(asdict(result), indent=1) + "\n")
+    elif result.verified:
+        last = f"verified: Lipschitz constant in {result.norm} <= {result.lipschitz!r}"
+        sys.stdout.write("\n".join([*result.assumptions, *result.layers, last, *result.replayed]) + "\n")
+    else:
+        sys.stdout.write(f"rejected: {result.reason}\n")
+    return 0 if result.verified else 1

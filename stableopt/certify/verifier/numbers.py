@@ -1,0 +1,194 @@
+"""Norms of matrices, proved with every rounding error counted (docs/soundness.md, S1-S4).
+
+u = 2^-53 and gamma_k = k u / (1 - k u): a sum of k products, in any order, with or without fused multiply-add, is off by at most
+gamma_k sum |a_i b_i| + k 2^-1074, and a sum of k terms >= 0 is at most the computed one times 1 + gamma_2k. All scalar arithmetic
+is exact (fractions); only array arithmetic rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = [
+    "TINY",
+    "U",
+    "Array",
+    "RejectedError",
+    "defect",
+    "exact_norm",
+    "exact_product",
+    "float_up",
+    "gamma",
+    "gram_matrix",
+    "largest",
+    "need",
+    "norm_at_most",
+    "power_up",
+    "root_up",
+    "row_sums",
+    "squares",
+    "up",
+]
+
+Array: TypeAlias = npt.NDArray[np.float64]
+
+U = Fraction(1, 2**53)
+TINY = Fraction(1, 2**900)
+"""More than all underflow of one proof: fewer than 2^100 products, each off by at most 2^-1074 when it underflows."""
+
+
+class RejectedError(Exception):
+    """The certificate or its weights have a defect; the message says which."""
+
+
+def need(condition: object, reason: str) -> None:
+    """Reject unless the condition holds."""
+    if not condition:
+        raise RejectedError(reason)
+
+
+def gamma(k: int) -> Fraction:
+    """Return gamma_k exactly."""
+    need(k < 2**50, f"a sum of {k} terms is too long for a proof in float64")
+    return Fraction(k, 2**53 - k)
+
+
+def norm_at_most(stack: Array, limit: Fraction, *, exact: bool = False) -> bool:
+    """Return True only if ||A||_2 <= limit is proved for every matrix A of the stack (b, m, n): t I - A^T A >= 0 by a witness R."""
+    if not stack.any() or limit <= 0:
+        return limit >= 0 and not stack.any()
+    a = stack.transpose(0, 2, 1) if stack.shape[1] < stack.shape[2] else stack
+    exponent = int(np.frexp(np.abs(a).max())[1])  # S1: a power of two scales exactly
+    a = np.ldexp(a, -exponent)
+    target, (m, n) = (limit / Fraction(2) ** exponent) ** 2, a.shape[1:]
+    if target >= m * n:
+        return True  # ||A||_F^2 < m n
+    if exact:
+        return all(exact_norm(matrix, limit / Fraction(2) ** exponent) for matrix in a)
+    gram, error = gram_matrix(a)
+    trace = Fraction(float(np.trace(gram, axis1=1, axis2=2).min()))
+    reserve = 2 * gamma(n) * max(n * target - trace, Fraction(0)) + 64 * n * U * target  # for the defect: a guess
+    t = float(target - error - reserve)
+    return t > 0 and Fraction(t) + defect(-gram, t) + error <= target
+
+
+def gram_matrix(a: Array) -> tuple[Array, Fraction]:
+    """Return the symmetric computed A^T A of each matrix and a bound of its error in norm (S2): gamma_m ||A||_F^2."""
+    gram = np.triu(a.transpose(0, 2, 1) @ a)
+    gram = gram + np.triu(gram, 1).transpose(0, 2, 1)
+    return gram, gamma(a.shape[1]) * squares(a) + TINY
+
+
+def defect(symmetric: Array, shift: float) -> Fraction:
+    """Return e with ``symmetric`` + shift I + e I >= 0, by an untrusted Cholesky factor of it (S4); large if there is none."""
+    n, diagonal = symmetric.shape[1], range(symmetric.shape[1])
+    moved = symmetric.copy()
+    moved[:, diagonal, diagonal] += shift
+    try:
+        lower: Array = np.linalg.cholesky(moved).astype(np.float64)
+    except np.linalg.LinAlgError:
+        return Fraction(2) ** 1100
+    residual = np.abs(moved - lower @ lower.transpose(0, 2, 1))
+    sums = max(largest(residual.sum(axis=1)), largest(residual.sum(axis=2))) * (1 + gamma(2 * n)) * (1 + U)
+    return sums + U * largest(np.abs(moved[:, diagonal, diagonal])) + gamma(n) * squares(lower) + TINY
+
+
+def squares(stack: Array) -> Fraction:
+    """Bound the largest ||A||_F^2 of a stack from above."""
+    flat = stack.reshape(len(stack), -1)
+    return largest(np.square(flat).sum(axis=1)) * (1 + gamma(2 * flat.shape[1])) + TINY
+
+
+def largest(values: Array) -> Fraction:
+    """Return the largest entry exactly; NaN and infinity make every proof fail."""
+    value = float(values.max())
+    need(math.isfinite(value), "the arithmetic of a proof overflowed")
+    return Fraction(value)
+
+
+def row_sums(stack: Array, *, exact: bool = False) -> Fraction:
+    """Bound the largest sum of moduli of a row from above (S5.2)."""
+    if exact:
+        exponent = int(np.frexp(np.abs(stack).max())[1])  # cut to units of 2^-52 of the largest entry
+        sums = np.abs(_cut(np.ldexp(stack, -exponent), 52)).astype(object).sum(axis=-1)
+        return (Fraction(int(sums.max())) + stack.shape[-1] * bool(stack.any())) * Fraction(2) ** (exponent - 52)
+    return largest(np.abs(stack).sum(axis=-1)) * (1 + gamma(2 * stack.shape[-1])) + (TINY if stack.any() else 0)
+
+
+def root_up(value: Fraction) -> Fraction:
+    """Return a fraction above sqrt(value), by at most 2^-198 and, for values below 1, by at most 2^-198 sqrt(value)."""
+    if not value:
+        return value
+    half = 200 + max(0, value.denominator.bit_length() - value.numerator.bit_length())
+    return Fraction(math.isqrt(math.ceil(value * 4**half)) + 2, 2**half)
+
+
+def power_up(value: Fraction, exponent: int) -> Fraction:
+    """Return a power, rounded up at each squaring; one that float64 cannot hold is refused."""
+    result = Fraction(1)
+    for bit in f"{exponent:b}":
+        result = up(result * result * (value if bit == "1" else 1))
+        need(result < 2**1100, "a power is too large for float64")
+    return result
+
+
+def up(value: Fraction) -> Fraction:
+    """Round up to a multiple of 2^-1000, so that fractions stay short."""
+    return Fraction(math.ceil(value * 2**1000), 2**1000)
+
+
+def float_up(value: Fraction) -> float:
+    """Return the least float64 that is not below, or infinity."""
+    try:
+        nearest = float(value)
+    except OverflowError:
+        return math.inf
+    return nearest if Fraction(nearest) >= value else math.nextafter(nearest, math.inf)
+
+
+# ---------------------------------------------------------------------------------------------------- in integers (S4 exact)
+
+
+def exact_norm(matrix: Array, limit: Fraction) -> bool:
+    """Prove ||A||_2 <= limit in integers of unit 2^-104 (S4.2): A is cut to multiples of 2^-52, R of 2^-48."""
+    m, n = matrix.shape
+    limit -= root_up(Fraction(m * n)) / 2**52
+    a = _cut(matrix, 52)
+    gram = product(a.T, a)
+    top = math.floor(limit**2 * 2**104) if limit > 0 else 0
+    t = top - (top >> 32)
+    try:
+        lower = np.linalg.cholesky(t / 2**104 * np.eye(n) - np.ldexp(gram.astype(np.float64), -104))
+    except np.linalg.LinAlgError:
+        return False
+    r = _cut(lower, 48)
+    rest = -gram - product(r, r.T) * 2**8
+    rest[range(n), range(n)] += t
+    return limit > 0 and t + int(np.abs(rest).sum(axis=1).max()) <= top
+
+
+def _cut(values: Array, bits: int) -> npt.NDArray[np.int64]:
+    """Return the numbers in units of 2^-bits, cut towards zero."""
+    return np.trunc(np.ldexp(values, bits)).astype(np.int64)
+
+
+def product(a: Any, b: Any) -> Any:
+    """Multiply integer matrices exactly: digits of 20 bits, sums of at most 2^22 products of two of them, then Python integers."""
+    need(
+        a.shape[1] <= 2**22 and max(np.abs(a).max(), np.abs(b).max()) < 2**60,
+        "a matrix is too large for an exact product",
+    )
+    digits = [[(np.sign(x) * (np.abs(x) >> s & (2**20 - 1))) for s in (0, 20, 40)] for x in (a, b)]
+    return sum(
+        (p @ q).astype(object) * 2 ** (20 * (i + j)) for i, p in enumerate(digits[0]) for j, q in enumerate(digits[1])
+    )
+
+
+def exact_product(a: Array, b: Array) -> Array:
+    """Multiply matrices of entries within [-1, 1] in units of 2^-52, and cut to multiples of 2^-50, which float64 holds (S6.3)."""
+    return np.ldexp((product(_cut(a, 52), _cut(b, 52)) // 2**54).astype(np.float64), -50)
