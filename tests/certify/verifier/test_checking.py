@@ -344,7 +344,9 @@ EDITS: dict[str, Callable[[Document], Any]] = {
     "an exponent too low": lambda d: claim(d, "forward_exponent").update(rate=lowered(claim(d, "forward_exponent")["rate"])),
     "an exponent over too many steps": lambda d: claim(d, "forward_exponent").update(depth=12),
     "a contraction of nothing": lambda d: proved(d).append({"id": "contraction", "from": 3, "to": 3, "factor": "0x1.0p+0"}),
-    "stability of a convolution": lambda d: proved(d).append({"id": "stability", "node": 0, "rate": "0x0.0p+0", "gain": "0x1.0p+9"}),
+    "stability of a convolution": lambda d: proved(d).append(
+        {"id": "stability", "node": 0, "rate": "0x0.0p+0", "gain": "0x1.0p+9"}
+    ),
     "a logarithmic norm of a convolution": lambda d: proved(d).append({"id": "lognorm", "node": 0, "mu": "0x1.0p+9"}),
     "asymmetric margins": lambda d: proved(d)[1]["L"][0].__setitem__(1, (99.0).hex()),
     "margins with a diagonal": lambda d: proved(d)[1]["L"][0].__setitem__(0, (1.0).hex()),
