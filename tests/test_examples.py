@@ -116,6 +116,19 @@ def test_an_observer_is_better_than_differences_of_positions() -> None:
     assert result["above"] <= 1.0 + 1e-4
 
 
+def test_a_foreign_model_is_audited_and_a_clean_one_is_silent() -> None:
+    result = load("audit_foreign").main()
+    assert result["clean"] == 0.0
+    assert abs(result["seen"] / result["sample-normalization"] - 1.0) < 1e-6
+    for kind, least in (
+        ("kernel-norm", 1.5),
+        ("overlapping-pool", 2.0),
+        ("negative-slope", 1.2),
+        ("spectral-norm", 1.0),
+    ):
+        assert result[kind] >= least
+
+
 def test_no_certified_sequence_is_broken(tmp_path: Path) -> None:
     result = load("certified_sequences").main(epochs=1, images=150, picture=str(tmp_path / "sequences.svg"))
     assert result["bound"] <= 100.0

@@ -20,6 +20,7 @@ __all__ = ["foreign_blocks", "functional_layers", "unread"]
 
 _LOWEST = {"gelu": -1.4142135623730951, "silu": -2.3993572805, "mish": -2.2563763964, "hardswish": -2.9999}
 """Where the slope is smallest, or close to it: -0.1289, -0.0998, -0.1125 and -0.5."""
+_SMALL = 256
 _SYMMETRIC = 1e-7
 _CLEAR = 1 + 1e-6
 
@@ -109,26 +110,41 @@ def _gradient_type(scene: Scene, path: str, call: Call, defect: float) -> Iterat
 
 def _extreme(f: Map, shifted: Map, starts: list[Tensor]) -> tuple[Witness, float]:
     """Return the pair along the eigenvector that the shift makes the largest, and the eigenvalue."""
-    pairs = [steepest(shifted, x, iterations=30) for x in starts]
+    pairs = [steepest(shifted, x, iterations=15) for x in starts]
+    pairs = [_polished(f, shifted, pair) if pair.x.numel() <= _SMALL // 4 else pair for pair in pairs]
     best = max(pairs, key=lambda pair: pair.gain)
-    climbed = steepest(shifted, (best.x + best.y) / 2, iterations=30, ascent=15)
+    climbed = steepest(shifted, (best.x + best.y) / 2, iterations=15, ascent=15)
     best = max(best, climbed, key=lambda pair: pair.gain)
+    best = _polished(f, shifted, best)
     d = best.x - best.y
     with torch.no_grad():
         eigenvalue = float((d * (f(best.x) - f(best.y))).sum() / d.square().sum())
     return quotient(f, best.x, best.y), eigenvalue
 
 
+def _polished(f: Map, shifted: Map, pair: Witness) -> Witness:
+    """Put a pair along the exact eigenvector of the Jacobian between the two, if the block is small enough for one."""
+    middle, d = (pair.x + pair.y) / 2, (pair.x - pair.y).norm() / 2
+    if middle.numel() > _SMALL:
+        return steepest(shifted, middle, iterations=100)
+    J: Any = torch.autograd.functional.jacobian(f, middle)
+    J = J.reshape(middle.numel(), -1)
+    vectors = torch.linalg.eigh((J + J.T) / 2)[1]
+    pairs = [quotient(shifted, middle + d * v, middle - d * v) for v in vectors.T[[0, -1]].view(2, *middle.shape)]
+    return max([pair, *pairs], key=lambda pair: pair.gain)
+
+
 def _lowest_points(scene: Scene, path: str, call: Call, z: float) -> Iterator[Tensor]:
-    """Yield inputs that bring all units Ax + b as near to ``z`` as can be, for the matrices in the block."""
+    """Yield inputs that bring all units Ax + b as near as can be to ``z``, to 0 and to 3, for the matrices in the block."""
     x = _sample(call)
     module = scene.exact.get_submodule(path)
     vectors = [p.detach() for p in module.parameters() if p.ndim == 1]
     for A in (p.detach() for p in module.parameters() if p.ndim == 2):
         if A.shape[1] == x.shape[-1]:
             biases = [b for b in vectors if len(b) == len(A)] or [torch.zeros(len(A), dtype=torch.float64)]
-            target = (z - biases[0])[:, None]
-            yield torch.linalg.lstsq(A, target, driver="gelsd").solution.T.expand_as(x).clone()
+            for level in {z, 0.0, 3.0}:
+                target = (level - biases[0])[:, None]
+                yield torch.linalg.lstsq(A, target, driver="gelsd").solution.T.expand_as(x).clone()
     for c in (z, -z):
         yield torch.full_like(x, c)
 
@@ -233,7 +249,7 @@ def _measured(scene: Scene, path: str, call: Call | None) -> Witness | None:
         return None
     try:
         return steepest(scene.run(path), _sample(call), iterations=10)
-    except (RuntimeError, TypeError, ValueError, IndexError, StopIteration):
+    except Exception:  # foreign code fails in many ways
         return None
 
 

@@ -42,7 +42,16 @@ def quotient(f: Map, x: Tensor, y: Tensor) -> Witness:
     return Witness(x.detach(), y.detach(), gain if math.isfinite(gain) else 0.0)
 
 
-def steepest(f: Map, x: Tensor, *, iterations: int = 20, ascent: int = 0, scale: float = 1.0, seed: int = 0) -> Witness:
+def steepest(
+    f: Map,
+    x: Tensor,
+    *,
+    iterations: int = 20,
+    ascent: int = 0,
+    scale: float = 1.0,
+    seed: int = 0,
+    step: float | None = None,
+) -> Witness:
     r"""Search near ``x`` for a pair that ``f`` moves far apart.
 
     At a point the direction is found by power iteration on :math:`J^\top J`, with :math:`Jv \approx (f(x+tv)-f(x-tv))/2t`; with
@@ -53,8 +62,9 @@ def steepest(f: Map, x: Tensor, *, iterations: int = 20, ascent: int = 0, scale:
         x: where to begin, with the batch dimension.
         iterations: of the power method at the start, and a few at the end.
         ascent: steps of the climb, each about ``scale / 10`` long.
-        scale: the size of the inputs; :math:`t` is 1e-5 of it.
+        scale: the size of the inputs.
         seed: of the first direction.
+        step: :math:`t`; None for 1e-5 of the scale.
 
     Returns:
         The best pair that was met. It bounds the constant from below, whether or not the search went well.
@@ -64,7 +74,7 @@ def steepest(f: Map, x: Tensor, *, iterations: int = 20, ascent: int = 0, scale:
         >>> abs(steepest(lambda x: x @ A, torch.zeros(1, 2, dtype=torch.float64)).gain - 3.0) < 1e-8
         True
     """
-    t, x = _STEP * scale, x.detach().clone()
+    t, x = _STEP * scale if step is None else step, x.detach().clone()
     v = _unit(torch.randn(x.shape, generator=generator(seed), dtype=x.dtype))
     v = _power(f, x, v, t, iterations)
     best = quotient(f, x + t * v, x - t * v)

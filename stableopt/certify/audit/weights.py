@@ -2,6 +2,7 @@ r"""Weights: what a parametrization claims of a norm, and the proved norm of the
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -200,10 +201,10 @@ def padded_convolutions(scene: Scene) -> Iterator[Finding]:
         }:
             continue
         found, image = operator_witness(scene, path, module)
-        layer: Any = module
-        options = Geometry.of(module).options(len(image)) | {"padding_mode": "zeros", "image_size": image}
-        zeros = conv_norm(layer.weight.detach().to("cpu"), **options)
-        if found.gain > zeros.upper:
+        layer: Any = copy.deepcopy(scene.exact.get_submodule(path))
+        layer.padding_mode = "zeros"
+        zeros = linear_gain(layer, torch.zeros_like(found.x))
+        if found.gain > zeros.gain * (1 + 1e-9):
             yield Finding(
                 path,
                 "copying-padding",
@@ -211,9 +212,9 @@ def padded_convolutions(scene: Scene) -> Iterator[Finding]:
                 f"that of the same kernel with zeros on images of {'x'.join(map(str, image))}.",
                 "weak",
                 "Use padding_mode='zeros' or 'circular', or a bound that counts the copies (stableopt.nn.lipschitz does).",
-                claimed=zeros.upper,
+                claimed=zeros.gain,
                 attained=found.gain,
-                bound=_conv_bound(module, layer.weight, image).upper,
+                bound=_conv_bound(module, module.weight, image).upper,
                 witness=found,
             )
 
