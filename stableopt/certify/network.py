@@ -2,18 +2,23 @@ r"""A program as a torch module."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stableopt.certify.execute import apply, is_composite, lower
 from stableopt.certify.execute_weighted import plain_convolve
 from stableopt.certify.program import Program
+from stableopt.nn.activations import at_least_float32
 
 __all__ = ["CertifiedNetwork", "flatten"]
 
 Node = dict[str, Any]
+
+_PRODUCTS = {"linear", "conv", "recurrence", "statespace", "attention"}
 
 
 class CertifiedNetwork(nn.Module):
@@ -82,7 +87,12 @@ class CertifiedNetwork(nn.Module):
         if self.plain and node["op"] == "conv":
             bias = None if node["bias"] is None else tensors[node["bias"]]
             return plain_convolve(node, tensors[node["weight"]], bias, inputs[0])
-        return apply(node, tensors, inputs)
+        if node["op"] in _PRODUCTS:
+            return apply(node, tensors, inputs)
+        kind = functools.reduce(torch.promote_types, (value.dtype for value in inputs))
+        return apply(node, tensors, [at_least_float32(value) for value in inputs]).to(
+            kind
+        )  # half precision rounds once
 
     def extra_repr(self) -> str:
         """Return the shape of one input and the number of operations."""

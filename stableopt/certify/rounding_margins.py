@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def margins(
         True
     """
     states = analysis.states(x)
-    last = analysis.nodes[-1] if analysis.nodes else {"op": ""}
+    last: dict[str, Any] = analysis.nodes[-1] if analysis.nodes else {"op": ""}
     end = states[-1]
     pair = 2.0 if analysis.norm == "linf" else math.sqrt(2.0) * INFLATE
     rates = torch.full((len(x), end.value[0].numel()), pair * (lipschitz if exact else end.k1), dtype=torch.float64)

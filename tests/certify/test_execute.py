@@ -17,7 +17,7 @@ from stableopt.nn.attention import BoundedNorm
 Case = tuple[dict[str, Any], nn.Module]
 
 
-def activation(name: str, **settings: float) -> dict[str, Any]:
+def activation(name: str, **settings: Any) -> dict[str, Any]:
     return {"op": "activation", "name": name, **settings}
 
 

@@ -22,7 +22,7 @@ SHIFTS = {"float32": 1e5, "float16": 1e3, "bfloat16": 1e3}
 
 @functools.cache
 def digits() -> tuple[Tensor, Tensor]:
-    data = load_digits()
+    data: Any = load_digits()
     return torch.tensor(data.data, dtype=torch.float32) / 16, torch.tensor(data.target)
 
 
@@ -58,9 +58,10 @@ def certified(
         if isinstance(module, nn.Conv2d):
             fields: dict[str, Any] = {key: list(getattr(module, key)) for key in ("stride", "padding", "dilation")}
             fields |= {"dims": 2, "groups": 1, "padding_mode": "zeros", "transposed": False, "output_padding": [0, 0]}
+            assert module.bias is not None
             value = graph.add("conv", value, weight=module.weight.to(dtype), bias=module.bias.to(dtype), **fields)
         elif isinstance(module, nn.Linear):
-            bias = module.bias + shift if module.out_features == 10 else module.bias
+            bias: Tensor = module.bias + shift if module.out_features == 10 else module.bias
             value = graph.add("linear", value, weight=module.weight.to(dtype), bias=bias.to(dtype), transposed=False)
         elif isinstance(module, nn.Flatten):
             value = graph.add("reshape", value, shape=[value.shape[0] * 64 if value.shape[1] == 8 else 128])
@@ -79,6 +80,7 @@ def attack(claim: Claims, runtime: str, x: Tensor) -> tuple[Tensor, Tensor, Tens
         return model.run(z).argmax(1)
 
     sizes, _ = smallest_change(classify, exact, x, torch.float32, claim.program.norm)
+    assert claim.margin_constants is not None
     logits, constants = answer.logits, claim.margin_constants.to(answer.logits.dtype)
     naive = (logits.gather(1, answer.labels[:, None]) - logits) / constants[answer.labels]
     naive = naive.scatter(1, answer.labels[:, None], torch.inf).amin(1)

@@ -65,6 +65,7 @@ def test_it_can_be_cast_and_moved(dtype: torch.dtype) -> None:
 def test_gradients_of_the_input_pass_through() -> None:
     x = torch.randn(2, 2, 4, 4, dtype=torch.float32, requires_grad=True)
     CertifiedNetwork(program(model()))(x).sum().backward()
+    assert x.grad is not None
     assert float(x.grad.abs().max()) > 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
@@ -11,14 +12,16 @@ import torch
 from stableopt.certify.runtime import RUNTIMES, Format, check, current, find_runtime, require
 from stableopt.errors import CertificateError
 
+BACKENDS: Any = torch.backends
+
 
 @pytest.fixture(autouse=True)
 def restored() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision("highest")
-    torch.backends.fp32_precision = "none"
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
-    torch.backends.mkldnn.conv.fp32_precision = "none"
+    BACKENDS.fp32_precision = "none"
+    BACKENDS.mkldnn.matmul.fp32_precision = "none"
+    BACKENDS.mkldnn.conv.fp32_precision = "none"
 
 
 @pytest.mark.parametrize("name", ["float64", "float32", "float16", "bfloat16"])
@@ -56,7 +59,7 @@ def test_a_lowered_precision_is_seen(word: str) -> None:
 
 @pytest.mark.parametrize("part", ["all", "matmul", "conv"])
 def test_the_flags_of_the_backends_are_seen(part: str) -> None:
-    owner = torch.backends if part == "all" else getattr(torch.backends.mkldnn, part)
+    owner = BACKENDS if part == "all" else getattr(BACKENDS.mkldnn, part)
     owner.fp32_precision = "bf16"
     assert current()["float32 products"] == "bf16"
     owner.fp32_precision = "ieee"
