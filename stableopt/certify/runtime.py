@@ -87,6 +87,22 @@ class Runtime:
         coarse = device == "cuda" and self.operands != self.wide
         return dataclasses.replace(self, device=device, sums=max(self.sums, 2.0**-22) if coarse else self.sums)
 
+    def record(self) -> dict[str, Any]:
+        """Return what a certificate says about the runtime: its numbers as hexadecimal floats, and the flags that it needs.
+
+        Examples:
+            >>> record = RUNTIMES["bfloat16"].record()
+            >>> record["name"], record["u_in"], record["requires"]["half sums"]
+            ('bfloat16', '0x1.0000000000000p-8', ['float32'])
+        """
+        numbers = {"u": self.wide.unit, "u_in": self.operands.unit, "u_acc": self.sums, "u_out": self.results.unit}
+        numbers |= {"tiny": self.results.tiny, "largest": self.results.largest}
+        words = {"name": self.name, "dtype": str(self.dtype).removeprefix("torch."), "device": self.device}
+        words |= {"autocast": "off" if self.autocast is None else str(self.autocast).removeprefix("torch.")}
+        words |= {"products": "plain sums in any order", "convolutions": "as matrix products"}
+        requires = {flag: list(values) for flag, values in self.limits().items()}
+        return words | {key: value.hex() for key, value in numbers.items()} | {"requires": requires}
+
     def limits(self) -> dict[str, tuple[str, ...]]:
         """Return which values of the flags of :func:`current` are within this runtime.
 

@@ -170,6 +170,22 @@ def test_the_float64_evaluation_against_sixty_digits() -> None:
         assert float(state.d[0]) < 1e4 * gap
 
 
+def test_the_rounding_grows_with_the_ball() -> None:
+    """Around 0 nothing rounds; on the rim the sums of a Hadamard matrix cancel, and round more than the input did."""
+    H = torch.ones(1, 1)
+    for _ in range(10):
+        H = torch.cat([torch.cat([H, H], 1), torch.cat([H, -H], 1)])
+    node = {"op": "linear", "in": [0], "weight": "H", "bias": None, "transposed": False, "bound": 32.0}
+    analysis = Analysis([node], {"H": H}, RUNTIMES["float32"], "l2")
+    state = analysis.run(torch.zeros(1, 1024, dtype=torch.float64))
+    x = (torch.rand(4, 1024) + 0.5).float()
+    x = x / x.norm(dim=1, keepdim=True) * (1 - 1e-6)
+    error = size((x @ H.float().T).double() - x.double() @ H.T, "l2")
+    assert float(state.e0) < 1e-30
+    assert bool((error <= state.e0 + state.e1).all())
+    assert bool((error > 1.5 * 32.0 * 2.0**-24).all())  # so the rounding of the input alone would not cover it
+
+
 def test_sums_in_the_worst_order_and_with_the_worst_roundings() -> None:
     """Adversarial accumulation: one large product first, then many that are rounded away."""
     n, u = 200, 2.0**-24
