@@ -158,7 +158,8 @@ def _neg(call: Call) -> Value:
 
 @_rule("mul", "div")
 def _mul(call: Call) -> Value:
-    a, b = call["self"], call["other"]
+    a: Any = call["self"]
+    b: Any = call["other"]
     if isinstance(a, Value) and isinstance(b, Value):
         raise UncertifiableError(
             "two values that depend on the input are multiplied or divided, so the slope grows with them."
@@ -167,7 +168,7 @@ def _mul(call: Call) -> Value:
         if isinstance(b, Value) or call.get("rounding_mode") is not None:
             raise UncertifiableError("a division by a value that depends on the input, or a rounded one, has no bound.")
         b = 1.0 / b.double() if isinstance(b, Tensor) else 1.0 / float(b)
-    value, number = (a, b) if isinstance(a, Value) else (b, a)
+    value, number = (call["self"], b) if isinstance(a, Value) else (call["other"], a)
     if not isinstance(number, Tensor) or number.numel() == 1:
         if isinstance(number, Tensor) and number.ndim > len(value.shape) + 1:
             raise UncertifiableError("a number with more dimensions than the value broadcasts it.")
@@ -186,12 +187,13 @@ def _linear(call: Call) -> Value:
 
 @_rule("matmul", "mm")
 def _matmul(call: Call) -> Value:
-    left, right = call["self"], call["mat2"] if call.name == "mm" else call["other"]
+    left: Any = call["self"]
+    right: Any = call["mat2"] if call.name == "mm" else call["other"]
     if isinstance(left, Value) and isinstance(right, Value):
         raise UncertifiableError("two values that depend on the input are multiplied, so the slope grows with them.")
     if isinstance(left, Value) and right.ndim == 2:
         return call.graph.add("linear", left, weight=right, bias=None, transposed=True)
-    if isinstance(right, Value) and left.ndim == 2 and len(right.shape) >= 2:
+    if isinstance(right, Value) and isinstance(left, Tensor) and left.ndim == 2 and len(right.shape) >= 2:
         return add_along(call.graph, right, len(right.shape) - 2, left)
     raise UncertifiableError("a matrix product has a rule for a value and one matrix of numbers.")
 
@@ -245,7 +247,7 @@ def _batch_norm(call: Call) -> Any:
 
 @_rule("layer_norm", "native_layer_norm")
 def _layer_norm(call: Call) -> Any:
-    layer = nn.LayerNorm(tuple(call["normalized_shape"]), call["eps"], device="meta")
+    layer = nn.LayerNorm(list(call["normalized_shape"]), call["eps"], device="meta")
     layer.weight, layer.bias = _parameter(call["weight"]), _parameter(call["bias"])
     value = fold(layer, call.graph, call.value("input"))
     return value if call.name == "layer_norm" else [value, None, None]

@@ -253,7 +253,8 @@ class _Walk:
         return tensor
 
     def _call(self, node: fx.Node, known: dict[fx.Node, Any]) -> Any:
-        args, kwargs = (fx.map_arg(part, lambda n: known[n]) for part in (node.args, node.kwargs))
+        args: Any = fx.map_arg(node.args, lambda n: known[n])
+        kwargs: Any = fx.map_arg(node.kwargs, lambda n: known[n])
         if node.target is operator.getitem:
             return args[0][args[1]]
         if node.target is torch.ops.stableopt.layer.default:
@@ -297,8 +298,8 @@ class _Walk:
         """Evaluate an operation on numbers alone."""
         if torch.Tag.nondeterministic_seeded in target.tags:
             raise self._refused(f"{name} draws random numbers ({_place(node)})")
-        result = target(*args, **kwargs)
-        source = args[0] if args else None
+        result: Any = target(*args, **kwargs)
+        source: Any = args[0] if args else None
         tensors = isinstance(result, Tensor) and isinstance(source, Tensor)
         if tensors and id(source) in self.names and result.data_ptr() == source.data_ptr():
             self.names[id(result)] = self.names[id(source)]  # a view of a parameter keeps its name

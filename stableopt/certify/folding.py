@@ -51,7 +51,7 @@ def fold_affine(program: Program) -> Program:
     """The new number of each value."""
     joined: set[int] = set()
     for index, node in enumerate(program.nodes):
-        node = node | {"in": [place[number] for number in node["in"]]}  # noqa: PLW2901
+        node: Node = node | {"in": [place[number] for number in node["in"]]}  # noqa: PLW2901
         before = nodes[node["in"][0] - 1] if node["in"][0] else {"op": "input"}
         if node["op"] == "affine" and users[program.nodes[index]["in"][0]] == 1 and _fits(before, node["axis"]):
             nodes[node["in"][0] - 1] = _joined(before, node, tensors)

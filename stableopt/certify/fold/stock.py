@@ -101,8 +101,8 @@ def along_last(
     if shape[len(shape) - len(last) :] != tuple(last):
         raise ValueError(f"it is for the last sizes {tuple(last)}, got the shape {shape}.")
     joined = add_reshape(graph, value, (*shape[: len(shape) - len(last)], math.prod(last)))
-    flat = [None if part is None else part.reshape(-1) for part in (scale, bias)]
-    return add_reshape(graph, add_affine(graph, middle(joined), *flat, -1), shape)
+    factors, offset = (None if part is None else part.reshape(-1) for part in (scale, bias))
+    return add_reshape(graph, add_affine(graph, middle(joined), factors, offset, -1), shape)
 
 
 # ----------------------------------------------------------------------------------------------------------- layers with weights

@@ -69,7 +69,7 @@ LAYERS: list[tuple[Make, tuple[int, ...]]] = [
     (lambda: nn.InstanceNorm3d(2), D),
     (lambda: nn.GroupNorm(2, 4), I),
     (lambda: nn.LayerNorm(6), V),
-    (lambda: nn.LayerNorm((8, 9), elementwise_affine=True), I),
+    (lambda: nn.LayerNorm([8, 9], elementwise_affine=True), I),
     (lambda: nn.LayerNorm(9, bias=False), S),
     (lambda: nn.RMSNorm(9, eps=0.1), S),
     (nn.ReLU, V), (nn.ReLU6, V), (nn.Tanh, V), (nn.Sigmoid, V), (nn.SiLU, V), (nn.SELU, V), (nn.Mish, V), (nn.Hardswish, V),
