@@ -290,7 +290,7 @@ def test_a_method_of_runge_and_kutta_is_rejected_past_its_radius() -> None:
     assert "expands" in rejected(program, lambda changed: changed.update(bound=1.0 - 2**-53))
     assert ">= 0" in rejected(program, lambda changed: changed["weights"].__setitem__(0, -changed["weights"][0]))
     assert "tableau" in rejected(program, lambda changed: changed["stages"][0].append(0.0))
-    assert rejected(program, lambda changed: changed["euler"].update(decay=1.001))
+    assert "expands" in rejected(program, lambda changed: changed["euler"].update(decay=1.0005, bound=1.001))
 
 
 def test_the_bound_of_a_step_longer_than_the_limit_is_above_one() -> None:
@@ -306,6 +306,13 @@ def test_in_the_maximum_norm_a_block_has_the_smaller_of_two_bounds_and_says_whic
     assert constant(narrow) == pytest.approx(1.0, rel=1e-12)
     assert "not proved" in rejected(wide, lambda node: node.update(bound=2.0 - 1e-9))
     assert rejected(wide, lambda node: node.update(norm="linf"))
+
+
+def test_shears_in_the_maximum_norm_have_the_bound_of_one_after_the_other() -> None:
+    parts = {"first": linear_operator(torch.eye(1), None), "second": linear_operator(torch.eye(1), None)}
+    program = alone("shear", 2, {"half": 1, **parts, "steps": [0.1, 1.0], "decay": 1.0}, "linf")
+    assert constant(program) == pytest.approx(2.1, rel=1e-12)  # |p| <= 1.1, |q| <= 1 + 1.1
+    assert "not proved" in rejected(program, lambda node: node.update(bound=2.1 - 1e-9))
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
