@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -69,6 +70,26 @@ def test_the_model_its_modes_and_the_random_numbers_to_come_stay_as_they_are() -
         assert id(tensor) == identity
         assert tensor._version == version
         assert torch.equal(tensor, value)
+
+
+def test_only_copies_are_run() -> None:
+    class Counting(nn.Linear):
+        runs = 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.runs += 1
+            return super().forward(x)
+
+    model = Counting(4, 4).to(torch.bfloat16)
+    found = audit(model, (4,))
+    assert of_kind(found, "low-precision")[0].attained > 0
+    assert model.runs == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hooked = torch.nn.utils.spectral_norm(nn.Linear(4, 4))
+    weight = hooked.weight
+    assert of_kind(audit(hooked), "spectral-norm")
+    assert hooked.weight is weight
 
 
 def test_findings_are_the_same_again_worst_first_and_can_be_written_as_json() -> None:
