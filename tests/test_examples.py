@@ -143,3 +143,21 @@ def test_sequences_are_classified_under_a_limit_of_the_gain() -> None:
     assert result["bound"] <= 100.0
     assert result["broken"] <= 0.0
     assert result["median radius"] > 0.005
+
+
+def check_losses(steps: int, picture: Path, least: float) -> None:
+    result = load("certified_training").main(steps=steps, picture=picture)
+    assert picture.read_text().startswith("<svg")
+    plain = result.pop("cross-entropy")
+    for name, found in result.items():
+        assert found.clean > least, name
+        assert found.at(0.25) > plain.at(0.25), name
+
+
+def test_losses_that_know_the_radius_certify_more(tmp_path: Path) -> None:
+    check_losses(40, tmp_path / "curves.svg", 0.85)
+
+
+@pytest.mark.slow
+def test_losses_that_know_the_radius_certify_more_after_a_longer_training(tmp_path: Path) -> None:
+    check_losses(300, tmp_path / "curves.svg", 0.95)

@@ -90,8 +90,9 @@ class CertifiedMarginLoss(_OfConstants):
         UncertifiableError: if the model has no Lipschitz constant in the norm.
 
     Note:
-        The statement is about exact arithmetic and the map of evaluation, see :class:`MarginBounds`. A curriculum gives ``eps`` to
-        each call. Scaling a weight by :math:`2^k` and :math:`t` by :math:`2^{-k}` changes the loss by the factor :math:`2^k` alone.
+        The statement is about exact arithmetic and the map of evaluation, see :class:`MarginBounds`. A radius that most samples
+        cannot reach makes a constant answer the best one: begin with a small one (a curriculum gives ``eps`` to each call), or
+        take ``adaptive``. Scaling a weight by :math:`2^k` and :math:`t` by :math:`2^{-k}` changes the loss by the factor :math:`2^k` alone.
         The loss is computed, and returned, in at least float32. A copy of the loss has a copy of the model.
 
     References:
