@@ -118,7 +118,7 @@ def _moved(value: Tensor, unit: float) -> Tensor:
 
 
 def _largest(value: Tensor) -> Tensor:
-    return value.abs().flatten(1).amax(1)
+    return value.abs().reshape(len(value), -1).amax(1)
 
 
 def _dtypes(model: nn.Module) -> set[torch.dtype]:
