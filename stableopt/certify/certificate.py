@@ -16,6 +16,7 @@ from torch import Tensor
 from stableopt.certify import verifier
 from stableopt.certify.deployed import CertifiedModel
 from stableopt.certify.files import decode_weights
+from stableopt.certify.local import local_radii
 from stableopt.certify.network import CertifiedNetwork
 from stableopt.certify.program import Node, Program
 from stableopt.certify.publish import from_file, to_file
@@ -186,6 +187,35 @@ class Certificate:
         if labels is None:
             return reach
         return torch.where(_labels(labels, len(x)) == best, reach, torch.zeros_like(reach))
+
+    def local_radius(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return radii that are at least those of :meth:`radius`, from bounds of the network in a ball around each input alone.
+
+        In a ball around x most units of a rectifier network cannot switch, so its constant there is smaller than everywhere. For
+        chains of linear operations and activations that are linear on either side of 0 (ReLU, LeakyReLU, absolute value).
+
+        Args:
+            x: inputs, shape ``(batch, *input_shape)``, floating.
+            labels: true classes, shape ``(batch,)``; wrongly classified inputs get 0. None: all inputs count.
+
+        Returns:
+            Radii in the norm of the certificate, shape ``(batch,)``, float64 on the CPU, for the exact network.
+
+        Raises:
+            TypeError: if ``x`` is not a floating tensor.
+            ValueError: if a shape does not fit.
+            UncertifiableError: if the program is of another kind.
+
+        Examples:
+            >>> from stableopt.certify import certify
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+            >>> cert, x = certify(net, (4,)), torch.ones(1, 4)
+            >>> bool(cert.local_radius(x) >= cert.radius(x))
+            True
+        """
+        reach = self.radius(x, labels)
+        wider = local_radii(self.program, x.detach().to("cpu", torch.float64), reach)
+        return torch.where(reach > 0, wider, reach)
 
     def certified_accuracy(self, x: Tensor, y: Tensor, eps: float) -> float:
         r"""Return the fraction of inputs that are classified rightly on the whole ball :math:`\|x' - x\|_2 \le \epsilon`.

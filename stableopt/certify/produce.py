@@ -30,7 +30,6 @@ from stableopt.certify.verifier.files import parse_json, parse_weights, to_float
 from stableopt.certify.verifier.program import Walk
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import round_up
-from stableopt.nn.layers import layers
 from stableopt.nn.stabilize import layer_limit
 
 __all__ = ["certify"]
@@ -110,7 +109,7 @@ def certify(
 
 def _within_limits(model: nn.Module, program: Program) -> Program:
     """Scale each weight with an enforced limit down, in its own dtype, until its bound is within it."""
-    limits = {f"{path}.weight" if path else "0.weight": layer_limit(module) for path, module in layers(model)}
+    limits = {f"{path}.weight" if path else "0.weight": layer_limit(module) for path, module in model.named_modules()}
     return _scaled(program, {name: within(limit) for name, limit in limits.items() if limit is not None})
 
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from stableopt import optim
 from stableopt._version import __version__
-from stableopt.certify import Certificate, certify
+from stableopt.certify import Certificate, certified_accuracy, certify
 from stableopt.cli.data import Dataset, load_data
 from stableopt.cli.models import RECIPES, build_model, prepare
 from stableopt.cli.storage import load_checkpoint, save_checkpoint, write_json
@@ -309,9 +309,10 @@ def _certify(out: Path, state: dict[str, Any], settings: Settings) -> dict[str, 
     model = build_model(settings.model, data.shape, data.classes, settings.lipschitz)
     model.load_state_dict(state["model"])
     certificate = certify(model.eval(), data.shape, lipschitz=settings.lipschitz)
-    certificate.save(out)
+    found = certified_accuracy(certificate, (data.x_test, data.y_test), EPSILONS)
+    certificate.with_claims(replayable=found.claims()).save(out)
     metrics = (
-        _metrics(certificate, data)
+        _metrics(certificate, data, found.radii)
         | _energy_counts(out)
         | {"epochs": state["epoch"], "steps": state["monitor"]["step"]}
     )
@@ -319,9 +320,8 @@ def _certify(out: Path, state: dict[str, Any], settings: Settings) -> dict[str, 
     return metrics
 
 
-def _metrics(certificate: Certificate, data: Dataset) -> dict[str, Any]:
+def _metrics(certificate: Certificate, data: Dataset, radii: Tensor) -> dict[str, Any]:
     plain = certificate.module().eval()
-    radii = certificate.radius(data.x_test, data.y_test)
     grid = [i / 50 for i in range(51)]
     return {
         "lipschitz": certificate.lipschitz,
