@@ -92,8 +92,8 @@ class CertifiedMarginLoss(_OfConstants):
     Note:
         The statement is about exact arithmetic and the map of evaluation, see :class:`MarginBounds`. A radius that most samples
         cannot reach makes a constant answer the best one: begin with a small one (a curriculum gives ``eps`` to each call), or
-        take ``adaptive``. Scaling a weight by :math:`2^k` and :math:`t` by :math:`2^{-k}` changes the loss by the factor :math:`2^k` alone.
-        The loss is computed, and returned, in at least float32. A copy of the loss has a copy of the model.
+        take ``adaptive``. Scaling the last layer by :math:`2^k` and :math:`t` by :math:`2^{-k}` changes the loss by the factor
+        :math:`2^k` alone. The loss is computed, and returned, in at least float32. A copy of the loss has a copy of the model.
 
     References:
         Hu, Zou, Wang, Leino and Fredrikson, *Unlocking Deterministic Robustness Certification on ImageNet*, 2023 (EMMA: adaptive).
