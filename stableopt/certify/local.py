@@ -251,12 +251,11 @@ def _down(value: Tensor, loss: Tensor, rounding: float) -> Tensor:
 
 def _margins(plan: Sequence[_Step], norm: str, x: Tensor, radii: Tensor, refine: int) -> tuple[Tensor, Tensor]:
     """Return lower bounds of the differences of the predicted output and the others, and the predicted class."""
-    largest = max(min(refine, torch.Size(step.after).numel()) for step in plan) * max(
-        torch.Size(s.before).numel() for s in plan
-    )
+    width = max(1, min(refine, max(torch.Size(step.after).numel() for step in plan)))
+    size = max(1, _ROWS // (width * max(torch.Size(step.before).numel() for step in plan)))
     parts = [
         _margins_of(_Walk(plan, norm, rows, r), refine)
-        for rows, r in zip(x.split(max(1, _ROWS // largest)), radii.split(max(1, _ROWS // largest)), strict=True)
+        for rows, r in zip(x.split(size), radii.split(size), strict=True)
     ]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 

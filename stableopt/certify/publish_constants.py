@@ -32,9 +32,12 @@ def root_up(square: Fraction) -> float:
         >>> root_up(Fraction(4)), root_up(Fraction(2)) ** 2 >= 2.0
         (2.0, True)
     """
-    scale = 4**80
-    root = Fraction(math.isqrt(square.numerator * scale // square.denominator), 2**80)  # rounded down
-    value = float(root)
+    if square == 0:
+        return 0.0
+    half = max(0, 64 + (square.denominator.bit_length() - square.numerator.bit_length()) // 2)
+    value = float(
+        Fraction(math.isqrt(square.numerator * 4**half // square.denominator), 2**half)
+    )  # within 2^-52 of the root
     while Fraction(value) ** 2 < square:
         value = math.nextafter(value, math.inf)
     return value
