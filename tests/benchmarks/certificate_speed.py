@@ -2,8 +2,8 @@ r"""Time and tightness of certificates beside eclipse-nn, LipSDP by an SDP solve
 
     python -m tests.benchmarks.certificate_speed [--peers PYTHON] [--nets mlp,conv,resnet]
 
-One core. ``--peers`` is the interpreter of an environment with torch, numpy, eclipse-nn, cvxpy and scs; it gets the dense weights in
-a file and prints its own numbers. The product of SVD norms takes the norm of the *reshaped* kernels of convolutions, as
+One core. ``--peers`` is the interpreter of an environment with torch, numpy, eclipse-nn, cvxpy and scs; it gets the dense weights
+in a file and prints its own numbers. The product of SVD norms takes the norm of the *reshaped* kernels of convolutions, as
 ``torch.nn.utils.spectral_norm`` does: that is not a bound, and is marked so.
 """
 
