@@ -117,6 +117,18 @@ def test_rounded_weights_have_their_own_bounds() -> None:
     assert 0.8 * true < float(answer.radii) <= true
 
 
+def test_a_weight_that_grows_by_rounding_gets_a_larger_bound() -> None:
+    weight = torch.full((1, 1), 1.0 + 2.0**-8 * 1.2)  # bfloat16 rounds it up to 1 + 2^-7
+    graph = Builder((1,))
+    v = graph.add("linear", graph.input, weight=weight, bias=None, transposed=False)
+    graph.add("linear", v, weight=torch.tensor([[1.0], [-1.0]]), bias=None, transposed=False)
+    claim = claims(graph)
+    for runtime, least in (("float32", 1.0), ("bfloat16", 1.0 + 2.0**-7)):
+        first = CertifiedModel(claim, runtime)._analysis.states(torch.ones(1, 1).double())[1]
+        assert float(first.value[0, 0]) <= first.k1
+        assert first.k1 >= least
+
+
 def test_blocks_whose_weights_the_runtime_rounds_are_refused() -> None:
     torch.manual_seed(0)
     A = torch.randn(3, 2, dtype=torch.float32) * 0.3

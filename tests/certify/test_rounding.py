@@ -145,10 +145,11 @@ def test_every_value_of_a_network_stays_within_the_analysis(runtime: str, norm: 
 @pytest.mark.parametrize("fields", ACTIVATIONS, ids=lambda f: f["name"])
 def test_activations_stay_within_the_analysis(fields: dict[str, Any], runtime: str) -> None:
     x = torch.cat([torch.randn(64) * 3, torch.linspace(-20, 20, 64), torch.linspace(-1e-3, 1e-3, 8)])
+    odd = torch.full((1, 1), 0.703125)  # products with it have to be rounded when they are stored
     graph = Builder((1,))  # one sample per number, so that each is compared with its own bound
-    value = graph.add("linear", graph.input, weight=torch.ones(1, 1), bias=None, transposed=False)
+    value = graph.add("linear", graph.input, weight=odd, bias=None, transposed=False)
     value = graph.add("activation", value, **fields)
-    graph.add("activation", graph.add("linear", value, weight=torch.ones(1, 1), bias=None, transposed=False), **fields)
+    graph.add("activation", graph.add("linear", value, weight=odd, bias=None, transposed=False), **fields)
     check(graph, RUNTIMES[runtime], x[:, None], 0.1)
 
 
@@ -212,6 +213,24 @@ def test_a_stored_rounding_keeps_signs_and_is_counted_once_after_a_rectifier() -
     before, after = (analysis.settled(state) for state in states[1:])
     assert float(before.e0) > 99 * 2.0**-8
     assert float(after.e0) < 2 * 2.0**-8  # the unit is off
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "softshrink", "lambd": 1.0},
+        {"name": "hardtanh", "min": 0.5, "max": 2.0},
+        {"name": "softplus", "beta": 1.0},
+    ],
+)
+def test_a_stored_rounding_is_settled_before_an_activation_that_is_not_homogeneous(fields: dict[str, Any]) -> None:
+    graph = Builder((1,))
+    value = graph.add("linear", graph.input, weight=torch.ones(1, 1), bias=None, transposed=False)
+    graph.add("activation", value, **fields)
+    analysis = Analysis(bounded(graph), {k: t.double() for k, t in graph.tensors.items()}, RUNTIMES["bfloat16"], "l2")
+    states = analysis.states(torch.full((1, 1), 1.0 + 2.0**-20, dtype=torch.float64))
+    before, after = (analysis.settled(state) for state in states[1:])
+    assert float(after.e0) >= float(before.e0)  # the slope is 1, and the result may be 0
 
 
 def test_numbers_near_overflow_limit_the_radius() -> None:
