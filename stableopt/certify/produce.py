@@ -114,6 +114,8 @@ def _within_limits(model: nn.Module, program: Program) -> Program:
 
 
 def _scaled(program: Program, limits: dict[str, float]) -> Program:
+    if not limits:
+        return program
     sizes, tensors = shapes(program), dict(program.tensors)
     for node in program.nodes:
         limit = limits.get(node.get("weight", ""))

@@ -6,7 +6,8 @@ A program is a list of operations in the order in which they run. Value 0 is the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -16,11 +17,13 @@ from torch import Tensor, nn
 from stableopt.certify.execute import apply
 from stableopt.errors import UncertifiableError
 
-__all__ = ["Builder", "Node", "Program", "Value", "nested_tensors"]
+__all__ = ["Builder", "Node", "Program", "Value", "nested_tensors", "output_shape"]
 
 Node: TypeAlias = dict[str, Any]
 """One operation: ``op``, the numbers ``in`` of its inputs, its settings, the names of its tensors, and its ``bound``."""
 
+_MANY = 5_000_000
+"""Products in a convolution beyond which its shape is found without numbers."""
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -157,17 +160,44 @@ class Builder:
         return name
 
     def _shape_after(self, node: Node, inputs: tuple[Value, ...]) -> tuple[int, ...]:
-        """Run the operation once on zeros, in float64, to learn the shape of its output."""
-        names = set(nested_tensors(node))
-        doubles = {name: value.double() for name, value in self.tensors.items() if name in names}
-        zeros = [torch.zeros(1, *value.shape, dtype=torch.float64) for value in inputs]
         try:
-            with torch.no_grad():
-                return tuple(apply(node, doubles, zeros).shape[1:])
+            return output_shape(node, self.tensors, [value.shape for value in inputs])
         except (RuntimeError, ValueError, IndexError) as error:
             shapes = ", ".join(str(value.shape) for value in inputs)
             where = f"'{self.path}'" if self.path else "the module"
             raise ValueError(f"{where} ({node['op']}) does not fit the shape {shapes} before it: {error}") from None
+
+
+def output_shape(node: Node, tensors: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """Return the shape of the output of an operation, by running it once on zeros, a large convolution without numbers.
+
+    Args:
+        node: the operation.
+        tensors: the tensors that it names.
+        shapes: the shapes of its inputs, without the batch.
+
+    Raises:
+        RuntimeError: or ValueError or IndexError, as the operation does: if it does not fit the shapes.
+
+    Examples:
+        >>> output_shape({"op": "sum", "in": [0, 0], "factors": [1.0, 1.0]}, {}, [(2,), (2,)])
+        (2,)
+    """
+    if node["op"] == "conv" and tensors[node["weight"]].numel() * math.prod(shapes[0][1:]) > _MANY:
+        try:
+            return _shape_on("meta", node, tensors, shapes)
+        except (RuntimeError, NotImplementedError):
+            pass  # the message is the better one with numbers
+    return _shape_on("cpu", node, tensors, shapes)
+
+
+def _shape_on(
+    device: str, node: Node, tensors: Mapping[str, Tensor], shapes: Sequence[tuple[int, ...]]
+) -> tuple[int, ...]:
+    used = {name: tensors[name].to(device).double() for name in nested_tensors(node) if name in tensors}
+    zeros = [torch.zeros(1, *shape, dtype=torch.float64, device=device) for shape in shapes]
+    with torch.no_grad():
+        return tuple(apply(node, used, zeros).shape[1:])
 
 
 def nested_tensors(node: Node) -> Iterator[str]:

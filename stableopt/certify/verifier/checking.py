@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from . import activations, blocks, sequences
+from . import activations, blocks, gates, sequences
 from .claims import check_claims
 from .files import choice, ints, parse_json, parse_weights, to_float64
 from .joint import read_joint
@@ -28,7 +28,7 @@ from .program import Walk
 
 __all__ = ["ASSUMPTIONS", "PREDICATE_TYPE", "Result", "check", "read_program", "self_test", "verify"]
 
-_ = activations, blocks, sequences  # their rules are registered when they are imported
+_ = activations, blocks, gates, sequences  # their rules are registered when they are imported
 
 ASSUMPTIONS = (
     "H1: float64 is IEEE-754, rounds to nearest and underflows gradually (spot-checked; with --exact: conversions are exact).",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -44,8 +45,8 @@ def conv_at_most(
     return all(norm_at_most(stack, limit, exact=exact) for stack in symbols)
 
 
-def _symbols(parts: Array, kernel: tuple[int, ...], sizes: list[int], *, exact: bool) -> Iterator[Array]:
-    """Yield the complex symbols of all groups on the grid as real matrices [[Re, -Im], [Im, Re]] of the same norm."""
+def _symbols(parts: Array, kernel: tuple[int, ...], sizes: list[int], *, exact: bool) -> Iterator[Any]:
+    """Yield the complex symbols of all groups on the grid."""
     period = math.lcm(*sizes)
     frequencies = np.indices([sizes[0] // 2 + 1, *sizes[1:]]).reshape(len(sizes), -1)  # the others are their conjugates
     positions = np.indices(kernel).reshape(len(sizes), -1)
@@ -60,7 +61,7 @@ def _symbols(parts: Array, kernel: tuple[int, ...], sizes: list[int], *, exact: 
         values = exact_product(flat, columns) if exact else flat @ columns
         values = values.reshape(*parts.shape[:3], len(chunk), 2)
         real, imag = np.moveaxis(values, 3, 1).transpose(4, 0, 1, 2, 3).reshape(2, -1, *parts.shape[1:3])
-        yield np.concatenate([np.concatenate([real, -imag], axis=2), np.concatenate([imag, real], axis=2)], axis=1)
+        yield real + 1j * imag
 
 
 def _cos_sin(numerator: int, denominator: int) -> tuple[Fraction, Fraction]:

@@ -74,7 +74,10 @@ def to_float64(kind: str, shape: tuple[int, ...], data: bytes) -> Array:
 def ints(value: Any, least: int, where: str, count: int | None = None) -> tuple[int, ...]:
     """Read a list of integers, each at least the given one, and if wanted of a given length."""
     ok = isinstance(value, list) and all(type(v) is int and least <= v < 2**40 for v in value)
-    need(ok and count in {None, len(value)}, f"{where}: expected a list of {'' if count is None else f'{count} '}integers >= {least}")
+    need(
+        ok and count in {None, len(value)},
+        f"{where}: expected a list of {'' if count is None else f'{count} '}integers >= {least}",
+    )
     return tuple(value)
 
 

@@ -58,49 +58,79 @@ def gamma(k: int) -> Fraction:
     return Fraction(k, 2**53 - k)
 
 
-def norm_at_most(stack: Array, limit: Fraction, *, exact: bool = False) -> bool:
-    """Return True only if ||A||_2 <= limit is proved for every matrix A of the stack (b, m, n): t I - A^T A >= 0 by a witness R."""
+def norm_at_most(stack: Any, limit: Fraction, *, exact: bool = False) -> bool:
+    """Return True only if ||A||_2 <= limit is proved for every matrix A of the stack (b, m, n), real or complex, by a witness."""
     if not stack.any() or limit <= 0:
         return limit >= 0 and not stack.any()
-    a = stack.transpose(0, 2, 1) if stack.shape[1] < stack.shape[2] else stack
-    exponent = int(np.frexp(np.abs(a).max())[1])  # S1: a power of two scales exactly
-    a = np.ldexp(a, -exponent)
+    a = np.ascontiguousarray(stack.transpose(0, 2, 1) if stack.shape[1] < stack.shape[2] else stack)
+    exponent = int(np.frexp(np.abs(a.view(np.float64)).max())[1])  # S1: a power of two scales exactly
+    a = np.ldexp(a.view(np.float64), -exponent).view(a.dtype)
     target, (m, n) = (limit / Fraction(2) ** exponent) ** 2, a.shape[1:]
-    if target >= m * n:
-        return True  # ||A||_F^2 < m n
+    if target >= m * n * _parts(a):
+        return True  # ||A||_F^2 is less
     if exact:
-        return all(exact_norm(matrix, limit / Fraction(2) ** exponent) for matrix in a)
+        return all(exact_norm(_real(matrix), limit / Fraction(2) ** exponent) for matrix in a)
     gram, error = gram_matrix(a)
-    trace = Fraction(float(np.trace(gram, axis1=1, axis2=2).min()))
-    reserve = 2 * gamma(n) * max(n * target - trace, Fraction(0)) + 64 * n * U * target  # for the defect: a guess
+    trace = Fraction(float(np.trace(gram.real, axis1=1, axis2=2).min()))
+    reserve = (
+        3 * gamma(n * _parts(a)) * max(n * target - trace, Fraction(0)) + 64 * n * U * target
+    )  # for the defect: a guess
     t = float(target - error - reserve)
     return t > 0 and Fraction(t) + defect(-gram, t) + error <= target
 
 
-def gram_matrix(a: Array) -> tuple[Array, Fraction]:
-    """Return the symmetric computed A^T A of each matrix and a bound of its error in norm (S2): gamma_m ||A||_F^2."""
-    gram = np.triu(a.transpose(0, 2, 1) @ a)
-    gram = gram + np.triu(gram, 1).transpose(0, 2, 1)
-    return gram, gamma(a.shape[1]) * squares(a) + TINY
+def _parts(a: Any) -> int:
+    return 2 if np.iscomplexobj(a) else 1
 
 
-def defect(symmetric: Array, shift: float) -> Fraction:
+def _real(matrix: Any) -> Array:
+    """Return a real matrix of the same norm: [[Re, -Im], [Im, Re]]."""
+    return np.block([[matrix.real, -matrix.imag], [matrix.imag, matrix.real]]) if np.iscomplexobj(matrix) else matrix
+
+
+def _square(a: Any) -> Any:
+    """Return the computed A^* A of each matrix, by real products (S2): S^T S + i S^T T, S = [Re; Im], T = [Im; -Re]."""
+    if not np.iscomplexobj(a):
+        return a.transpose(0, 2, 1) @ a
+    columns = np.concatenate([a.real, a.imag], axis=1)
+    result = np.empty((len(a), a.shape[2], a.shape[2]), dtype=np.complex128)
+    result.real = columns.transpose(0, 2, 1) @ columns
+    result.imag = columns.transpose(0, 2, 1) @ np.concatenate([a.imag, -a.real], axis=1)
+    return result
+
+
+def _product_error(a: Any) -> Fraction:
+    """Bound the error of the computed A^* A in norm (S2): gamma_m ||A||_F^2; for complex matrices sqrt(2) < 3/2 times gamma_2m."""
+    return Fraction(_parts(a) + 1, 2) * gamma(_parts(a) * a.shape[1]) * squares(a) + TINY
+
+
+def gram_matrix(a: Any) -> tuple[Any, Fraction]:
+    """Return the computed A^* A of each matrix, made Hermitian by copying one triangle, and a bound of its error in norm (S2)."""
+    gram = np.tril(_square(a))
+    rest = np.tril(gram, -1).conj().transpose(0, 2, 1)
+    if np.iscomplexobj(gram):
+        gram.imag[:, range(gram.shape[1]), range(gram.shape[1])] = 0.0
+    return gram + rest, _product_error(a)
+
+
+def defect(symmetric: Any, shift: float) -> Fraction:
     """Return e with ``symmetric`` + shift I + e I >= 0, by an untrusted Cholesky factor of it (S4); large if there is none."""
     n, diagonal = symmetric.shape[1], range(symmetric.shape[1])
     moved = symmetric.copy()
     moved[:, diagonal, diagonal] += shift
     try:
-        lower: Array = np.linalg.cholesky(moved).astype(np.float64)
+        upper = np.linalg.cholesky(moved).conj().transpose(0, 2, 1).astype(symmetric.dtype)
     except np.linalg.LinAlgError:
         return Fraction(2) ** 1100
-    residual = np.abs(moved - lower @ lower.transpose(0, 2, 1))
-    sums = max(largest(residual.sum(axis=1)), largest(residual.sum(axis=2))) * (1 + gamma(2 * n)) * (1 + U)
-    return sums + U * largest(np.abs(moved[:, diagonal, diagonal])) + gamma(n) * squares(lower) + TINY
+    residual = moved - _square(upper)
+    moduli = np.abs(residual.real) + np.abs(residual.imag)
+    sums = max(largest(moduli.sum(axis=1)), largest(moduli.sum(axis=2))) * (1 + gamma(4 * n)) * (1 + U)
+    return sums + U * largest(np.abs(moved[:, diagonal, diagonal].real)) + _product_error(upper)
 
 
-def squares(stack: Array) -> Fraction:
+def squares(stack: Any) -> Fraction:
     """Bound the largest ||A||_F^2 of a stack from above."""
-    flat = stack.reshape(len(stack), -1)
+    flat = np.ascontiguousarray(stack).view(np.float64).reshape(len(stack), -1)
     return largest(np.square(flat).sum(axis=1)) * (1 + gamma(2 * flat.shape[1])) + TINY
 
 

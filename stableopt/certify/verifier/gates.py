@@ -1,0 +1,193 @@
+"""The rule of GRU and LSTM layers that run from the zero state (docs/soundness.md, S15)."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import numpy as np
+
+from .files import choice, number
+from .numbers import Array, U, largest, need, norm_at_most, root_up, squares
+from .operations import Graph, Node, Shape, rule
+from .sequences import power_sum
+
+__all__ = ["GATES", "Step"]
+
+GATES = {"gru": 3, "lstm": 4}
+_PASSES, _STEPS, _SCALES, _SLACK = 12, 2**12, 2.0**60, 2.0**-40
+
+
+def _logistic(x: Array) -> Array:
+    """S15.1: 1/(1 + exp(-x)) within 2^-40, by the series of exp(|x|/64) and six squarings; beyond 32 it is below 2^-46."""
+    y, power = np.minimum(np.abs(x), 32) / 64, np.ones_like(x)
+    for k in range(14, 0, -1):
+        power = 1 + y * power / k
+    for _ in range(6):
+        power = power * power
+    return np.where(x > 0, 1 - 1 / (1 + power), 1 / (1 + power))
+
+
+def _sigmoid(low: Array, high: Array) -> tuple[Array, Array]:
+    return np.clip(_logistic(low) - _SLACK, 0, 1), np.clip(_logistic(high) + _SLACK, 0, 1)
+
+
+def _tanh(low: Array, high: Array) -> tuple[Array, Array]:
+    return np.clip(2 * _logistic(2 * low) - 1 - 4 * _SLACK, -1, 1), np.clip(
+        2 * _logistic(2 * high) - 1 + 4 * _SLACK, -1, 1
+    )
+
+
+def _mixed(ends: tuple[Array, Array], keep: Array, new: Array | float, cross: Array) -> Array:
+    """S15.3: the largest z keep + (1 - z) new + z(1 - z) cross for z between the ends, by a tangent of z(1 - z) at any p."""
+    low, high = ends[0][:, None], ends[1][:, None]
+    p = np.where(cross > 0, (keep - new + cross) / np.where(cross > 0, 2 * cross, 1), np.where(keep >= new, high, low))
+    p = np.clip(p, low, high)
+    first, second = (z * keep + (1 - z) * new + (p * p + (1 - 2 * p) * z + 2.0**-50) * cross for z in (low, high))
+    return np.maximum(first, second)
+
+
+class Step:
+    """How differences grow in one step: |dh+| <= grown(|dh|, |dx|) entry by entry, monotone and sublinear; its ranges (S15.2)."""
+
+    def __init__(self, kind: str, W: Array, V: Array, b: Array, R: Array | None, limit: float, length: int) -> None:
+        self.gru, self.n, self.b, self.length, self.endless = kind == "gru", len(W) // GATES[kind], b, length, True
+        self.W, self.V = (np.abs(M).reshape(GATES[kind], self.n, -1) for M in (W, V))
+        self.R, self.grow = None if R is None else np.abs(R), 1 + 2.0**-51 * (2 * self.n + W.shape[1] + V.shape[1] + 64)
+        sums = self.V.sum(axis=2)
+        self.drive = np.where(sums > 0, sums * limit, 0.0)
+        self.reach = self._seen(np.ones(self.n)) * self.grow
+        self.states = len(self.reach) + (0 if self.gru else self.n)
+        for _ in range(_PASSES):
+            self._ranges()
+
+    def _seen(self, y: Array) -> Array:
+        return y if self.R is None else self.R @ y
+
+    def _around(self, radius: Array, biases: Array) -> tuple[Array, Array]:
+        radius = radius * self.grow + 2.0**-50 * np.abs(biases).sum(axis=0) + 2.0**-900
+        return biases.sum(axis=0) - radius, biases.sum(axis=0) + radius
+
+    def _ranges(self) -> None:
+        """S15.2: all states lie within reach, so the gates within these ends, so all states within a smaller reach."""
+        from_state = self.W @ self.reach
+        told = [self._around(h + x, self.b[:, k]) for k, (h, x) in enumerate(zip(from_state, self.drive, strict=True))]
+        if self.gru:
+            self.r, self.z = _sigmoid(*told[0]), _sigmoid(*told[1])
+            q, x = self._around(from_state[2], self.b[1:, 2]), self._around(self.drive[2], self.b[:1, 2])
+            self.q = np.maximum(-q[0], q[1])
+            low, high = (
+                f(self.r[0] * end, self.r[1] * end) for f, end in zip((np.minimum, np.maximum), q, strict=True)
+            )
+            a = _tanh(
+                *((x[k] + end) + (2 * k - 1) * 2.0**-50 * (np.abs(x[k]) + self.q) for k, end in enumerate((low, high)))
+            )
+        else:
+            self.i, self.f, self.o, a = _sigmoid(*told[0]), _sigmoid(*told[1]), _sigmoid(*told[3]), _tanh(*told[2])
+        top, near = np.maximum(-a[0], a[1]), np.maximum(np.maximum(a[0], -a[1]), 0)
+        self.slope = np.minimum(1 - near * near + 2.0**-50, 1)
+        if self.gru:
+            self.spread, seen = self.reach + top, top
+        else:  # |c| <= f |c| + i |a|, at most as often as there are steps
+            times = 1 / (1 - self.f[1])
+            self.endless = bool((times <= self.length).all())
+            self.top, self.cells = top, self.i[1] * top * np.minimum(times, self.length) * self.grow
+            self.tanh = np.maximum(_tanh(-self.cells, self.cells)[1], 0)
+            seen = self._seen(self.o[1] * self.tanh) * self.grow
+        self.reach = np.minimum(self.reach, seen)
+
+    def grown(self, w: Array, pushed: Array) -> Array:
+        """S15.4: the comparison map for the columns of w, and what the input adds to each gate; rounded up."""
+        told = self.W @ w[-len(self.reach) :]
+        if self.gru:
+            inner = _mixed(self.r, told[2], 0.0, self.q[:, None] * (told[0] + pushed[0])) + pushed[2]
+            y = _mixed(self.z, w, self.slope[:, None] * inner, self.spread[:, None] * (told[1] + pushed[1]))
+            return y * self.grow + 2.0**-900
+        told = told + pushed
+        memory = _mixed(self.f, w[: self.n], 0.0, self.cells[:, None] * told[1])
+        memory = memory + _mixed(self.i, self.slope[:, None] * told[2], 0.0, self.top[:, None] * told[0])
+        y = self._seen(_mixed(self.o, memory, 0.0, self.tanh[:, None] * told[3]))
+        return np.concatenate([memory, y]) * self.grow + 2.0**-900
+
+    def pushes(self, norm: str) -> Array:
+        """S15.4: how far an input difference of norm 1 moves each gate: the dual norms of the rows, rounded up."""
+        sizes = self.V.sum(axis=2) if norm == "linf" else np.sqrt(np.square(self.V).sum(axis=2) + 2.0**-1000)
+        return sizes[..., None] * self.grow
+
+    def sums(self, length: int) -> Array:
+        """S15.5: G = B + A B + ... + A^(length - 1) B for the linear map A|dh| + B|dx| above the comparison map, rounded up."""
+        A, B = (
+            self.grown(np.eye(self.states), np.zeros_like(self.V[..., :1])),
+            self.grown(np.zeros((self.states, 1)), self.V),
+        )
+        total, power = B, A
+        for bit in f"{length:b}"[1:]:
+            total, power = (power @ total + total) * self.grow + 2.0**-900, power @ power * self.grow + 2.0**-900
+            if bit == "1":
+                total, power = (A @ total + B) * self.grow + 2.0**-900, A @ power * self.grow + 2.0**-900
+        return total[-len(self.reach) :]
+
+    def peak(self, norm: str, length: int) -> tuple[Array, bool]:
+        """S15.6: limits of |dh| after that many steps with |dx| <= 1, and whether they hold for every number of steps."""
+        w, pushed = np.zeros((self.states, 1)), self.pushes(norm)
+        for _ in range(length):
+            before, w = w, np.maximum(w, self.grown(w, pushed))
+            if (w == before).all():
+                return w[-len(self.reach) :, 0], self.endless
+        return w[-len(self.reach) :, 0], False
+
+
+def size_of(w: Array, norm: str) -> Fraction:
+    """Bound the norm of a difference of outputs whose entries are at most w."""
+    return largest(w) if norm == "linf" else root_up(squares(w[None, None]))
+
+
+def _step(g: Graph, node: Node, shape: Shape) -> Step:
+    kind = choice(node["kind"], ("gru", "lstm"), "kind")
+    W, V = g.tensor(node["weight"], 2), g.tensor(node["input"], 2)
+    rows, n = len(W), len(W) // GATES[kind]
+    R = None if node["projection"] is None else g.tensor(node["projection"], 2)
+    need(
+        rows == n * GATES[kind] and (R is None or (kind == "lstm" and R.shape == (W.shape[1], n))),
+        "the gates do not fit",
+    )
+    need(
+        W.shape[1] == (n if R is None else len(R)) and len(shape) == 2 and V.shape == (rows, shape[1]),
+        "the gates do not fit",
+    )
+    biases = [g.vector(node[key], rows) for key in ("bias", "hidden_bias")]
+    b = np.stack([np.zeros(rows) if v is None else v for v in biases]).reshape(2, GATES[kind], n)
+    need(
+        max(np.abs(M).max() for M in (W, V, b, *([] if R is None else [R]))) <= _SCALES,
+        "a weight of a gate is too large",
+    )
+    limit = math.inf if node["limit"] is None else float(number(node["limit"], "the limit"))
+    need(limit > 0, "the limit of the inputs must be positive")
+    return Step(kind, W, V, b, R, limit, choice(node["length"], (shape[0],), "length"))
+
+
+@rule("gated", "kind weight input bias hidden_bias projection limit reverse length scaling rate push")
+def _gated(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
+    """S15: inputs clipped to [-limit, limit], gates, zero initial state; a norm max |h_i| / w_i, a peak, or a sum of matrices."""
+    step, rate, push = _step(g, node, shape), number(node["rate"], "the rate"), number(node["push"], "the push")
+    choice(node["reverse"], (False, True), "reverse")
+    scaling = g.vector(node["scaling"], step.states)
+    w = np.ones(step.states) if scaling is None else scaling
+    need(w.min() >= 1 / _SCALES and w.max() <= _SCALES, "a scale is out of range")
+    kept = step.grown(w[:, None], np.zeros_like(step.V[..., :1]))[:, 0]
+    pushed = step.grown(np.zeros((step.states, 1)), step.pushes(g.norm))[:, 0]
+    need(rate >= largest(kept / w) * (1 + 2 * U), "the rate of gates is not proved")
+    size = size_of(w[-len(step.reach) :], g.norm)
+    need(push >= size * largest(pushed / w) * (1 + 2 * U), "the push of gates is not proved")
+    total, gain = push * power_sum(rate, shape[0])[0], push / (1 - rate) if rate < 1 and step.endless else None
+    if g.norm != "l2" and shape[0] <= _STEPS:
+        w, endless = step.peak(g.norm, shape[0])
+        most = size_of(w, g.norm)
+        total, gain = min(total, most), min(gain, most) if gain is not None and endless else gain
+    elif g.norm == "l2" and bound < total:
+        G = step.sums(shape[0])
+        need(np.isfinite(G).all() and norm_at_most(G[None], bound, exact=g.exact), "the bound of gates is not proved")
+        total = bound
+    need(bound >= total, "the bound of gates is not proved")
+    g.stable[id(node)] = rate, gain
+    return (shape[0], len(step.reach))
