@@ -23,10 +23,10 @@ EXCESSES = (1e-10, 1e-9, 3e-9, 1e-8, 1e-6, 1e-3, 1.0, 1e6)
 
 
 class Sample:
-    """The bytes of a certificate, those of its weights, and the metric and operations for the record."""
+    """The bytes of a certificate and those of its weights; ``lowered`` is the operation whose bound was put below the truth."""
 
-    def __init__(self, document_: dict[str, Any], weights: bytes) -> None:
-        self.document, self.weights = document_, weights
+    def __init__(self, document_: dict[str, Any], weights: bytes, lowered: str = "") -> None:
+        self.document, self.weights, self.lowered = document_, weights, lowered
         self.certificate = json.dumps(document_).encode()
 
 
@@ -428,11 +428,13 @@ def random_certificate(rng: np.random.Generator, available: set[str]) -> Sample:
         {"id": "lipschitz", "norm": draft.metric, "L": shifted(constants_[-1].hex(), 0.0, float(rng.choice(EXCESSES)))}
     ]
     claims += _extra_claims(draft, rng, constants_)
+    lowered = ""
     if lower:
         places += [(claims[0], "L")]
         node, key = places[rng.integers(len(places))]
+        lowered = node.get("op", "claim")
         node[key] = shifted(node[key], 0.0, -float(rng.choice([1e-9, 1e-8, 1e-6, 1e-3, 0.5])))
-    return Sample(document(draft.predicate(claims), weights), weights)
+    return Sample(document(draft.predicate(claims), weights), weights, lowered)
 
 
 def _constants(draft: Draft, weights: bytes) -> list[float] | None:

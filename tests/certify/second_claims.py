@@ -159,8 +159,10 @@ def _margins(table: Any, nodes: list[Any], values: list[Any], context: Context) 
             size = arb(sum(map(abs, change), fmpq(0)))
             if context.metric != "linf":
                 size = arb(sum((c * c for c in change), fmpq(0))).sqrt()
-            if arb(parse_real(text)) < before * size:
-                need(_joint_margin(parse_real(text), i, j, nodes, values, context), "a margin is too small")
+            limit = parse_real(text) * (1 - context.room)
+            need(limit > 0 or not context.room or not any(change), "a margin without room")
+            if arb(limit) < before * size:
+                need(not context.room and _joint_margin(limit, i, j, nodes, values, context), "a margin is too small")
 
 
 def _joint_margin(limit: fmpq, i: int, j: int, nodes: list[Any], values: list[Any], context: Context) -> bool:
