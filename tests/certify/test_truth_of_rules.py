@@ -75,8 +75,8 @@ def judged(draft: Draft, points: int) -> float:
     with np.errstate(all="ignore"):
         total = float(constants(draft.predicate([]), weights)[-1])
     tensors = {
-        name: torch.from_numpy(np.ascontiguousarray(value).reshape(draft.tensors[name][1]))
-        for name, value in draft.values.items()
+        name: torch.from_numpy(np.ascontiguousarray(draft.values[name]).reshape(size))
+        for name, (_, size, _) in draft.tensors.items()
     }
     seen = attack([from_file(node) for node in draft.nodes], tensors, tuple(draft.input["shape"]), draft.metric, points)
     assert seen <= total * (1 + 1e-7) + 1e-12, (draft.metric, draft.input, draft.nodes)
