@@ -8,6 +8,7 @@ import stableopt.certify.execute_activations
 import stableopt.certify.execute_blocks
 import stableopt.certify.execute_composite
 import stableopt.certify.execute_fold
+import stableopt.certify.execute_gates
 import stableopt.certify.execute_layout
 import stableopt.certify.execute_sequences
 import stableopt.certify.execute_weighted

@@ -18,7 +18,7 @@ __all__ = ["CertifiedNetwork", "flatten"]
 
 Node = dict[str, Any]
 
-_PRODUCTS = {"linear", "conv", "recurrence", "statespace", "attention"}
+_PRODUCTS = {"linear", "conv", "recurrence", "statespace", "attention", "gated"}
 
 
 class CertifiedNetwork(nn.Module):

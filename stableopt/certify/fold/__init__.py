@@ -5,6 +5,7 @@
 from stableopt.certify.fold import (
     attention,
     blocks,
+    gates,
     implicit,
     normalization,
     pools,

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stableopt.certify.fold.gates import add_gated, check_batch, check_sequence
 from stableopt.certify.fold.registry import fold
 from stableopt.certify.program import Builder, Value
 from stableopt.certify.publish_recurrence import state_metric
@@ -32,8 +33,6 @@ from stableopt.nn.statespace.diagonal import DiagonalStateSpace
 from stableopt.nn.statespace.stack import StateSpaceBlock, StateSpaceStack
 
 __all__ = ["cell_law", "unit_activation"]
-
-_GATES = "its gates multiply values that all change, which the format cannot say. Use a cell of stableopt.nn, or torch.nn.RNN"
 
 
 def unit_activation(name: str) -> dict[str, Any]:
@@ -108,11 +107,6 @@ def _(cell: nn.RNNCell) -> dict[str, Any]:
     return _plain_law(cell, "")
 
 
-@cell_law.register(nn.GRUCell)
-def _(cell: nn.GRUCell) -> dict[str, Any]:
-    raise UncertifiableError(f"{type(cell).__name__}: {_GATES}.")
-
-
 def _plain_law(module: nn.RNN | nn.RNNCell, suffix: str) -> dict[str, Any]:
     W, U = (getattr(module, f"weight_{kind}{suffix}") for kind in ("hh", "ih"))
     biases = [wide(getattr(module, f"bias_{kind}{suffix}")) for kind in ("ih", "hh")] if module.bias else []
@@ -122,7 +116,7 @@ def _plain_law(module: nn.RNN | nn.RNNCell, suffix: str) -> dict[str, Any]:
 def _add_recurrence(
     graph: Builder, value: Value, law: dict[str, Any], *, reverse: bool, initial: Tensor | None = None
 ) -> Value:
-    _check_sequence(value)
+    check_sequence(value)
     law, length = dict(law), value.shape[0]
     hint = law.pop("hint")
     state, scaling = state_metric((law["weight"], law["input"]), law["step"], law["outer"], graph.norm, length, hint)
@@ -132,19 +126,9 @@ def _add_recurrence(
     )
 
 
-def _check_sequence(value: Value) -> None:
-    if len(value.shape) != 2:
-        raise ValueError(f"a layer over time needs the shape (steps, features), got {value.shape}.")
-
-
-def _check_batch(batch_first: bool) -> None:
-    if not batch_first:
-        raise UncertifiableError("it has batch_first=False, and a certificate takes the first dimension for the batch.")
-
-
 @fold.register(Recurrence)
 def _(module: Recurrence, graph: Builder, value: Value) -> Value:
-    _check_batch(module.batch_first)
+    check_batch(module.batch_first)
     if module.return_state:
         raise UncertifiableError("it returns a pair; build it with return_state=False.")
     if module.length is not None and value.shape[0] > module.length:
@@ -152,6 +136,9 @@ def _(module: Recurrence, graph: Builder, value: Value) -> Value:
     kind = next((kind for kind in type(module.cell).__mro__ if kind in cell_law.registry and kind is not object), None)
     if kind is not None:
         check_forward(module.cell, kind, f"{graph.path}.cell" if graph.path else "cell")
+    if isinstance(module.cell, nn.GRUCell):
+        limit, start = input_limit(module.cell), module.initial
+        return add_gated(graph, value, module.cell, "", reverse=module.reverse, limit=limit, initial=start)[0]
     value = _clipped(module.cell, graph, value)
     return _add_recurrence(graph, value, cell_law(module.cell), reverse=module.reverse, initial=module.initial)
 
@@ -164,7 +151,7 @@ def _clipped(module: nn.Module, graph: Builder, value: Value) -> Value:
 
 @fold.register(nn.RNN)
 def _(module: nn.RNN, graph: Builder, value: Value) -> Value:
-    _check_batch(module.batch_first)
+    check_batch(module.batch_first)
     value = _clipped(module, graph, value)
     for layer in range(module.num_layers):
         suffixes = [(f"_l{layer}", False), (f"_l{layer}_reverse", True)][: 2 if module.bidirectional else 1]
@@ -173,24 +160,18 @@ def _(module: nn.RNN, graph: Builder, value: Value) -> Value:
     return value
 
 
-@fold.register(nn.GRU)
-@fold.register(nn.LSTM)
-def _(module: nn.GRU | nn.LSTM, graph: Builder, value: Value) -> Value:  # noqa: ARG001 the signature of every rule
-    raise UncertifiableError(f"{_GATES}.")
-
-
 @fold.register(LastStep)
 def _(module: LastStep, graph: Builder, value: Value) -> Value:
-    _check_batch(module.batch_first)
-    _check_sequence(value)
+    check_batch(module.batch_first)
+    check_sequence(value)
     length, size = value.shape
     return graph.add("reshape", graph.add("slice", value, axis=0, start=length - 1, stop=length), shape=[size])
 
 
 @fold.register(MeanOverTime)
 def _(module: MeanOverTime, graph: Builder, value: Value) -> Value:
-    _check_batch(module.batch_first)
-    _check_sequence(value)
+    check_batch(module.batch_first)
+    check_sequence(value)
     if value.shape[0] < module.shortest:
         raise ValueError(f"it is declared for at least {module.shortest} steps, got {value.shape[0]}.")
     return graph.add("mean", value, axis=0)
@@ -198,7 +179,7 @@ def _(module: MeanOverTime, graph: Builder, value: Value) -> Value:
 
 @fold.register(DiagonalStateSpace)
 def _(module: DiagonalStateSpace, graph: Builder, value: Value) -> Value:
-    _check_sequence(value)
+    check_sequence(value)
     with torch.no_grad():
         system = module.system()
     parts = {

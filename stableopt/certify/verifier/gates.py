@@ -12,10 +12,11 @@ from .numbers import Array, U, largest, need, norm_at_most, root_up, squares
 from .operations import Graph, Node, Shape, rule
 from .sequences import power_sum
 
-__all__ = ["GATES", "Step"]
+__all__ = ["GATES", "LONGEST", "Step", "size_of"]
 
 GATES = {"gru": 3, "lstm": 4}
-_PASSES, _STEPS, _SCALES, _SLACK = 12, 2**12, 2.0**60, 2.0**-40
+LONGEST = 2**12  # steps of a peak
+_PASSES, _SCALES, _SLACK = 12, 2.0**60, 2.0**-40
 
 
 def _logistic(x: Array) -> Array:
@@ -51,21 +52,25 @@ class Step:
     """How differences grow in one step: |dh+| <= grown(|dh|, |dx|) entry by entry, monotone and sublinear; its ranges (S15.2)."""
 
     def __init__(self, kind: str, W: Array, V: Array, b: Array, R: Array | None, limit: float, length: int) -> None:
-        self.gru, self.n, self.b, self.length, self.endless = kind == "gru", len(W) // GATES[kind], b, length, True
+        self.gru, self.n, self.length, self.endless = kind == "gru", len(W) // GATES[kind], length, True
+        self.b = b.reshape(2, GATES[kind], self.n)
         self.W, self.V = (np.abs(M).reshape(GATES[kind], self.n, -1) for M in (W, V))
         self.R, self.grow = None if R is None else np.abs(R), 1 + 2.0**-51 * (2 * self.n + W.shape[1] + V.shape[1] + 64)
-        sums = self.V.sum(axis=2)
+        sums, self.still = self.V.sum(axis=2), np.zeros_like(self.V[..., :1])
         self.drive = np.where(sums > 0, sums * limit, 0.0)
         self.reach = self._seen(np.ones(self.n)) * self.grow
         self.states = len(self.reach) + (0 if self.gru else self.n)
         for _ in range(_PASSES):
             self._ranges()
 
+    def _up(self, x: Array) -> Array:
+        return x * self.grow + 2.0**-900
+
     def _seen(self, y: Array) -> Array:
         return y if self.R is None else self.R @ y
 
     def _around(self, radius: Array, biases: Array) -> tuple[Array, Array]:
-        radius = radius * self.grow + 2.0**-50 * np.abs(biases).sum(axis=0) + 2.0**-900
+        radius = self._up(radius) + 2.0**-50 * np.abs(biases).sum(axis=0)
         return biases.sum(axis=0) - radius, biases.sum(axis=0) + radius
 
     def _ranges(self) -> None:
@@ -76,12 +81,9 @@ class Step:
             self.r, self.z = _sigmoid(*told[0]), _sigmoid(*told[1])
             q, x = self._around(from_state[2], self.b[1:, 2]), self._around(self.drive[2], self.b[:1, 2])
             self.q = np.maximum(-q[0], q[1])
-            low, high = (
-                f(self.r[0] * end, self.r[1] * end) for f, end in zip((np.minimum, np.maximum), q, strict=True)
-            )
-            a = _tanh(
-                *((x[k] + end) + (2 * k - 1) * 2.0**-50 * (np.abs(x[k]) + self.q) for k, end in enumerate((low, high)))
-            )
+            low, high = np.minimum(*(r * q[0] for r in self.r)), np.maximum(*(r * q[1] for r in self.r))
+            most = 2.0**-50 * (np.maximum(-x[0], x[1]) + self.q)
+            a = _tanh(x[0] + low - most, x[1] + high + most)
         else:
             self.i, self.f, self.o, a = _sigmoid(*told[0]), _sigmoid(*told[1]), _sigmoid(*told[3]), _tanh(*told[2])
         top, near = np.maximum(-a[0], a[1]), np.maximum(np.maximum(a[0], -a[1]), 0)
@@ -89,7 +91,7 @@ class Step:
         if self.gru:
             self.spread, seen = self.reach + top, top
         else:  # |c| <= f |c| + i |a|, at most as often as there are steps
-            times = 1 / (1 - self.f[1])
+            times = 1 / np.maximum(1 - self.f[1], 2.0**-60)
             self.endless = bool((times <= self.length).all())
             self.top, self.cells = top, self.i[1] * top * np.minimum(times, self.length) * self.grow
             self.tanh = np.maximum(_tanh(-self.cells, self.cells)[1], 0)
@@ -102,12 +104,12 @@ class Step:
         if self.gru:
             inner = _mixed(self.r, told[2], 0.0, self.q[:, None] * (told[0] + pushed[0])) + pushed[2]
             y = _mixed(self.z, w, self.slope[:, None] * inner, self.spread[:, None] * (told[1] + pushed[1]))
-            return y * self.grow + 2.0**-900
+            return self._up(y)
         told = told + pushed
         memory = _mixed(self.f, w[: self.n], 0.0, self.cells[:, None] * told[1])
         memory = memory + _mixed(self.i, self.slope[:, None] * told[2], 0.0, self.top[:, None] * told[0])
         y = self._seen(_mixed(self.o, memory, 0.0, self.tanh[:, None] * told[3]))
-        return np.concatenate([memory, y]) * self.grow + 2.0**-900
+        return self._up(np.concatenate([memory, y]))
 
     def pushes(self, norm: str) -> Array:
         """S15.4: how far an input difference of norm 1 moves each gate: the dual norms of the rows, rounded up."""
@@ -116,15 +118,11 @@ class Step:
 
     def sums(self, length: int) -> Array:
         """S15.5: G = B + A B + ... + A^(length - 1) B for the linear map A|dh| + B|dx| above the comparison map, rounded up."""
-        A, B = (
-            self.grown(np.eye(self.states), np.zeros_like(self.V[..., :1])),
-            self.grown(np.zeros((self.states, 1)), self.V),
-        )
+        A, B = self.grown(np.eye(self.states), self.still), self.grown(np.zeros((self.states, 1)), self.V)
         total, power = B, A
         for bit in f"{length:b}"[1:]:
-            total, power = (power @ total + total) * self.grow + 2.0**-900, power @ power * self.grow + 2.0**-900
-            if bit == "1":
-                total, power = (A @ total + B) * self.grow + 2.0**-900, A @ power * self.grow + 2.0**-900
+            total, power = self._up(power @ total + total), self._up(power @ power)
+            total, power = (self._up(A @ total + B), self._up(A @ power)) if bit == "1" else (total, power)
         return total[-len(self.reach) :]
 
     def peak(self, norm: str, length: int) -> tuple[Array, bool]:
@@ -133,8 +131,8 @@ class Step:
         for _ in range(length):
             before, w = w, np.maximum(w, self.grown(w, pushed))
             if (w == before).all():
-                return w[-len(self.reach) :, 0], self.endless
-        return w[-len(self.reach) :, 0], False
+                return w[:, 0], self.endless
+        return w[:, 0], False
 
 
 def size_of(w: Array, norm: str) -> Fraction:
@@ -145,22 +143,12 @@ def size_of(w: Array, norm: str) -> Fraction:
 def _step(g: Graph, node: Node, shape: Shape) -> Step:
     kind = choice(node["kind"], ("gru", "lstm"), "kind")
     W, V = g.tensor(node["weight"], 2), g.tensor(node["input"], 2)
-    rows, n = len(W), len(W) // GATES[kind]
-    R = None if node["projection"] is None else g.tensor(node["projection"], 2)
-    need(
-        rows == n * GATES[kind] and (R is None or (kind == "lstm" and R.shape == (W.shape[1], n))),
-        "the gates do not fit",
-    )
-    need(
-        W.shape[1] == (n if R is None else len(R)) and len(shape) == 2 and V.shape == (rows, shape[1]),
-        "the gates do not fit",
-    )
-    biases = [g.vector(node[key], rows) for key in ("bias", "hidden_bias")]
-    b = np.stack([np.zeros(rows) if v is None else v for v in biases]).reshape(2, GATES[kind], n)
-    need(
-        max(np.abs(M).max() for M in (W, V, b, *([] if R is None else [R]))) <= _SCALES,
-        "a weight of a gate is too large",
-    )
+    R, (rows, p) = None if node["projection"] is None else g.tensor(node["projection"], 2), W.shape
+    n, biases = rows // GATES[kind], [g.vector(node[key], rows) for key in ("bias", "hidden_bias")]
+    fits = rows == n * GATES[kind] and (p == n if R is None else kind == "lstm" and R.shape == (p, n))
+    need(fits and len(shape) == 2 and V.shape == (rows, shape[1]), "the gates do not fit")
+    b = np.stack([np.zeros(rows) if v is None else v for v in biases])
+    need(all(np.abs(M).max() <= _SCALES for M in (W, V, b, W if R is None else R)), "a weight of a gate is too large")
     limit = math.inf if node["limit"] is None else float(number(node["limit"], "the limit"))
     need(limit > 0, "the limit of the inputs must be positive")
     return Step(kind, W, V, b, R, limit, choice(node["length"], (shape[0],), "length"))
@@ -174,20 +162,20 @@ def _gated(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
     scaling = g.vector(node["scaling"], step.states)
     w = np.ones(step.states) if scaling is None else scaling
     need(w.min() >= 1 / _SCALES and w.max() <= _SCALES, "a scale is out of range")
-    kept = step.grown(w[:, None], np.zeros_like(step.V[..., :1]))[:, 0]
+    kept = step.grown(w[:, None], step.still)[:, 0]
     pushed = step.grown(np.zeros((step.states, 1)), step.pushes(g.norm))[:, 0]
     need(rate >= largest(kept / w) * (1 + 2 * U), "the rate of gates is not proved")
     size = size_of(w[-len(step.reach) :], g.norm)
     need(push >= size * largest(pushed / w) * (1 + 2 * U), "the push of gates is not proved")
     total, gain = push * power_sum(rate, shape[0])[0], push / (1 - rate) if rate < 1 and step.endless else None
-    if g.norm != "l2" and shape[0] <= _STEPS:
-        w, endless = step.peak(g.norm, shape[0])
-        most = size_of(w, g.norm)
-        total, gain = min(total, most), min(gain, most) if gain is not None and endless else gain
-    elif g.norm == "l2" and bound < total:
+    if g.norm == "l2" and bound < total:
         G = step.sums(shape[0])
         need(np.isfinite(G).all() and norm_at_most(G[None], bound, exact=g.exact), "the bound of gates is not proved")
         total = bound
+    elif g.norm != "l2" and shape[0] <= LONGEST:
+        w, endless = step.peak(g.norm, shape[0])
+        most = size_of(w[-len(step.reach) :], g.norm)
+        total, gain = min(total, most), min(gain, most) if gain is not None and endless else gain
     need(bound >= total, "the bound of gates is not proved")
     g.stable[id(node)] = rate, gain
     return (shape[0], len(step.reach))

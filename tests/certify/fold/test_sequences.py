@@ -255,9 +255,6 @@ def test_a_recurrence_that_does_not_contract_has_no_gain_for_every_length() -> N
 @pytest.mark.parametrize(
     ("module", "word"),
     [
-        (nn.GRU(D, 2, batch_first=True), "gates"),
-        (nn.LSTM(D, 2, batch_first=True), "gates"),
-        (Recurrence(nn.GRUCell(D, 2)), "gates"),
         (Recurrence(LeakyCell(D, 2), return_state=True), "return_state=False"),
         (Recurrence(LeakyCell(D, 2), batch_first=False), "batch_first"),
         (nn.RNN(D, 2), "batch_first"),
