@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -273,19 +274,27 @@ def _reduced(call: Call, value: Value, dims: Any, *, keep: bool, reduce: Callabl
     return add_reshape(call.graph, reduce(joined), tuple(shape))
 
 
+def _last_mean(graph: Builder, value: Value) -> Value:
+    rows = value if len(value.shape) > 1 else add_reshape(graph, value, (1, *value.shape))
+    return graph.add("mean", rows, axis=len(rows.shape) - 1)
+
+
 @_rule("mean", "sum")
 def _mean(call: Call) -> Value:
     value, dims = call.value(), call.get("dim")
     total = value.shape
     graph = call.graph
     single = [call.axis(d, value) for d in _listed(dims)] if dims is not None else []
-    if len(single) == 1:
+    if not call["keepdim"] and len(set(single)) == len(total):
+        raise ValueError("it leaves no dimension beside the batch; pass keepdim=True.")
+    if len(single) == 1 and len(total) > 1:
         mean = graph.add("mean", value, axis=single[0])
         kept = tuple(1 if axis == single[0] else n for axis, n in enumerate(total))
         mean = add_reshape(graph, mean, kept) if call["keepdim"] else mean
     else:
-        last = lambda v: graph.add("mean", v, axis=len(v.shape) - 1)  # noqa: E731
-        mean = _reduced(call, value, dims, keep=call["keepdim"] if dims is not None else False, reduce=last)
+        mean = _reduced(
+            call, value, dims, keep=call["keepdim"] if dims is not None else False, reduce=partial(_last_mean, graph)
+        )
     if call.name == "mean":
         return mean
     return graph.add("scale", mean, factor=float(math.prod(total[axis] for axis in set(single))))

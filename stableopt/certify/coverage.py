@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from torch import nn
+import torch
+from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from stableopt.errors import UncertifiableError
@@ -25,6 +26,7 @@ _REASONS: dict[type, str] = {
     Field: "it is the right-hand side of an equation, a part of a block. Certify the block or the flow that uses it",
     RecurrentCell: "it is one step of a recurrence, a map of an input and a state. Certify the Recurrence that runs it",
     LearnedBudget: "it is a number that layers share, and no map. Certify the model that it belongs to",
+    torch.jit.ScriptModule: "it is compiled, so its operations cannot be read. Certify the module that it was made from",
     LazyModuleMixin: "it has no weights yet. Run it once on an input",
     nn.LogSoftmax: (
         "its constant grows with the number of classes. Certify the logits before it: the differences of two of its outputs, and "
@@ -54,6 +56,10 @@ def _reason(module: nn.Module) -> str:
         return known
     if kind.__module__.startswith("stableopt.nn.losses"):
         return _LOSS
+    if isinstance(getattr(module, "_orig_mod", None), nn.Module):
+        return "it is compiled. Certify the module that torch.compile was given, model._orig_mod"
+    if kind.__module__ == "stableopt.certify.network":
+        return "it is what a certificate speaks about. Use the certificate that it comes from"
     if kind in refused_classes():
         return refusal(module, "l2").rstrip(".")
     if registered_class(module) is not None:  # its rule may be a sentence
@@ -79,4 +85,6 @@ def is_foreign(module: nn.Module) -> bool:
     """
     kind = plain_class(module)
     lists = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-    return kind in lists or kind.__module__.split(".")[0] not in {"torch", "stableopt"}
+    return (
+        kind in lists or issubclass(kind, fx.GraphModule) or kind.__module__.split(".")[0] not in {"torch", "stableopt"}
+    )

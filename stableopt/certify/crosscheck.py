@@ -133,7 +133,7 @@ def _model_in_double(model: nn.Module, x: Tensor) -> Tensor:
             output = functional_call(model, _numbers_in_double(model), (x,))
     except Exception as error:
         raise _different(f"the model could not be run in float64 to compare ({error})") from None
-    if isinstance(output, tuple) and isinstance(model, nn.RNN):
+    if isinstance(output, tuple) and isinstance(model, nn.RNNBase):
         output = output[0]  # a certificate of a recurrent layer is one of its sequence of states
     if not isinstance(output, Tensor):
         raise _different(f"the model gives a {type(output).__name__}, not a tensor")
@@ -148,7 +148,7 @@ def _model_as_it_is(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def _numbers_in_double(model: nn.Module) -> dict[str, Tensor]:
-    found = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
+    found = (*model.named_parameters(), *model.named_buffers())  # a tied tensor once: the call ties it again
     return {k: v.detach().cpu().double() if v.is_floating_point() else v.detach().cpu() for k, v in found}
 
 

@@ -7,11 +7,13 @@ of a weight, are evaluated. A batch of two runs, and an operation that could mix
 
 from __future__ import annotations
 
+import io
+import logging
 import operator
 import re
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +22,7 @@ from torch import Tensor, fx, nn
 
 import stableopt.certify.aten_layout  # noqa: F401 importing it registers rules
 from stableopt.certify.aten import RULES, Call, bound_arguments
-from stableopt.certify.coverage import is_foreign
+from stableopt.certify.coverage import is_foreign, uncovered
 from stableopt.certify.fold.registry import has_rule
 from stableopt.certify.program import Builder, Value
 from stableopt.errors import UncertifiableError
@@ -52,6 +54,18 @@ class _Layers:
 
     found: dict[str, nn.Module]
     calls: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+
+
+class _LastStates:
+    """Stand for the second thing that a recurrent layer of torch gives, and refuse to be used."""
+
+    def __getitem__(self, _index: Any) -> Any:
+        raise UncertifiableError(
+            "the last states that a recurrent layer gives beside its outputs are no part of a certificate. Take the last step of "
+            "the outputs, outputs[:, -1]."
+        )
+
+    __getattr__ = __getitem__
 
 
 def fold_exported(module: nn.Module, graph: Builder, value: Value) -> Value:
@@ -125,9 +139,9 @@ def _exported(module: nn.Module, layers: _Layers, shape: tuple[int, ...], path: 
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             with _replaced(layers, _recording(layers)):
-                module(x)
+                _require_tensor(module(x), where)
             _SHAPES[:] = [after for _, _, after in layers.calls]
-            with _replaced(layers, _standing_in(layers)):
+            with _replaced(layers, _standing_in(layers)), _quiet():
                 program = torch.export.export(module, (x,), strict=False)
             return program.run_decompositions({}) if _in_place(program) else program
     except UncertifiableError:
@@ -139,6 +153,27 @@ def _exported(module: nn.Module, layers: _Layers, shape: tuple[int, ...], path: 
             "may have no control flow that depends on the numbers in its input, no other inputs, and no state. Write it as nested "
             f"nn.Sequential, or register a rule: @stableopt.certify.fold.register({type(module).__name__})."
         ) from None
+
+
+def _require_tensor(output: Any, where: str) -> None:
+    if not isinstance(output, Tensor):
+        raise UncertifiableError(
+            f"{where} cannot be certified: its forward must give one tensor, not {type(output).__name__}. Certify a module "
+            "that returns the part that counts, such as the logits."
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch from logging what it could not record: the refusal says it."""
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        with redirect_stderr(io.StringIO()):  # where it prints the graph
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _in_place(program: Any) -> bool:
@@ -169,14 +204,18 @@ def _recording(layers: _Layers) -> Callable[[str, nn.Module, int], Callable[...,
     def make(name: str, layer: nn.Module, index: int) -> Callable[..., Any]:  # noqa: ARG001
         original = layer.forward
 
-        def forward(*args: Any, **kwargs: Any) -> Tensor:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             if len(args) != 1 or kwargs or not isinstance(args[0], Tensor):
+                if not has_rule(layer):
+                    raise UncertifiableError(uncovered(layer, name))
                 raise UncertifiableError(
-                    f"'{name}' ({type(layer).__name__}) is called with other things than one tensor."
+                    f"'{name}' ({type(layer).__name__}) is called with other things than one tensor; call it with its input alone."
                 )
             x = args[0].clone()
             before = x._version  # noqa: SLF001 torch has no public accessor
             output = original(x)
+            pair = isinstance(layer, nn.RNNBase) and isinstance(output, tuple)
+            output = output[0] if pair else output  # the last states are not part of what is certified
             if x._version != before:  # noqa: SLF001
                 raise UncertifiableError(
                     f"'{name}' ({type(layer).__name__}) changes its input in place; use inplace=False."
@@ -184,7 +223,7 @@ def _recording(layers: _Layers) -> Callable[[str, nn.Module, int], Callable[...,
             if not isinstance(output, Tensor):
                 raise UncertifiableError(f"'{name}' ({type(layer).__name__}) gives other things than one tensor.")
             layers.calls.append((name, tuple(args[0].shape), tuple(output.shape)))
-            return output
+            return (output, _LastStates()) if pair else output
 
         return forward
 
@@ -194,12 +233,13 @@ def _recording(layers: _Layers) -> Callable[[str, nn.Module, int], Callable[...,
 def _standing_in(layers: _Layers) -> Callable[[str, nn.Module, int], Callable[..., Any]]:
     count = iter(range(len(layers.calls)))
 
-    def make(name: str, layer: nn.Module, index: int) -> Callable[..., Any]:  # noqa: ARG001
-        def forward(x: Tensor) -> Tensor:
+    def make(name: str, layer: nn.Module, index: int) -> Callable[..., Any]:
+        def forward(x: Tensor) -> Any:
             call = next(count)
             if layers.calls[call][:2] != (name, tuple(x.shape)):
                 raise UncertifiableError(f"two runs of the module called its layers in another order, at '{name}'.")
-            return torch.ops.stableopt.layer(x, index, call)
+            output = torch.ops.stableopt.layer(x, index, call)
+            return (output, _LastStates()) if isinstance(layer, nn.RNNBase) else output
 
         return forward
 

@@ -36,6 +36,7 @@ def extract(model: nn.Module, shape: tuple[int, ...], norm: str = "l2", *, join:
         join: whether a normalization is joined with the weight before it, which gives smaller bounds.
 
     Raises:
+        TypeError: if ``model`` is no module.
         UncertifiableError: for a layer or operation without a rule; the message names it, its path and how to register one. If the
             program computes something else than the model.
         ValueError: if a layer does not fit the shape before it, or a weight is not finite.
@@ -45,6 +46,8 @@ def extract(model: nn.Module, shape: tuple[int, ...], norm: str = "l2", *, join:
         >>> [node["op"] for node in program.nodes], sorted(program.tensors)
         (['reshape', 'linear'], ['1.bias', '1.weight'])
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"the model must be a torch.nn.Module, got {_kind(model)}.")
     refuse_spread(model, UncertifiableError)
     with undisturbed(model), torch.no_grad():
         model.eval()  # where the weights are those of a method that trains with an estimate, too
@@ -56,6 +59,10 @@ def extract(model: nn.Module, shape: tuple[int, ...], norm: str = "l2", *, join:
         program = fold_affine(program) if join else program
         check_same_function(model, program)
     return program
+
+
+def _kind(thing: object) -> str:
+    return f"the class {thing.__name__}: make an instance" if isinstance(thing, type) else type(thing).__name__
 
 
 def _fold(module: nn.Module, graph: Builder, value: Value) -> Value:

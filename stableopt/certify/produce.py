@@ -7,7 +7,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,6 +37,7 @@ __all__ = ["certify"]
 _MOST_CLASSES = 256
 """Beyond this many classes the table of margin constants is left out: it would outgrow the weights."""
 _SLACK = 1e-9
+_TRIES = 24
 _NOT_CLAIMED = (
     "accuracy",
     "norms other than that of the certificate",
@@ -75,6 +76,7 @@ def certify(
         The certificate, already checked by the independent verifier.
 
     Raises:
+        TypeError: if ``model`` is no module.
         UncertifiableError: if a layer has no rule, or no weight can be scaled down to reach ``lipschitz``.
         ValueError: if a weight is NaN or infinite, or an argument or a shape does not fit.
 
@@ -90,10 +92,9 @@ def certify(
         True
     """
     shape = _checked_shape(input_shape)
-    if norm not in {"l2", "linf", "token_max"}:
+    if norm not in ("l2", "linf", "token_max"):
         raise ValueError(f"norm must be 'l2', 'linf' or 'token_max', got {norm!r}.")
-    if lipschitz is not None and not (math.isfinite(lipschitz) and lipschitz > 0):
-        raise ValueError(f"lipschitz must be positive and finite, got {lipschitz!r}.")
+    lipschitz = None if lipschitz is None else _checked_limit(lipschitz)
     attested = [] if run is None else attest_run(run)
     program = _within_limits(model, extract(model, shape, norm))
     certificate = _certificate(publish(program), attested, joint=joint)
@@ -136,17 +137,46 @@ def _reaching(program: Program, certificate: Certificate, target: float) -> Prog
         raise UncertifiableError(
             f"no weight can be shrunk to reach the Lipschitz constant {target!r}: the rest has {certificate.lipschitz!r}."
         )
-    low, high, best = 0.0, 1.0, None  # in a program with branches the constant is no product: find the factor
-    for _ in range(24):
-        factor = (low + high) / 2 if best is not None or low else target / certificate.lipschitz
-        candidate = publish(_scaled(program, {node["weight"]: node["bound"] * factor for node in weighted}))
+    limits = {node["weight"]: node["bound"] for node in weighted}
+
+    def at(factor: float) -> Program:
+        return publish(_scaled(program, {name: bound * factor for name, bound in limits.items()}))
+
+    return _search(at, certificate.lipschitz, target)
+
+
+def _search(at: Callable[[float], Program], start: float, target: float) -> Program:
+    """Find the factor of the weights at which the constant, no product in a program with branches, is just within the target."""
+    low, high, best = (0.0, 0.0), (1.0, start), None
+    for tried in range(_TRIES):
+        first = high[0] * min(target / high[1], 0.5 if tried else 1.0)
+        factor = first if best is None else _between(low, high, target)
+        candidate = at(factor)
         reached = _constant(candidate)
-        low, high, best = (factor, high, candidate) if reached <= target else (low, factor, best)
-        if best is not None and high - low < 1e-3 * high:
+        if reached > target:
+            high = (factor, reached)
+        else:
+            low, best = (factor, reached), candidate
+        if best is not None and (low[1] >= target * (1.0 - 1e-4) or high[0] - low[0] < 1e-5 * high[0]):
             break
+        if not tried and best is None and (rest := _constant(at(0.0))) >= target:
+            raise UncertifiableError(
+                f"the Lipschitz constant {target!r} cannot be reached by shrinking weights: with all of them at 0 it is {rest!r}, "
+                "because of a part without weights, such as the identity of a residual sum."
+            )
     if best is None:
         raise UncertifiableError(f"no weight can be shrunk to reach the Lipschitz constant {target!r}.")
     return best
+
+
+def _between(low: tuple[float, float], high: tuple[float, float], target: float) -> float:
+    """Interpolate the logarithm of the factor in that of the constant; the middle where that is no number in between."""
+    aim, middle = target * (1.0 - 5e-5), (low[0] + high[0]) / 2
+    if not low[1] < aim < high[1] or low[1] <= 0:
+        return middle
+    part = math.log(aim / low[1]) / math.log(high[1] / low[1])
+    found = low[0] * (high[0] / low[0]) ** part
+    return found if low[0] < found < high[0] else middle
 
 
 def _constant(program: Program) -> float:
@@ -225,6 +255,16 @@ def _proved(walk: Walk) -> list[Node]:
 def _rate(total: float, depth: int) -> float:
     """Return a number whose power is proved to be at least the constant."""
     return math.exp(math.log(total) / depth) * (1.0 + 1e-12)
+
+
+def _checked_limit(lipschitz: Any) -> float:
+    try:
+        limit = math.nan if isinstance(lipschitz, str | bytes | bool) else float(lipschitz)
+    except (TypeError, ValueError, RuntimeError):  # the last: a tensor of several numbers
+        limit = math.nan
+    if not (math.isfinite(limit) and limit > 0):
+        raise ValueError(f"lipschitz must be a positive finite number, got {lipschitz!r}.")
+    return limit
 
 
 def _checked_shape(input_shape: Sequence[int]) -> tuple[int, ...]:
