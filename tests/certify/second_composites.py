@@ -142,9 +142,8 @@ def _infinity(context: Context, node: Node, shape: Shape) -> Shape:
 
 def _square_rows(context: Context, operator: Node, shape: Shape) -> tuple[list[fmpq], list[fmpq], int]:
     """Return, for each unit, the sum of moduli off the centre and the entry at the centre."""
-    need("bound" not in operator, "no bound inside")
     if operator["op"] == "linear":
-        need(set(operator) == {"op", "weight", "bias", "transposed"}, "wrong fields")
+        need(set(operator) - {"bound"} == {"op", "weight", "bias", "transposed"}, "wrong fields")
         weight = context.tensor(operator["weight"], 2)
         rows, at = weight.rows(), list(range(weight.shape[0]))
         if operator["transposed"]:
