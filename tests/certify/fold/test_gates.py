@@ -133,13 +133,13 @@ def test_no_step_moves_an_entry_further_than_the_comparison_map(name: str) -> No
         assert (h.abs().amax(0).numpy() <= step.reach).all()
 
 
-def step_of(module: nn.Module) -> Any:
-    program = program_of(module, (T, D), "l2")
+def step_of(module: nn.Module, size: int = D, length: int = T) -> Any:
+    program = program_of(module, (length, size), "l2")
     node, tensors = program.nodes[0], {k: v.numpy() for k, v in program.tensors.items()}
     biases = np.stack([tensors[node["bias"]], tensors[node["hidden_bias"]]])
     limit = math.inf if node["limit"] is None else node["limit"]
     projection = None if node["projection"] is None else tensors[node["projection"]]
-    step: Any = Step(node["kind"], tensors[node["weight"]], tensors[node["input"]], biases, projection, limit, T)
+    step: Any = Step(node["kind"], tensors[node["weight"]], tensors[node["input"]], biases, projection, limit, length)
     step.limit = limit
     return step
 
@@ -199,6 +199,24 @@ def test_a_unit_with_fixed_gates_attains_its_bound(kind: str, norm: str) -> None
     assert gain <= constant(program_of(module, (T, 1), norm)) <= gain * (1 + 1e-8)
     x = torch.full((1, T, 1), 1e-5)
     assert float((output_of(module, x) - output_of(module, -x)).abs().max() / 2e-5) >= gain * (1 - 1e-8)
+
+
+def test_a_gate_that_moves_a_full_state_attains_the_comparison_map() -> None:
+    gru: Any = clip_input(nn.GRU(1, 1, batch_first=True), 1.0)
+    lstm: Any = clip_input(nn.LSTM(1, 1, batch_first=True), 0.01)
+    with torch.no_grad():
+        for parameter in (*gru.parameters(), *lstm.parameters()):
+            parameter.zero_()
+        gru.weight_ih_l0.copy_(torch.tensor([[0.0], [0.1], [30.0]]))  # a state near 1 and a candidate near -1
+        lstm.weight_ih_l0[1] = 0.1
+        lstm.bias_ih_l0.copy_(torch.tensor([30.0, 1.0, 0.01, 0.0]))  # a memory near 0.01/(1 - f)
+    for module, x in ((gru, torch.tensor([1.0] * 60 + [-1.0])), (lstm, torch.zeros(60))):
+        x = x.reshape(1, -1, 1).requires_grad_()
+        slope = torch.autograd.grad(module(x)[0][0, -1, 0], x)[0][0, -1, 0].abs()
+        step = step_of(module, 1, 60)
+        pushed = step.V * (np.arange(len(step.V)) == 1)[:, None, None]  # by the gate that keeps alone
+        most = step.grown(np.zeros((step.states, 1)), pushed)
+        assert 0.995 * most[-1, 0] <= slope <= most[-1, 0]
 
 
 @pytest.mark.parametrize(("name", "norm"), mixed(KEPT, ("lstm_kept", "token_max")))
@@ -282,6 +300,27 @@ def test_a_certificate_of_a_classifier_of_sequences(norm: str, tmp_path: Path) -
     assert {"stability", "margin_constants"} <= {claim["id"] for claim in certificate.claims["proved"]}
     found = stableopt.verify(certificate.save(tmp_path)[1], exact=True)
     assert found.verified, found.reason
+
+
+class Classifier(nn.Module):
+    def __init__(self, kind: Any, *, last: bool) -> None:
+        super().__init__()
+        self.rnn: nn.Module = clip_input(kind(D, 4, batch_first=True), 1.0)
+        self.head, self.last = nn.Linear(4, 2), last
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs, states = self.rnn(x)
+        return self.head(states[-1] if self.last else outputs[:, -1])
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(nn.RNN, marks=pytest.mark.slow), nn.GRU, pytest.param(nn.LSTM, marks=pytest.mark.slow)]
+)
+def test_a_layer_inside_of_a_forward_gives_its_outputs(kind: type[nn.RNNBase]) -> None:
+    certificate = stableopt.certify(Classifier(kind, last=False).eval(), (T, D))
+    assert certificate.lipschitz > 0
+    with pytest.raises(UncertifiableError, match="last states"):
+        stableopt.certify(Classifier(kind, last=True).eval(), (T, D))
 
 
 @pytest.mark.parametrize(
