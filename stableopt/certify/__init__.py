@@ -1,7 +1,7 @@
 """Certificates: proved bounds of a network, radii that hold in floating point, and a verifier that stands alone.
 
-:func:`certify` makes a certificate, :meth:`Certificate.save` writes it, :func:`stableopt.verify` and ``stableopt verify`` prove it again,
-and :func:`write_verifier` writes the verifier as one file that needs numpy only.
+:func:`certify` makes a certificate, :meth:`Certificate.save` writes it, :func:`stableopt.verify` and ``stableopt verify`` prove it
+again, and :func:`write_verifier` writes the verifier as one file that needs numpy only.
 """
 
 from stableopt.certify.attested import attest_run

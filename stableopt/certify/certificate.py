@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stableopt.certify import verifier
+from stableopt.certify.arguments import check_inputs, checked_eps, checked_labels
 from stableopt.certify.deployed import CertifiedModel
 from stableopt.certify.files import decode_weights
 from stableopt.certify.local import local_radii
@@ -23,7 +25,7 @@ from stableopt.certify.program import Node, Program
 from stableopt.certify.publish import from_file, to_file
 from stableopt.certify.rounding import Analysis
 from stableopt.certify.rounding_margins import Margins, margins
-from stableopt.certify.runtime import RUNTIMES
+from stableopt.certify.runtime import RUNTIMES, find_runtime
 from stableopt.errors import CertificateError
 from stableopt.files import write_atomically
 
@@ -92,8 +94,10 @@ class Certificate:
 
     @property
     def program(self) -> Program:
-        """The operations in order, each with its settings, its inputs, the names of its tensors and its proved ``bound``."""
-        return self._program
+        """A copy of the operations in order, each with settings, inputs, names of tensors and proved ``bound``, and the tensors."""
+        stored = self._program
+        tensors = {name: value.clone() for name, value in stored.tensors.items()}
+        return replace(stored, nodes=copy.deepcopy(stored.nodes), tensors=tensors)
 
     @cached_property
     def _program(self) -> Program:
@@ -103,7 +107,7 @@ class Certificate:
     @property
     def layers(self) -> tuple[Node, ...]:
         """The operations of the program."""
-        return self.program.nodes
+        return copy.deepcopy(self._program.nodes)
 
     @property
     def input_shape(self) -> tuple[int, ...]:
@@ -127,7 +131,7 @@ class Certificate:
         From the norm of the certificate to absolute values. None if the network does not end with a dense layer of at most 256
         outputs; then :math:`\sqrt2 L` (:math:`2L` in ``"linf"``) bounds each of them.
         """
-        return self._margin_constants
+        return None if self._margin_constants is None else self._margin_constants.clone()
 
     @cached_property
     def _margin_constants(self) -> Tensor | None:
@@ -148,7 +152,7 @@ class Certificate:
             >>> cert.module()(torch.zeros(1, 2)).shape
             torch.Size([1, 2])
         """
-        return CertifiedNetwork(self.program).eval()
+        return CertifiedNetwork(self._program).eval()
 
     def radius(self, x: Tensor, labels: Tensor | None = None, *, norm: str | None = None) -> Tensor:
         r"""Return radii within which the predicted class cannot change.
@@ -187,7 +191,8 @@ class Certificate:
         reach = _converted(reach, self.norm, self.norm if norm is None else norm, size)
         if labels is None:
             return reach
-        return torch.where(_labels(labels, len(x)) == best, reach, torch.zeros_like(reach))
+        classes = None if self._margin_constants is None else len(self._margin_constants)
+        return torch.where(checked_labels(labels, len(x), classes) == best, reach, torch.zeros_like(reach))
 
     def local_radius(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return radii that are at least those of :meth:`radius`, from bounds of the network in a ball around each input alone.
@@ -215,7 +220,9 @@ class Certificate:
             True
         """
         reach = self.radius(x, labels)
-        wider = local_radii(self.program, x.detach().to("cpu", torch.float64), reach)
+        if not len(reach):
+            return reach
+        wider = local_radii(self._program, x.detach().to("cpu", torch.float64), reach)
         return torch.where(reach > 0, wider, reach)
 
     def certified_accuracy(self, x: Tensor, y: Tensor, eps: float) -> float:
@@ -228,7 +235,7 @@ class Certificate:
 
         Raises:
             TypeError: if ``x`` is not a floating tensor.
-            ValueError: if a shape does not fit, the batch is empty, or ``eps`` is negative or NaN.
+            ValueError: if a shape or a label does not fit, the batch is empty, or ``eps`` is negative or not finite.
 
         Examples:
             >>> from stableopt.certify import certify
@@ -239,11 +246,12 @@ class Certificate:
             >>> certify(layer, (1,)).certified_accuracy(x, torch.tensor([0, 0]), 2.0)
             0.5
         """
-        if not eps >= 0:
-            raise ValueError(f"eps must be >= 0, got {eps!r}.")
-        if len(x) == 0:
+        limit = checked_eps(eps)
+        check_inputs(x, self.input_shape)
+        right = self.radius(x, checked_labels(y, len(x)))
+        if not len(x):
             raise ValueError("the accuracy of an empty batch is undefined.")
-        return float((self.radius(x, y) > eps).double().mean())
+        return float((right > limit).double().mean())
 
     def with_claims(self, replayable: Sequence[Node] = (), attested: Sequence[Node] = ()) -> Certificate:
         """Return the certificate with more claims of the tiers that are not proved.
@@ -296,10 +304,7 @@ class Certificate:
         return folder / WEIGHTS_NAME, folder / CERTIFICATE_NAME
 
     def _classify(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-            raise TypeError(f"the inputs must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}.")
-        if tuple(x.shape[1:]) != self.input_shape or x.ndim == 0:
-            raise ValueError(f"expected inputs of shape (batch, {str(self.input_shape)[1:-1]}), got {tuple(x.shape)}.")
+        check_inputs(x, self.input_shape)
         best, reach = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.float64)]
         with torch.no_grad():
             for rows in x.detach().to("cpu", torch.float64).split(_ROWS) if len(x) else ():
@@ -313,16 +318,16 @@ class Certificate:
         if logits.ndim != 2:
             raise ValueError(f"radii need an output of shape (batch, classes), got {tuple(logits.shape)}.")
         best = logits.nan_to_num(0.0).argmax(1)
-        return margins(self._analysis, rows, best, self.margin_constants, self.lipschitz, exact=True)
+        return margins(self._analysis, rows, best, self._margin_constants, self.lipschitz, exact=True)
 
     @cached_property
     def _analysis(self) -> Analysis:
-        doubles = {name: value.double() for name, value in self.program.tensors.items()}
-        return Analysis(self.program.nodes, doubles, RUNTIMES["float64"], self.norm)
+        doubles = {name: value.double() for name, value in self._program.tensors.items()}
+        return Analysis(self._program.nodes, doubles, RUNTIMES["float64"], self.norm)
 
     @cached_property
     def _reference(self) -> CertifiedNetwork:
-        return CertifiedNetwork(self.program, plain=True).double()
+        return CertifiedNetwork(self._program, plain=True).double()
 
     def deploy(self, runtime: str = "float32") -> CertifiedModel:
         """Return the certified network as it runs in an arithmetic, with radii that hold for what it computes there.
@@ -333,7 +338,8 @@ class Certificate:
 
         Raises:
             ValueError: if the runtime is unknown.
-            CertificateError: if this process does not compute in it, or an operation has no analysis of its rounding.
+            CertificateError: if the certificate is not made for it, this process does not compute in it, or an operation has no
+                analysis of its rounding.
 
         Examples:
             >>> from stableopt.certify import certify
@@ -343,6 +349,11 @@ class Certificate:
             >>> found.labels.tolist(), round(float(found.radii), 3)
             ([0], 1.414)
         """
+        certified = [entry["name"] for entry in self._predicate.get("runtimes", [])]
+        if find_runtime(runtime).name not in certified:
+            raise CertificateError(
+                f"the certificate is not made for the runtime {runtime!r}, but for {certified}: name it in certify(..., runtimes=...)."
+            )
         return CertifiedModel(self, runtime)
 
 
@@ -382,11 +393,3 @@ def _converted(reach: Tensor, given: str, wanted: str, size: int) -> Tensor:
     if given == "token_max" and wanted == "l2":  # max over tokens <= |d|_2
         return reach
     return reach / math.nextafter(math.sqrt(size), math.inf) * (1.0 - 2.0**-50)
-
-
-def _labels(labels: Tensor, batch: int) -> Tensor:
-    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.shape != (batch,):
-        raise ValueError(
-            f"labels must be an integer tensor of shape ({batch},), got {getattr(labels, 'shape', labels)!r}."
-        )
-    return labels.detach().to("cpu", torch.int64)

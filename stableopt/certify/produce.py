@@ -24,6 +24,7 @@ from stableopt.certify.files import encode_weights
 from stableopt.certify.joint import find_joint
 from stableopt.certify.program import Node, Program
 from stableopt.certify.publish import WEIGHTED, layer_limits, publish, shapes, shrink, to_file, within
+from stableopt.certify.runtime import RUNTIMES, find_runtime
 from stableopt.certify.verifier.checking import read_program
 from stableopt.certify.verifier.claims import check_claims, needed_margins
 from stableopt.certify.verifier.files import parse_json, parse_weights, to_float64
@@ -53,6 +54,7 @@ def certify(
     norm: str = "l2",
     lipschitz: float | None = None,
     joint: bool = False,
+    runtimes: Sequence[str] = tuple(RUNTIMES),
     run: str | os.PathLike[str] | None = None,
 ) -> Certificate:
     r"""Prove a Lipschitz bound of a model and return it as a certificate.
@@ -70,6 +72,8 @@ def certify(
         lipschitz: a Lipschitz constant that the certificate must reach; the largest weights are scaled down until it does. None:
             only the enforced limits count.
         joint: whether to search for bounds of whole chains of dense layers, below the product of their norms. It takes seconds.
+        runtimes: the arithmetics in which the network may be deployed, see :meth:`Certificate.deploy`; what each is assumed to
+            compute is written into the certificate.
         run: a run folder whose energy record is attested in the certificate; what it says is not proved.
 
     Returns:
@@ -95,12 +99,13 @@ def certify(
     if norm not in ("l2", "linf", "token_max"):
         raise ValueError(f"norm must be 'l2', 'linf' or 'token_max', got {norm!r}.")
     lipschitz = None if lipschitz is None else _checked_limit(lipschitz)
+    models = [find_runtime(name).record() for name in runtimes]
     attested = [] if run is None else attest_run(run)
     program = _within_limits(model, extract(model, shape, norm))
-    certificate = _certificate(publish(program), attested, joint=joint)
+    certificate = _certificate(publish(program), attested, models, joint=joint)
     if lipschitz is None or certificate.lipschitz <= lipschitz:
         return certificate
-    certificate = _certificate(_reaching(program, certificate, lipschitz), attested, joint=joint)
+    certificate = _certificate(_reaching(program, certificate, lipschitz), attested, models, joint=joint)
     if certificate.lipschitz > lipschitz:
         raise UncertifiableError(
             f"the proved Lipschitz constant is {certificate.lipschitz!r}, above the {lipschitz!r} asked for."
@@ -183,11 +188,12 @@ def _constant(program: Program) -> float:
     return float(_statement(program, [], [])[1].constants()[-1] or 0)
 
 
-def _certificate(program: Program, attested: list[Node], *, joint: bool) -> Certificate:
+def _certificate(program: Program, attested: list[Node], runtimes: list[Node], *, joint: bool) -> Certificate:
     """State what follows from the bounds, and have the bytes verified."""
     entries = find_joint(program) if joint else []
     statement, walk, weights = _statement(program, entries, attested)
     statement["predicate"]["claims"]["proved"] = _proved(walk)
+    statement["predicate"]["runtimes"] = runtimes
     data = (json.dumps(statement, indent=1, sort_keys=True) + "\n").encode()
     total = check_claims(parse_json(data)["predicate"]["claims"], walk)
     return Certificate._verified(data, weights, total, program.norm)  # noqa: SLF001 the program was walked through just now

@@ -401,3 +401,15 @@ def test_named_paddings_are_folded_into_numbers(padding: str) -> None:
     x = torch.randn(2, 1, 12)
     with torch.no_grad():
         torch.testing.assert_close(cert.module()(x), layer(x))
+
+
+def test_a_network_is_deployed_only_in_a_runtime_of_its_certificate() -> None:
+    cert = certify(nn.Linear(2, 2), (2,), runtimes=("float32",))
+    document = json.loads(cert.certificate)
+    assert [entry["name"] for entry in document["predicate"]["runtimes"]] == ["float32"]
+    assert document["predicate"]["runtimes"][0]["u_acc"] == (2.0**-24).hex()
+    assert cert.deploy("float32").predict(torch.zeros(1, 2)).reasons[0] is not None
+    with pytest.raises(CertificateError, match="not made for the runtime 'bfloat16'"):
+        cert.deploy("bfloat16")
+    with pytest.raises(ValueError, match="float8"):
+        certify(nn.Linear(2, 2), (2,), runtimes=("float8",))

@@ -45,6 +45,10 @@ def everything(base: Sample, rng: np.random.Generator, count: int) -> Iterator[M
     yield from weight_mutations(base, rng, count)
 
 
+FIRST = [0, *(pytest.param(index, marks=pytest.mark.slow) for index in range(1, len(BASES)))]
+"""Every certificate in the slow run, one by default."""
+
+
 @pytest.mark.parametrize("index", range(len(BASES)))
 def test_the_untouched_certificates_are_true(index: int) -> None:
     base = BASES[index]
@@ -53,7 +57,7 @@ def test_the_untouched_certificates_are_true(index: int) -> None:
     assert decide(base.certificate, base.weights).accepted
 
 
-@pytest.mark.parametrize("index", range(len(BASES)))
+@pytest.mark.parametrize("index", FIRST)
 def test_some_mutations_are_judged_rightly(index: int) -> None:
     verdicts = judge(islice(everything(BASES[index], np.random.default_rng(index), 30), index, None, 61))
     assert verdicts["rejected"] > 20
@@ -79,7 +83,7 @@ def _reals(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
         yield from _reals(inner, (*at, key))
 
 
-@pytest.mark.parametrize("index", range(len(BASES)))
+@pytest.mark.parametrize("index", FIRST)
 def test_a_lowered_lipschitz_constant_is_always_rejected(index: int) -> None:
     for mutation in json_mutations(BASES[index]):
         if ".L times 1 -" in mutation.name:
@@ -181,7 +185,17 @@ BOMBS: dict[str, Callable[[], Sample]] = {
 }
 
 
-@pytest.mark.parametrize("name", BOMBS)
+LONG = {
+    "many steep scalings",
+    "many flat scalings",
+    "many claims",
+    "wide steep sums",
+    "nested slices",
+    "kernel 8 x 8 x 8",
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in BOMBS])
 def test_bombs_are_defused(name: str) -> None:
     """Small files that ask for much time or memory are answered soon: the answer may be either."""
     sample = BOMBS[name]()

@@ -112,9 +112,9 @@ def count_of(matrices: int, seed: int, *, exact: bool = False) -> Counter[str]:
 
 
 def test_no_norm_is_proved_that_is_false() -> None:
-    verdicts = count_of(300, 0)
-    assert verdicts["proved"] > 600
-    assert verdicts["not proved, false"] > 500
+    verdicts = count_of(75, 0)
+    assert verdicts["proved"] > 150
+    assert verdicts["not proved, false"] > 125
 
 
 def test_no_norm_is_proved_in_integers_that_is_false() -> None:
@@ -182,9 +182,9 @@ def conv_proofs(rng: np.random.Generator, metric: str) -> Iterator[str]:
 def test_no_norm_of_a_convolution_is_proved_that_is_false() -> None:
     rng = np.random.default_rng(0)
     with np.errstate(all="ignore"):
-        verdicts = Counter(v for k in range(60) for v in conv_proofs(rng, ("l2", "linf")[k % 3 == 2]))
-    assert verdicts["proved"] > 60
-    assert verdicts["not proved, false"] > 60
+        verdicts = Counter(v for k in range(18) for v in conv_proofs(rng, ("l2", "linf")[k % 3 == 2]))
+    assert verdicts["proved"] > 15
+    assert verdicts["not proved, false"] > 15
 
 
 @pytest.mark.slow

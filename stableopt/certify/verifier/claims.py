@@ -20,7 +20,7 @@ TIERS = ("proved", "replayable", "attested")
 
 def margin_constants(weight: Array, before: Fraction, norm: str = "l2", *, exact: bool = False) -> Array:
     """Bound before * ||w_i - w_j||, in the dual norm, the constants of the differences of the outputs of a dense layer (S7.3)."""
-    if not weight.any():
+    if not weight.any() or not before:
         return np.zeros((len(weight), len(weight)))
     exponent = int(np.frexp(np.abs(weight).max())[1])
     scaled, rows = np.ldexp(weight, -exponent), []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import zipfile
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,7 +23,7 @@ def _replayed(result: Result, certificate: Path, data: Path) -> Result:
     weights = (certificate.parent / parse_json(content)["subject"][0]["name"]).read_bytes()
     try:
         return replace(result, replayed=tuple(replay(content, weights, data.read_bytes())))
-    except (RejectedError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+    except (RejectedError, ArithmeticError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
         return replace(result, verified=False, reason=f"the claims cannot be replayed: {error}")
 
 

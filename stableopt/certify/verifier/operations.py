@@ -111,7 +111,9 @@ def _conv(g: Graph, node: Node, shape: Shape, bound: Fraction | None, other: Arr
     if g.norm == "linf":  # S5.2: all taps of an output; a stride of a transposed convolution parts them into classes
         parts = weight.reshape(groups, -1, *weight.shape[1:])
         steps = [s // math.gcd(s, d) for s, d in zip(stride, dilation, strict=True)] if turned else [1] * dims
-        for start in np.ndindex(*map(min, steps, weight.shape[2:])):
+        classes = tuple(map(min, steps, weight.shape[2:]))
+        need(math.prod(classes) <= 2**12, "the stride is too large for a proof")
+        for start in np.ndindex(*classes):
             taps = parts[(..., *(slice(c, None, s) for c, s in zip(start, steps, strict=True)))]
             g.matrix((np.moveaxis(taps, 1, 2) if turned else taps).reshape(1, channels[1], -1), bound)
     elif bound is not None:

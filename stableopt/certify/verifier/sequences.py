@@ -199,7 +199,7 @@ def _attention(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
 
 def weight_sum(limit: Fraction, n: int, *, causal: bool) -> Fraction:
     """S14.2: the weights that one token gets from all n: one of m gets at most 1/(1 + (m - 1) exp(-2 limit))."""
-    if limit > 32 or n > 2**20:
+    if limit > 32 or n > 2**12:
         return Fraction(n)
     power, term = Fraction(1), Fraction(1)
     for k in range(1, 200):  # exp(2 limit) by its series; the rest is below the last term
