@@ -123,6 +123,8 @@ def _runge_kutta(node: Node) -> list[Node]:
             stage = _moved(steps, value, slopes, row)
             slopes.append(steps.blend([steps.inner(node["euler"], stage), stage], [1.0, -1.0]))
         value = _moved(steps, value, slopes, node["weights"])
+    if value != len(steps.nodes):  # all weights are 0
+        steps.add("scale", value, factor=1.0)
     return steps.nodes
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from stableopt.certify.operations import operation
 from stableopt.nn.activations import at_least_float32
 
-__all__ = ["along", "convolve", "linear", "plain_convolve"]
+__all__ = ["along", "convolve", "keeps_circle", "linear", "plain_convolve"]
 
 Node = dict[str, Any]
 
@@ -76,6 +76,9 @@ def plain_convolve(node: Node, weight: Tensor, bias: Tensor | None, x: Tensor) -
     kernel = weight.shape[2:]
     if node["transposed"]:  # spread the pixels out and convolve with the reflected kernel
         wrapped, extra = node["padding_mode"] == "circular", node.get("output_padding", [0] * node["dims"])
+        if wrapped and keeps_circle(node, kernel):  # each output is one sum
+            parts = weight.flip(*range(2, weight.ndim)).unflatten(0, (groups, -1)).transpose(1, 2)
+            return _correlate(_wrap(x, padding), parts, bias, stride, dilation)
         crop = [0] * node["dims"] if wrapped else padding
         sides = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, crop, strict=True)]
         x = _spread(x, stride)
@@ -87,6 +90,17 @@ def plain_convolve(node: Node, weight: Tensor, bias: Tensor | None, x: Tensor) -
         return y if bias is None else y + along(bias, 0, y)
     x = _wrap(x, padding) if node["padding_mode"] == "circular" else F.pad(x, _sides(padding))
     return _correlate(x, weight.unflatten(0, (groups, -1)), bias, stride, dilation)
+
+
+def keeps_circle(node: Node, kernel: Sequence[int]) -> bool:
+    """Return whether a transposed convolution on a circle gives each pixel as one sum: its image keeps its size.
+
+    Examples:
+        >>> keeps_circle({"stride": [1], "padding": [1], "dilation": [1]}, [3])
+        True
+    """
+    rows = zip(node["stride"], node["padding"], node["dilation"], kernel, strict=True)
+    return all(s == 1 and 2 * p == d * (k - 1) for s, p, d, k in rows)
 
 
 def _correlate(x: Tensor, parts: Tensor, bias: Tensor | None, stride: Sequence[int], dilation: Sequence[int]) -> Tensor:

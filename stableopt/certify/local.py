@@ -198,11 +198,24 @@ def _entries(step: _Step, entry: Tensor, constant: float, norm: str) -> Tensor:
     weight = step.tensors.get(step.node.get("weight", ""))
     if weight is not None and step.node["op"] == "linear" and step.node["transposed"]:
         weight = weight.T
-    if norm == "l2" and weight is not None and (step.node["op"] == "linear" or not step.node["transposed"]):
-        rows = weight.flatten(1).square().sum(dim=1).sqrt() * (1.0 + gamma(weight.numel() + 4))
+    if norm == "l2" and weight is not None and (step.node["op"] == "linear" or _apart(step.node)):
+        rows = _length(weight.flatten(1))
         shape = (-1,) if step.node["op"] == "linear" else (-1, *(1,) * (len(step.after) - 1))
         whole = torch.minimum(whole, (constant * rows.reshape(shape)).expand(step.after))
     return whole * (1.0 + 2.0 * step.rounding) + _TINY
+
+
+def _apart(node: Node) -> bool:
+    """Return whether each tap of an output of a convolution reads another pixel; on a small circle two may meet."""
+    return not node["transposed"] and node["padding_mode"] != "circular"
+
+
+def _length(rows: Tensor) -> Tensor:
+    """Bound the 2-norm along the last axis from above; the largest entry is taken out, so that no square underflows."""
+    size = rows.abs().amax(dim=-1, keepdim=True)
+    size = torch.where(size == 0.0, 1.0, size)
+    inner = (rows / size).square().sum(dim=-1).sqrt() * (1.0 + gamma(2 * rows.shape[-1] + 16))
+    return torch.nextafter(inner * size.squeeze(-1), torch.full_like(inner, torch.inf))
 
 
 @dataclass(eq=False)
@@ -235,7 +248,7 @@ class _Walk:
                 c = _down(c + _total(a * step.shift), _total(a.abs() * (reach + step.shift.abs())), step.rounding)
                 a = step.back(a)
         flat, x = a.flatten(2), self.x.flatten(1)[:, None]
-        dual = flat.square().sum(dim=2).sqrt() if self.norm == "l2" else flat.abs().sum(dim=2)
+        dual = _length(flat) if self.norm == "l2" else flat.abs().sum(dim=2)
         loss = (flat.abs() * x.abs()).sum(dim=2) + dual * self.radii[:, None]
         return _down(c + (flat * x).sum(dim=2) - dual * self.radii[:, None], loss, gamma(2 * flat.shape[2] + 64))
 

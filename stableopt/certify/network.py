@@ -87,6 +87,9 @@ class CertifiedNetwork(nn.Module):
         if self.plain and node["op"] == "conv":
             bias = None if node["bias"] is None else tensors[node["bias"]]
             return plain_convolve(node, tensors[node["weight"]], bias, inputs[0])
+        if self.plain and node["op"] == "linear":  # of matrices: other products are stored before the bias is added
+            rows = apply(node, tensors, [inputs[0].reshape(-1, inputs[0].shape[-1])])
+            return rows.reshape(*inputs[0].shape[:-1], rows.shape[-1])
         if node["op"] in _PRODUCTS:
             return apply(node, tensors, inputs)
         kind = functools.reduce(torch.promote_types, (value.dtype for value in inputs))

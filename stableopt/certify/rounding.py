@@ -33,6 +33,7 @@ from stableopt.certify.rounding_terms import (
     ones,
     own_error,
     product_terms,
+    reflection_sums,
     size,
     weight_norm,
 )
@@ -208,6 +209,8 @@ class Analysis:
             d = d + gamma(own.count, _REFERENCE.unit) * total + _REFERENCE.tiny * own.count * small
             cap = torch.minimum(cap, _room(own.size, gain, state, _root(self.runtime.wide.largest)))
         result = self._grown(state, value, bound, d, e0, e1, cap)
+        if kind is not None:  # what underflowed in storage grows with the slope
+            kind = dataclasses.replace(kind, tiny=kind.tiny * max(1.0, bound))
         if low and (own is not None or kind is not None):
             kind = self._twice(kind) if own is not None else kind
         return self._capped(dataclasses.replace(result, pending=kind, low=low), self.runtime.results if low else None)
@@ -253,7 +256,7 @@ class Analysis:
             return self._cached("norm", node, weight_norm)
         if "bound" in node and not self._touched(node):
             return node["bound"]
-        return slope(node, self.tensors)
+        return slope(node, self.tensors, self.norm)
 
     def _touched(self, node: Node) -> list[str]:
         return sorted(name for name in _names(node) if name in self.changed)
@@ -347,14 +350,14 @@ def _names(node: Node) -> set[str]:
 _SLOPES = {"sigmoid": 0.25, "gelu": 1.13, "gelu_tanh": 1.13, "silu": 1.1, "mish": 1.09, "selu": 1.76, "hardswish": 1.5}
 
 
-def slope(node: Node, tensors: Mapping[str, Tensor]) -> float:
-    """Bound the Lipschitz constant of a simple operation without products, in every norm.
+def slope(node: Node, tensors: Mapping[str, Tensor], norm: str) -> float:
+    """Bound the Lipschitz constant of a simple operation without products.
 
     Raises:
         CertificateError: for an operation that has no such rule.
 
     Examples:
-        >>> slope({"op": "scale", "factor": -2.0}, {}), slope({"op": "activation", "name": "relu"}, {})
+        >>> slope({"op": "scale", "factor": -2.0}, {}, "l2"), slope({"op": "activation", "name": "relu"}, {}, "linf")
         (2.0, 1.0)
     """
     op, name = node["op"], node.get("name")
@@ -366,6 +369,10 @@ def slope(node: Node, tensors: Mapping[str, Tensor]) -> float:
         extra = max(abs(node.get("slope", 0.0)), abs(node.get("alpha", 0.0)) if name == "elu" else 0.0)
         own = {"prelu": "weight", "spline": "slopes"}.get(str(name))
         return max(_SLOPES.get(str(name), 1.0), extra, 0.0 if own is None else float(tensors[node[own]].abs().max()))
-    if op in PASSING - {"take"} or op in {"mean", "center", "softmax", "householder", "ball", "bounded_norm"}:
+    if op == "householder" and norm == "linf":
+        return reflection_sums(tensors[node["vectors"]])
+    if op in PASSING - {"take"} or op in {"mean", "softmax", "householder", "ball"}:
         return 1.0
+    if op == "center" or (op == "bounded_norm" and norm != "linf"):
+        return 2.0 if norm == "linf" else 1.0
     raise CertificateError(f"the operation {op!r} inside a block has no bound of its own.")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stableopt.certify.execute import apply
-from stableopt.certify.execute_weighted import along, linear, plain_convolve
+from stableopt.certify.execute_weighted import along, keeps_circle, linear, plain_convolve
 from stableopt.errors import CertificateError
 from stableopt.linalg import conv_symbol_norm, inf_norm, spectral_norm
 
@@ -29,6 +29,7 @@ __all__ = [
     "gamma",
     "ones",
     "own_error",
+    "reflection_sums",
     "size",
     "weight_norm",
 ]
@@ -121,6 +122,20 @@ def absolute_norm(node: Node, weight: Tensor, norm: str) -> float:
         True
     """
     return weight_norm(node, weight.abs(), norm)
+
+
+def reflection_sums(vectors: Tensor) -> float:
+    r"""Bound the row sums of :math:`I - 2vv^\top/v^\top v` and of the identity: the constant of reflections in linf.
+
+    Examples:
+        >>> 2.33 < reflection_sums(torch.tensor([[1.0, 2.0, 2.0, 0.0]])) < 2.334
+        True
+    """
+    v = vectors.double().abs()
+    v = v / v.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    square = v.square().sum(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    rows = (1.0 - 2.0 * v.square() / square).abs() + 2.0 * v * (v.sum(1, keepdim=True) - v) / square
+    return max(1.0, float(rows.max())) * INFLATE
 
 
 def _largest_taps(node: Node, weight: Tensor) -> float:
@@ -264,9 +279,11 @@ def _householder(
     v = tensors[node["vectors"]].abs()
     x, dim = inputs[0].abs(), 1 if node["axis"] == 0 else inputs[0].ndim - 1
     z = x.unflatten(dim, tuple(v.shape))
+    v = v / v.amax(1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
     v = v / v.square().sum(1, keepdim=True).sqrt().clamp_min(torch.finfo(v.dtype).tiny)
+    gain = max(3.0, float((1.0 + 2.0 * v.amax(1) * v.sum(1)).max()))  # in linf a row of I + 2 |v| |v|^T
     v = v.reshape(*v.shape, *[1] * (z.ndim - dim - 2))
-    return Own(2 * v.shape[1] + 12, (z + 2.0 * (v * z).sum(dim + 1, keepdim=True) * v).flatten(dim, dim + 1), 3.0)
+    return Own(2 * v.shape[1] + 12, (z + 2.0 * (v * z).sum(dim + 1, keepdim=True) * v).flatten(dim, dim + 1), gain)
 
 
 @_rule("softmax")
@@ -286,6 +303,7 @@ def product_terms(node: Node, weight: Tensor, x: Tensor) -> tuple[int, Tensor]:
     """
     if node["op"] == "conv":
         count = weight[0].numel() if not node["transposed"] else weight[:, 0].numel() // node["groups"]
-        count *= 3 if node["transposed"] and node["padding_mode"] == "circular" else 1  # a pixel and its two images
+        if node["transposed"] and node["padding_mode"] == "circular" and not keeps_circle(node, weight.shape[2:]):
+            raise CertificateError("the rounding of a transposed convolution on a circle of another size has no rule.")
         return count, plain_convolve(node, weight.abs(), None, x.abs())
     return weight.shape[0 if node["transposed"] else 1], linear(node, weight.abs(), None, x.abs())

@@ -38,7 +38,7 @@ def claims(graph: Builder, *, inflated: float = 1.0) -> Claims:
         elif node["op"] == "pool":
             bound = pool_bound(node, program.norm)
         else:
-            bound = slope(node, doubles)
+            bound = slope(node, doubles, program.norm)
         before, total = total, total * bound
         nodes.append({**node, "bound": bound})
     last = nodes[-1]

@@ -47,7 +47,7 @@ def bounded(graph: Builder) -> list[dict[str, Any]]:
         elif node["op"] in {"pool", "l2pool"}:
             bound = 1.0
         else:
-            bound = 1.0 if node["op"] in {"sum", "concat"} else slope(node, tensors)
+            bound = 1.0 if node["op"] in {"sum", "concat"} else slope(node, tensors, graph.norm)
         nodes.append({**node, "bound": bound})
     return nodes
 
@@ -269,7 +269,7 @@ def test_operations_without_a_rule_are_refused() -> None:
     with pytest.raises(CertificateError, match="teleport"):
         own_error({"op": "teleport"}, {}, [x], x, 1.0)
     with pytest.raises(CertificateError, match="teleport"):
-        slope({"op": "teleport"}, {})
+        slope({"op": "teleport"}, {}, "l2")
 
 
 @given(st.integers(0, 10**6), st.floats(1e-17, 1e-2))

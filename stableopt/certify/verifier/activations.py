@@ -147,7 +147,7 @@ def _ball(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
 @rule("softmax", "axis")
 def _softmax(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
     """diag(p) - p p^T is symmetric, and its rows sum to 2 p (1 - p) <= 1/2 (S5.5)."""
-    axis = ints([node["axis"] % len(shape) if type(node["axis"]) is int else None], 0, "axis")[0]
+    axis = choice(node["axis"], tuple(range(-len(shape), len(shape))), "axis") % len(shape)
     need(g.norm != "token_max" or axis == len(shape) - 1, "a softmax mixes tokens")
     need(bound >= Fraction(1, 2), "the bound is not proved")
     return shape

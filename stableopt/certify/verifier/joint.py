@@ -105,7 +105,7 @@ def _semidefinite(matrix: Array, error: Fraction) -> bool:
     if not np.isfinite(matrix).all() or (diagonal <= 0).any():
         return False
     powers = np.round(-np.log2(diagonal) / 2).astype(int)
-    scaled = np.ldexp(np.ldexp(matrix, powers[:, None]), powers[None, :])
+    scaled = np.ldexp(matrix, powers[:, None] + powers[None, :])
     error = error * Fraction(4) ** int(powers.max()) + TINY
     shift = float(error) * (1 + 2.0**-40) + len(matrix) * (64 + 4 * len(matrix)) * 2.0**-53 * float(
         scaled.diagonal().max()

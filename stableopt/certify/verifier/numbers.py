@@ -60,6 +60,7 @@ def gamma(k: int) -> Fraction:
 
 def norm_at_most(stack: Any, limit: Fraction, *, exact: bool = False) -> bool:
     """Return True only if ||A||_2 <= limit is proved for every matrix A of the stack (b, m, n), real or complex, by a witness."""
+    need(np.isfinite(stack).all(), "the arithmetic of a proof overflowed")
     if not stack.any() or limit <= 0:
         return limit >= 0 and not stack.any()
     a = np.ascontiguousarray(stack.transpose(0, 2, 1) if stack.shape[1] < stack.shape[2] else stack)
