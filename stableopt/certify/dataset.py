@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stableopt.certify.arguments import check_inputs
+
 __all__ = ["Digest", "batches", "dataset_sha256"]
 
 _ROWS = 256
@@ -94,10 +96,7 @@ def _checked_batch(batch: Any) -> tuple[Tensor, Tensor]:
     x, y = batch
     if y.is_floating_point() or y.dtype in {torch.bool, torch.complex64, torch.complex128}:
         raise TypeError(f"the labels must be integers, got dtype {y.dtype}.")
-    if not x.is_floating_point():
-        raise TypeError(
-            f"the inputs must be a floating tensor, got {x.dtype}; convert them, and scale them as in training."
-        )
+    check_inputs(x)
     if y.ndim != 1 or x.ndim < 1 or len(x) != len(y):
         raise ValueError(f"a batch needs inputs (n, ...) and labels (n,), got {tuple(x.shape)} and {tuple(y.shape)}.")
     return x, y

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from stableopt.certify.arguments import check_inputs, checked_labels
 from stableopt.certify.network import CertifiedNetwork
 from stableopt.certify.program import Program
 from stableopt.certify.rounding import Analysis
@@ -144,6 +145,7 @@ class CertifiedModel:
         logits = self.run(x)
         if logits.ndim != 2:
             raise ValueError(f"radii need an output of shape (batch, classes), got {tuple(logits.shape)}.")
+        labels = None if labels is None else checked_labels(labels, len(x), logits.shape[1])
         best = logits.argmax(1).cpu() if logits.numel() else torch.zeros(len(x), dtype=torch.int64)
         radii, reasons = [torch.zeros(0, dtype=torch.float64)], list[str]()
         doubles = x.detach().double().cpu()
@@ -165,8 +167,7 @@ class CertifiedModel:
             >>> CertifiedModel(certify(torch.nn.ReLU(), (1,)), "bfloat16").run(torch.tensor([[-1.0]]))
             tensor([[0.]])
         """
-        if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
-            raise TypeError(f"the inputs must be a floating tensor, got {getattr(x, 'dtype', type(x).__name__)}.")
+        check_inputs(x, self.network.shape)
         kind = self.runtime.autocast
         with torch.no_grad(), torch.autocast(self.runtime.device, dtype=kind, enabled=kind is not None):
             return self.network(x.detach().to(self.runtime.device, self.runtime.dtype))
@@ -176,8 +177,7 @@ class CertifiedModel:
         reach = found.radii()
         why = self._reasons(x, logits.double(), best, found, reach)
         if labels is not None:
-            _check_labels(labels, len(x))
-            hits = zip((labels.cpu() == best).tolist(), why, strict=True)
+            hits = zip((labels == best).tolist(), why, strict=True)
             why = [text if hit or text in _UNDEFINED else "another class" for hit, text in hits]
         zero = torch.tensor([text != "" for text in why], dtype=torch.bool)
         return reach.masked_fill(zero, 0.0), why
@@ -254,10 +254,3 @@ def _weights(network: CertifiedNetwork) -> set[str]:
         for key, value in node.items()
         if isinstance(value, str) and key not in {"op", "name", "bias"}
     }
-
-
-def _check_labels(labels: Any, batch: int) -> None:
-    if not isinstance(labels, Tensor) or labels.dtype.is_floating_point or labels.shape != (batch,):
-        raise ValueError(
-            f"labels must be an integer tensor of shape ({batch},), got {getattr(labels, 'shape', labels)!r}."
-        )

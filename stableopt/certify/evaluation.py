@@ -3,7 +3,6 @@ r"""Certified accuracy: the share of a data set that is classified rightly on a 
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stableopt.certify.arguments import checked_eps, checked_labels
 from stableopt.certify.certificate import Certificate
 from stableopt.certify.dataset import Digest, batches, dataset_sha256
 from stableopt.certify.deployed import CertifiedModel
@@ -299,7 +299,7 @@ def certified_accuracy(
     for x, labels in itertools.chain([first], pairs):
         digest.update(x, labels)
         predicted, radii, why = predict(x)
-        y, radii = _known(labels.cpu().long(), classes), radii.cpu().double()
+        y, radii = checked_labels(labels, len(x), classes), radii.cpu().double()
         right = predicted.cpu() == y
         found.append((torch.where(right, radii, torch.zeros_like(radii)), y, right))
         reasons.update(reason for reason in why if reason)
@@ -348,18 +348,7 @@ def _classes(model: Any) -> int | None:
     return None if table is None else len(table)
 
 
-def _known(labels: Tensor, classes: int | None) -> Tensor:
-    """Return the labels, after refusing those that are no classes."""
-    bad = labels < 0 if classes is None else (labels < 0) | (labels >= classes)
-    if bool(bad.any()):
-        last = "" if classes is None else f" ... {classes - 1}"
-        raise ValueError(f"labels must lie in 0{last}, got {int(labels[bad][0])}.")
-    return labels
-
-
-def _checked_eps(eps: Sequence[float] | float) -> tuple[float, ...]:
-    wanted = tuple(float(e) for e in ([eps] if isinstance(eps, int | float) else eps))
-    for e in wanted:
-        if not (math.isfinite(e) and e >= 0):
-            raise ValueError(f"eps must be at least 0 and finite, got {e!r}.")
-    return wanted
+def _checked_eps(eps: Any) -> tuple[float, ...]:
+    several = isinstance(eps, Iterable) and not isinstance(eps, str) and not (isinstance(eps, Tensor) and eps.ndim == 0)
+    wanted: Iterable[Any] = eps if several else [eps]
+    return tuple(checked_eps(e) for e in wanted)

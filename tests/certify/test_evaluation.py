@@ -188,7 +188,7 @@ def test_data_that_do_not_fit_are_refused(loader: object, error: type[Exception]
 
 def test_arguments_that_do_not_fit_are_refused() -> None:
     for eps in (-0.1, math.nan, math.inf):
-        with pytest.raises(ValueError, match="eps must be at least 0 and finite"):
+        with pytest.raises(ValueError, match="eps must be a finite number of at least 0"):
             certified_accuracy(line(), (X, Y), eps=[eps])
     with pytest.raises(TypeError, match="needs a model, a Certificate or a CertifiedModel, got str"):
         certified_accuracy("model", (X, Y))  # type: ignore[arg-type]
