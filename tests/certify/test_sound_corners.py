@@ -17,7 +17,7 @@ from stableopt.certify.program import Builder
 from stableopt.certify.publish import publish
 from stableopt.certify.rounding import Analysis
 from stableopt.certify.runtime import RUNTIMES
-from stableopt.certify.verifier.numbers import RejectedError, norm_at_most
+from stableopt.certify.verifier.numbers import RejectedError, exact_log_norm, norm_at_most
 from stableopt.errors import CertificateError, UncertifiableError
 
 
@@ -131,3 +131,13 @@ def test_what_underflows_in_storage_grows_with_the_slope() -> None:
     found = torch.nn.functional.leaky_relu(y.float(), 4096.0).to(y.dtype).double()
     state = analysis.settled(analysis.run(x))
     assert 2.0**-24 < float((found - state.value).abs()) <= float(state.e0)
+
+
+def test_logarithmic_norms_are_proved_in_integers_up_to_their_value() -> None:
+    rng = np.random.default_rng(0)
+    for n in (1, 3, 20):
+        for shift in (0.0, 0.7):
+            A = rng.uniform(-0.3, 0.3, (n, n)) - shift * np.eye(n)
+            top = float(np.linalg.eigvalsh(A + A.T)[-1])
+            assert exact_log_norm(A, Fraction(top + 1e-8))
+            assert not exact_log_norm(A, Fraction(top - 1e-13))

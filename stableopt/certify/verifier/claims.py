@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .files import ints, number
-from .numbers import TINY, Array, U, defect, float_up, gamma, need, root_up, squares
+from .numbers import TINY, Array, U, defect, exact_log_norm, float_up, gamma, need, root_up, squares
 from .operations import Node
 from .program import Walk
 
@@ -117,6 +117,9 @@ def _lognorm(walk: Walk, claim: Node) -> None:
     exponent = int(np.frexp(np.abs(weight).max())[1])
     scaled = np.ldexp(weight, -exponent)
     mu = 2 * number(claim["mu"], "mu", signed=True) / Fraction(2) ** exponent
+    if walk.g.exact:
+        need(exact_log_norm(scaled, mu), "the logarithmic norm is not proved")
+        return
     symmetric = -(scaled + scaled.T)
     error = U * root_up(squares(symmetric[None])) + TINY
     shift = float(mu - error - 64 * len(weight) * U * (abs(mu) + 2 * len(weight)))

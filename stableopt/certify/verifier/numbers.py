@@ -20,6 +20,7 @@ __all__ = [
     "Array",
     "RejectedError",
     "defect",
+    "exact_log_norm",
     "exact_norm",
     "exact_product",
     "float_up",
@@ -187,20 +188,29 @@ def float_up(value: Fraction) -> float:
 
 def exact_norm(matrix: Array, limit: Fraction) -> bool:
     """Prove ||A||_2 <= limit in integers of unit 2^-104 (S4.2): A is cut to multiples of 2^-52, R of 2^-48."""
-    m, n = matrix.shape
-    limit -= root_up(Fraction(m * n)) / 2**52
+    limit -= root_up(Fraction(matrix.size)) / 2**52
     a = _cut(matrix, 52)
-    gram = product(a.T, a)
-    top = math.floor(limit**2 * 2**104) if limit > 0 else 0
-    t = top - (top >> 32)
+    return limit > 0 and _exactly_below(product(a.T, a), math.floor(limit**2 * 2**104))
+
+
+def exact_log_norm(matrix: Array, limit: Fraction) -> bool:
+    """Prove A + A^T <= limit I for entries within [-1, 1], in integers: cutting moves an entry by less than 2^-51."""
+    a = _cut(matrix, 52).astype(object)
+    return _exactly_below((a + a.T) * 2**52, math.floor((limit - Fraction(len(a), 2**51)) * 2**104))
+
+
+def _exactly_below(symmetric: Any, top: int) -> bool:
+    """Prove that no eigenvalue is above ``top``, both in units of 2^-104, by R R^T for a Cholesky factor R of the rest."""
+    n = len(symmetric)
+    t = top - (max(abs(top), int(np.abs(symmetric).max())) >> 32)
     try:
-        lower = np.linalg.cholesky(t / 2**104 * np.eye(n) - np.ldexp(gram.astype(np.float64), -104))
+        lower = np.linalg.cholesky(t / 2**104 * np.eye(n) - np.ldexp(symmetric.astype(np.float64), -104))
     except np.linalg.LinAlgError:
         return False
     r = _cut(lower, 48)
-    rest = -gram - product(r, r.T) * 2**8
+    rest = -symmetric - product(r, r.T) * 2**8
     rest[range(n), range(n)] += t
-    return limit > 0 and t + int(np.abs(rest).sum(axis=1).max()) <= top
+    return t + int(np.abs(rest).sum(axis=1).max()) <= top
 
 
 def _cut(values: Array, bits: int) -> npt.NDArray[np.int64]:

@@ -111,7 +111,7 @@ def _compared_cell(
     own, grow = W.diagonal(), 1 + 2.0**-51 * (len(W) + V.shape[1] + 16)
     moved = np.abs(1 - t + t * own) + 2.0**-50 * (1 + t + t * np.abs(own))
     sizes = np.abs(V).sum(axis=1) if g.norm == "linf" else np.sqrt(np.square(V).sum(axis=1) + 2.0**-1000)
-    rows = (moved * v + t * (np.abs(W - np.diag(own)) @ v)) * grow + 2.0**-900
+    rows = (moved * v + t * (np.abs(W - np.diag(own)) * v).sum(axis=1)) * grow + 2.0**-900
     pushes = t * sizes * grow + 2.0**-900
     size = Fraction(float(v.max())) if g.norm == "linf" else root_up(squares(v[None, None]))
     need(rate >= max(kept, largest(rows / v) * (1 + 2 * U)), "the rate of a recurrence is not proved")
@@ -142,7 +142,7 @@ def _statespace(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
     need(modulus.max() < 1, "an eigenvalue is not proved to lie inside the unit circle")
     S = B / np.tile((1 - modulus) * (1 - 2.0**-50), 2)[:, None]
     if g.norm == "linf":  # S13.3
-        sums = _modulus(C[:, :n], C[:, n:]) @ _modulus(S[:n], S[n:]).sum(axis=1)
+        sums = (_modulus(C[:, :n], C[:, n:]) * _modulus(S[:n], S[n:]).sum(axis=1)).sum(axis=1)
         total = largest(sums + (0 if D is None else np.abs(D).sum(axis=1)))
         need(bound >= total * (1 + gamma(4 * sum(B.shape) + 32)) + TINY, "the bound of a state space is not proved")
     else:
