@@ -12,7 +12,7 @@ from torch import Tensor
 
 from stableopt.certify.arguments import check_inputs, checked_labels
 from stableopt.certify.network import CertifiedNetwork
-from stableopt.certify.program import Program
+from stableopt.certify.program import Program, nested_tensors
 from stableopt.certify.rounding import Analysis
 from stableopt.certify.rounding_margins import Margins, margins
 from stableopt.certify.runtime import Runtime, find_runtime, require
@@ -111,7 +111,8 @@ class CertifiedModel:
         stored = {name: value.detach().double().cpu() for name, value in program.tensors.items()}
         self.network = CertifiedNetwork(program, plain=True).to(self.runtime.dtype)
         _round_operands(self.network, self.runtime)
-        tensors = {name: value.double() for name, value in self.network.tensors().items()}
+        read = {name for node in self.network.nodes for name in nested_tensors(node)}  # the others are parts of proofs
+        tensors = {name: v.double() if name in read else stored[name] for name, v in self.network.tensors().items()}
         changed = frozenset(name for name, value in tensors.items() if not torch.equal(value, stored[name]))
         self._analysis = Analysis(program.nodes, tensors, self.runtime, self.norm, changed)
         self._constants, self._lipschitz = certificate.margin_constants, certificate.lipschitz

@@ -17,7 +17,7 @@ from stableopt.certify.operations import apply, lowering, operation
 from stableopt.nn.centering import into_ball
 from stableopt.nn.statespace.scan import diagonal_step
 
-__all__: list[str] = []
+__all__ = ["recurrence_step"]
 
 Node: TypeAlias = dict[str, Any]
 
@@ -103,12 +103,13 @@ def _bounded_norm(node: Node, _tensors: Mapping[str, Tensor], inputs: list[Tenso
 class _Steps:
     """Simple operations one after the other; value 0 is the sequence."""
 
-    def __init__(self) -> None:
+    def __init__(self, inputs: int = 1) -> None:
         self.nodes: list[Node] = []
+        self.inputs = inputs
 
     def add(self, op: str, *inputs: int, **settings: Any) -> int:
         self.nodes.append({"op": op, "in": list(inputs), **settings})
-        return len(self.nodes)
+        return self.inputs + len(self.nodes) - 1
 
     def linear(self, value: int, weight: str, bias: str | None = None, *, transposed: bool = False) -> int:
         return self.add("linear", value, weight=weight, bias=bias, transposed=transposed)
@@ -130,26 +131,46 @@ class _Steps:
 
 @lowering("recurrence")
 def _unrolled_recurrence(node: Node) -> list[Node]:
-    steps, step, times = _Steps(), node["step"], range(node["length"])
+    steps, times = _Steps(), range(node["length"])
     drive, states, h = steps.linear(0, node["input"], node["bias"]), dict[int, int](), None
     if node["initial"] is not None:
         nothing = steps.add("scale", steps.cut(drive, 0, 0, 1), factor=0.0)
         h = steps.add("affine", nothing, scale=None, bias=node["initial"], axis=-1)
     for t in reversed(times) if node["reverse"] else times:
-        z = steps.cut(drive, 0, t, t + 1)
-        if h is not None:
-            z = steps.blend(steps.linear(h, node["weight"]), z)
-        pushed = steps.activation(node["activation"], z)
-        if node["outer"] is not None:
-            inner = steps.linear(steps.scaled(pushed, step), node["weight"], transposed=True)
-            moved = steps.add("scale", inner, factor=-1.0) if h is None else steps.blend(h, inner, last=-1.0)
-            h = steps.linear(moved, node["outer"])
-        elif step is None or h is None:
-            h = steps.scaled(pushed, step)
-        else:
-            h = steps.blend(h, steps.scaled(steps.blend(pushed, h, last=-1.0), step))
-        states[t] = h
+        states[t] = h = _advanced(steps, node, steps.cut(drive, 0, t, t + 1), h)
     steps.add("concat", *(states[t] for t in times), axis=0)
+    return steps.nodes
+
+
+def _advanced(steps: _Steps, node: Node, z: int, h: int | None) -> int:
+    """Append one step of a recurrence, from what the input gives and the state before it."""
+    step = node["step"]
+    if h is not None:
+        z = steps.blend(steps.linear(h, node["weight"]), z)
+    pushed = steps.activation(node["activation"], z)
+    if node["outer"] is not None:
+        inner = steps.linear(steps.scaled(pushed, step), node["weight"], transposed=True)
+        moved = steps.add("scale", inner, factor=-1.0) if h is None else steps.blend(h, inner, last=-1.0)
+        return steps.linear(moved, node["outer"])
+    if step is None or h is None:
+        return steps.scaled(pushed, step)
+    return steps.blend(h, steps.scaled(steps.blend(pushed, h, last=-1.0), step))
+
+
+def recurrence_step(node: Node) -> list[Node]:
+    """Return one step of a recurrence as simple operations: value 0 is the input, value 1 the state before it.
+
+    Args:
+        node: the recurrence.
+
+    Examples:
+        >>> node = {"weight": "W", "input": "U", "bias": None, "step": None, "outer": None}
+        >>> node |= {"activation": {"op": "activation", "name": "relu"}}
+        >>> [step["op"] for step in recurrence_step(node)]
+        ['linear', 'linear', 'sum', 'activation']
+    """
+    steps = _Steps(2)
+    _advanced(steps, node, steps.linear(0, node["input"], node["bias"]), 1)
     return steps.nodes
 
 

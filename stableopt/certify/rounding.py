@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from stableopt.certify.execute import is_composite, lower
+from stableopt.certify.rounding_recurrence import recurrence_error
 from stableopt.certify.rounding_terms import (
     INFLATE,
     PASSING,
@@ -234,7 +235,9 @@ class Analysis:
         reach0, reach1 = state.reach()
         zero = torch.zeros_like(state.d)
         start = State(state.value, zero, reach0, reach1, zero, 0.0, state.cap, low=state.low)
-        end, bound = self._walk(lower(node), [start])[-1], node["bound"]
+        steps = node["op"] == "recurrence"  # whose errors are carried on by what is proved about a step
+        end = recurrence_error(self, node, start) if steps else self._walk(lower(node), [start])[-1]
+        bound = node["bound"]
         result = self._grown(
             state,
             end.value,
