@@ -34,10 +34,11 @@ class CertificateSummary:
     Args:
         lipschitz: the claimed Lipschitz bound; NaN if there is no such claim.
         lipschitz_hex: the same number as the file spells it, exactly.
-        layers: (name, operation, bound) of each layer, in order.
+        layers: (name, operation, bound) of each layer, in order; NaN for sums and joins, which have none.
         weights_digest: the SHA-256 that the file names for its weights.
         weights_match: whether the weights in the folder have this digest; None if there are none.
         file_digest: the SHA-256 of the certificate file itself.
+        norm: in which the bound is, as the file spells it.
 
     Examples:
         >>> CertificateSummary(1.0, "0x1.0p+0", (), "", None, "").lipschitz
@@ -50,6 +51,7 @@ class CertificateSummary:
     weights_digest: str
     weights_match: bool | None
     file_digest: str
+    norm: str = "l2"
 
 
 @dataclass(frozen=True)
@@ -184,21 +186,26 @@ def _read_certificate(path: Path) -> CertificateSummary:
     try:
         predicate = statement["predicate"]
         digest = str(statement["subject"][0]["digest"]["sha256"])
-        claims = [claim for claim in predicate["claims"]["proved"] if claim["id"] == "lipschitz_l2"]
+        claims = [claim for claim in predicate["claims"]["proved"] if claim["id"] == "lipschitz"]
         spelled = str(claims[0]["L"]) if claims else "nan"
         layers = tuple(_layer(position, node) for position, node in enumerate(predicate["graph"]))
         lipschitz = float.fromhex(spelled)
+        norm = str(predicate["input"]["metric"])
     except (KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"the layout of a certificate was expected, but {error!r} was met.") from error
     weights = path.parent / "model.safetensors"
     match = _sha256(weights) == digest if weights.exists() else None
-    return CertificateSummary(lipschitz, spelled, layers, digest, match, hashlib.sha256(content).hexdigest())
+    return CertificateSummary(lipschitz, spelled, layers, digest, match, hashlib.sha256(content).hexdigest(), norm)
 
 
 def _layer(position: int, node: dict[str, Any]) -> tuple[str, str, float]:
     operation = str(node["op"])
     kind = f"{operation} {node['name']}" if "name" in node else operation
-    return str(node.get("weight") or f"layer {position}"), kind, float.fromhex(node["bound"])
+    return (
+        str(node.get("weight") or f"layer {position}"),
+        kind,
+        float.fromhex(node["bound"]) if operation not in {"sum", "concat"} else math.nan,
+    )
 
 
 def _sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+from stableopt.certify.verifier import PREDICATE_TYPE
 from stableopt.lyapunov import Event, JSONLSink, StepRecord
 
 LIPSCHITZ = 1.0000000123
@@ -19,14 +20,26 @@ def certificate(weights: bytes, lipschitz: float = LIPSCHITZ, layer: str = "0.we
     return {
         "_type": "https://in-toto.io/Statement/v1",
         "subject": [{"name": "model.safetensors", "digest": {"sha256": hashlib.sha256(weights).hexdigest()}}],
-        "predicateType": "https://stableopt.dev/certificate/v1",
+        "predicateType": PREDICATE_TYPE,
         "predicate": {
-            "schema": 1,
+            "schema": 2,
+            "input": {"shape": [4], "metric": "l2", "domain": "R^n"},
             "graph": [
-                {"op": "linear", "weight": layer, "bias": None, "bound": lipschitz.hex()},
-                {"op": "activation", "name": "relu", "bound": "0x1.0p+0"},
+                {
+                    "op": "linear",
+                    "in": [0],
+                    "weight": layer,
+                    "bias": None,
+                    "transposed": False,
+                    "bound": lipschitz.hex(),
+                },
+                {"op": "activation", "in": [1], "name": "relu", "bound": "0x1.0p+0"},
             ],
-            "claims": {"proved": [{"id": "lipschitz_l2", "L": lipschitz.hex()}], "replayable": [], "attested": []},
+            "claims": {
+                "proved": [{"id": "lipschitz", "norm": "l2", "L": lipschitz.hex()}],
+                "replayable": [],
+                "attested": [],
+            },
         },
     }
 

@@ -7,10 +7,12 @@ import math
 from fractions import Fraction
 
 import pytest
+import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stableopt.report import read_run
+from stableopt.certify import certify
+from stableopt.report import read_run, write_report
 from stableopt.report.runs import as_number, round_up_text
 from tests.report.folders import LIPSCHITZ, certificate, run_folder, some_records
 
@@ -111,6 +113,32 @@ def test_a_certificate_of_another_layout_is_a_problem_not_a_crash(tmp_path, spoi
     run = read_run(folder)
     assert run.certificate is None
     assert run.problems["model.cert.json"].startswith("cannot be read")
+
+
+def test_a_real_certificate_with_branches_is_read(tmp_path):
+    class Residual(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + torch.relu(self.inner(x))
+
+    folder = run_folder(tmp_path / "a")
+    cert = certify(Residual(), (4,), norm="linf")
+    cert.save(folder)
+    run = read_run(folder)
+    assert run.problems == {}
+    assert run.certificate is not None
+    assert (run.certificate.lipschitz, run.certificate.norm) == (cert.lipschitz, "linf")
+    assert float.fromhex(run.certificate.lipschitz_hex) == cert.lipschitz
+    names, kinds, bounds = zip(*run.certificate.layers, strict=True)
+    assert (names, kinds) == (("inner.weight", "layer 1", "layer 2"), ("linear", "activation relu", "sum"))
+    assert bounds[:2] == tuple(node["bound"] for node in cert.program.nodes[:2])
+    assert math.isnan(bounds[2])
+    page = write_report([folder], tmp_path / "page.html").read_text()
+    assert f"Lipschitz bound (maximum norm)</th><td>≤ {round_up_text(cert.lipschitz)} (exactly" in page
+    assert "<td>layer 2</td><td>sum</td><td>—</td>" in page
 
 
 def test_a_certificate_without_a_lipschitz_claim_has_none(tmp_path):
