@@ -104,7 +104,7 @@ def _numbers(step: Step, w: Array, norm: str) -> tuple[float, float]:
     rate, push = float((kept / w).max()), float((pushed / w).max())
     if not (math.isfinite(rate) and math.isfinite(push)):
         return math.inf, math.inf
-    return rate * (1.0 + 2.0**-50), published_number(size_of(w[-len(step.reach) :], norm) * Fraction(push))
+    return rate * (1.0 + 2.0**-36), published_number(size_of(w[-len(step.reach) :], norm) * Fraction(push))
 
 
 def publish_gated(node: Node, tensors: Mapping[str, Tensor], norm: str) -> Node:

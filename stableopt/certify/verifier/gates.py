@@ -48,12 +48,28 @@ def _mixed(ends: tuple[Array, Array], keep: Array, new: Array | float, cross: Ar
     return np.maximum(first, second)
 
 
+def _times(a: Array, w: Array) -> Array:
+    """S15.5: a @ w by plain sums, for proofs that do not rest on H2."""
+    return (a * w).sum(axis=-1) if w.ndim == 1 else np.stack([(a * c).sum(axis=-1) for c in w.T], axis=-1)
+
+
 class Step:
     """How differences grow in one step: |dh+| <= grown(|dh|, |dx|) entry by entry, monotone and sublinear; its ranges (S15.2)."""
 
-    def __init__(self, kind: str, W: Array, V: Array, b: Array, R: Array | None, limit: float, length: int) -> None:
+    def __init__(
+        self,
+        kind: str,
+        W: Array,
+        V: Array,
+        b: Array,
+        R: Array | None,
+        limit: float,
+        length: int,
+        *,
+        exact: bool = False,
+    ) -> None:
         self.gru, self.n, self.length, self.endless = kind == "gru", len(W) // GATES[kind], length, True
-        self.b = b.reshape(2, GATES[kind], self.n)
+        self.times, self.b = _times if exact else np.matmul, b.reshape(2, GATES[kind], self.n)
         self.W, self.V = (np.abs(M).reshape(GATES[kind], self.n, -1) for M in (W, V))
         self.R, self.grow = None if R is None else np.abs(R), 1 + 2.0**-51 * (2 * self.n + W.shape[1] + V.shape[1] + 64)
         sums, self.still = self.V.sum(axis=2), np.zeros_like(self.V[..., :1])
@@ -67,7 +83,7 @@ class Step:
         return x * self.grow + 2.0**-900
 
     def _seen(self, y: Array) -> Array:
-        return y if self.R is None else self.R @ y
+        return y if self.R is None else self.times(self.R, y)
 
     def _around(self, radius: Array, biases: Array) -> tuple[Array, Array]:
         radius = self._up(radius) + 2.0**-50 * np.abs(biases).sum(axis=0)
@@ -75,7 +91,7 @@ class Step:
 
     def _ranges(self) -> None:
         """S15.2: all states lie within reach, so the gates within these ends, so all states within a smaller reach."""
-        from_state = self.W @ self.reach
+        from_state = self.times(self.W, self.reach)
         told = [self._around(h + x, self.b[:, k]) for k, (h, x) in enumerate(zip(from_state, self.drive, strict=True))]
         if self.gru:
             self.r, self.z = _sigmoid(*told[0]), _sigmoid(*told[1])
@@ -100,7 +116,7 @@ class Step:
 
     def grown(self, w: Array, pushed: Array) -> Array:
         """S15.4: the comparison map for the columns of w, and what the input adds to each gate; rounded up."""
-        told = self.W @ w[-len(self.reach) :]
+        told = self.times(self.W, w[-len(self.reach) :])
         if self.gru:
             inner = _mixed(self.r, told[2], 0.0, self.q[:, None] * (told[0] + pushed[0])) + pushed[2]
             y = _mixed(self.z, w, self.slope[:, None] * inner, self.spread[:, None] * (told[1] + pushed[1]))
@@ -121,8 +137,10 @@ class Step:
         A, B = self.grown(np.eye(self.states), self.still), self.grown(np.zeros((self.states, 1)), self.V)
         total, power = B, A
         for bit in f"{length:b}"[1:]:
-            total, power = self._up(power @ total + total), self._up(power @ power)
-            total, power = (self._up(A @ total + B), self._up(A @ power)) if bit == "1" else (total, power)
+            total, power = self._up(self.times(power, total) + total), self._up(self.times(power, power))
+            total, power = (
+                (self._up(self.times(A, total) + B), self._up(self.times(A, power))) if bit == "1" else (total, power)
+            )
         return total[-len(self.reach) :]
 
     def peak(self, norm: str, length: int) -> tuple[Array, bool]:
@@ -151,7 +169,7 @@ def _step(g: Graph, node: Node, shape: Shape) -> Step:
     need(all(np.abs(M).max() <= _SCALES for M in (W, V, b, W if R is None else R)), "a weight of a gate is too large")
     limit = math.inf if node["limit"] is None else float(number(node["limit"], "the limit"))
     need(limit > 0, "the limit of the inputs must be positive")
-    return Step(kind, W, V, b, R, limit, choice(node["length"], (shape[0],), "length"))
+    return Step(kind, W, V, b, R, limit, choice(node["length"], (shape[0],), "length"), exact=g.exact)
 
 
 @rule("gated", "kind weight input bias hidden_bias projection limit reverse length scaling rate push")
