@@ -34,7 +34,7 @@ def run() -> None:
     """Run the command line; a foreseen failure is one sentence on standard error and exit code 2."""
     try:
         app()
-    except (StableoptError, ValueError, OSError) as error:
+    except (StableoptError, ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(2) from None
 
@@ -112,7 +112,9 @@ def verify(
 
         console.print(f"wrote {write_verifier(standalone)}", highlight=False)
     if certificate is None:
-        raise typer.Exit(0 if standalone is not None else 2)
+        if standalone is None:
+            raise ValueError("give the path of a model.cert.json, or of the folder that holds it.")
+        return
     path = certificate / "model.cert.json" if certificate.is_dir() else certificate
     if sig is not None:
         _check_signature(path.parent, sig)
@@ -123,6 +125,8 @@ def verify(
 def _check_signature(folder: Path, key: Path) -> None:
     from stableopt.certify.signing import verify_signature
 
+    if not key.is_file():
+        raise FileNotFoundError(f"there is no public key '{key}'.")
     try:
         verify_signature(folder, key)
     except CertificateError as error:

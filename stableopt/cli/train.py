@@ -308,7 +308,7 @@ def _certify(out: Path, state: dict[str, Any], settings: Settings) -> dict[str, 
     data = _same_data(out, state, settings)
     model = build_model(settings.model, data.shape, data.classes, settings.lipschitz)
     model.load_state_dict(state["model"])
-    certificate = certify(model.eval(), data.shape, lipschitz=settings.lipschitz)
+    certificate = certify(model.eval(), data.shape, lipschitz=settings.lipschitz, run=out)
     found = certified_accuracy(certificate, (data.x_test, data.y_test), EPSILONS)
     certificate.with_claims(replayable=found.claims()).save(out)
     metrics = (

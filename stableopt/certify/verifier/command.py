@@ -37,6 +37,8 @@ def main(arguments: list[str] | None = None) -> int:
         place = words.index("--replay")
         replayed_data = words[place + 1]
         del words[place : place + 2]
+    if len(words) == 1 and Path(words[0]).is_dir():
+        words[0] = str(Path(words[0]) / "model.cert.json")
     if len(words) != 1 or words[0].startswith("-"):
         sys.stderr.write(_USAGE)
         return 2

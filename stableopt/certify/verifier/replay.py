@@ -10,6 +10,7 @@ import hashlib
 import io
 import json
 import math
+import zipfile
 from collections.abc import Callable
 from typing import Any
 
@@ -188,9 +189,13 @@ def replay(certificate: bytes, weights: bytes, data: bytes) -> list[str]:
     """
     predicate = parse_json(certificate)["predicate"]
     tensors = {key: to_float64(*entry) for key, entry in parse_weights(weights).items()}
+    need(zipfile.is_zipfile(io.BytesIO(data)), "the data are no npz file")
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         need({"x", "y"} <= set(arrays.files), "the data need arrays x and y")
-        x, y = arrays["x"], arrays["y"]
+        try:
+            x, y = arrays["x"], arrays["y"]
+        except ValueError:  # the words of numpy suggest to load pickles
+            raise RejectedError("the data need plain arrays of numbers") from None
     need(x.dtype.kind == "f" and y.dtype.kind in "iu" and len(y), "the data need floating x and integer labels y")
     ours = [c for c in predicate["claims"]["replayable"] if c.get("dataset_sha256") == data_digest(x, y)]
     need(ours, "no replayable claim is about these data")
