@@ -13,7 +13,8 @@ from torch import Tensor
 
 from stableopt.certify.publish import composite
 from stableopt.certify.publish_numbers import LARGEST_SCALE, Array, padded_norm, published_number
-from stableopt.certify.verifier.gates import LONGEST, Step, size_of
+from stableopt.certify.verifier.gate_steps import Step
+from stableopt.certify.verifier.gates import LONGEST, size_of
 from stableopt.certify.verifier.numbers import RejectedError
 from stableopt.certify.verifier.sequences import power_sum
 from stableopt.errors import UncertifiableError

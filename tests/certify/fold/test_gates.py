@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import stableopt
 from stableopt.certify.program import Program
 from stableopt.certify.publish_gates import publish_gated
-from stableopt.certify.verifier.gates import Step, _logistic, _mixed
+from stableopt.certify.verifier.gate_steps import Step, _logistic, _mixed
 from stableopt.errors import UncertifiableError
 from stableopt.nn import LastStep, Recurrence, clip_input, contracting, lipschitz
 from stableopt.nn.input_clip import input_limit
