@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,11 +75,19 @@ def test_geotorch_has_one_importer() -> None:
 
 
 def test_the_verifier_stands_alone() -> None:
-    """One file that needs numpy and the standard library only."""
-    import sys
-
-    roots = {module.split(".")[0] for module in imported_modules(PACKAGE / "certify" / "verify.py")}
-    assert roots <= set(sys.stdlib_module_names) | {"numpy", "__future__"}
+    """A folder of files that need numpy, the standard library and each other, each short enough to be read in one sitting."""
+    folder = PACKAGE / "certify" / "verifier"
+    sources = sorted(folder.glob("*.py"))
+    assert {source.stem for source in sources} >= {"__init__", "__main__", "checking", "command", "files", "numbers"}
+    for source in sources:
+        text = source.read_text(encoding="utf-8")
+        levels = {node.level for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)}
+        assert levels <= {0, 1}, f"{source} imports from outside of its folder"
+        inside = "stableopt.certify.verifier"
+        foreign = {m.split(".")[0] for m in imported_modules(source) if m != inside and not m.startswith(f"{inside}.")}
+        assert foreign <= set(sys.stdlib_module_names) | {"numpy", "__future__"}, source
+        assert not re.search(r"import pickle|allow_pickle=True|from stableopt|import stableopt", text), source
+        assert len(text.splitlines()) < 400, source
 
 
 def test_every_room_has_its_tests_and_its_page() -> None:
