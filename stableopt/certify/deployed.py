@@ -232,9 +232,12 @@ def _round_operands(network: CertifiedNetwork, runtime: Runtime) -> None:
     """Round weights to numbers of the format of operands, so that the runtime has nothing left to round."""
     if runtime.operands == runtime.wide:
         return
-    keys = ("weight", "bias") if runtime.autocast is not None else ("weight",)
     names = {
-        node[key] for node in network.nodes if node["op"] in {"linear", "conv"} for key in keys if node[key] is not None
+        node[key]
+        for node in network.nodes
+        if node["op"] in {"linear", "conv"}
+        for key in ("weight", "bias")  # the bias of a convolution is an operand too: a factor 1 multiplies it
+        if node[key] is not None and (key == "weight" or runtime.autocast is not None or node["op"] == "conv")
     }
     for name, value in network.tensors().items():
         if name in names:

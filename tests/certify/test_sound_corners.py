@@ -141,3 +141,13 @@ def test_logarithmic_norms_are_proved_in_integers_up_to_their_value() -> None:
             top = float(np.linalg.eigvalsh(A + A.T)[-1])
             assert exact_log_norm(A, Fraction(top + 1e-8))
             assert not exact_log_norm(A, Fraction(top - 1e-13))
+
+
+def test_the_bias_of_a_convolution_is_an_operand_too() -> None:
+    graph = Builder((1, 4))
+    settings = {"stride": [1], "padding": [1], "output_padding": [0], "dilation": [1], "groups": 1}
+    weight, bias = torch.tensor([[[0.1, 0.2, 0.3]]]).float(), torch.tensor([1e5 + 0.3]).float()
+    graph.add("conv", graph.input, dims=1, weight=weight, bias=bias, padding_mode="zeros", transposed=False, **settings)
+    model = CertifiedModel(certificate(graph), "tf32")
+    for value in model.network.tensors().values():
+        assert not (value.view(torch.int32) & 0x1FFF).any()  # 11 significant bits: the hardware cuts nothing off
