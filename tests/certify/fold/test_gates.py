@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 import stableopt
+from stableopt.certify.deployed import CertifiedModel
 from stableopt.certify.program import Program
 from stableopt.certify.publish_gates import publish_gated
 from stableopt.certify.verifier.gate_steps import Step, _logistic, _mixed
-from stableopt.errors import UncertifiableError
+from stableopt.errors import CertificateError, UncertifiableError
 from stableopt.nn import LastStep, Recurrence, clip_input, contracting, lipschitz
 from stableopt.nn.input_clip import input_limit
 from tests.certify.fold.sequence_laws import (
@@ -300,6 +301,8 @@ def test_a_certificate_of_a_classifier_of_sequences(norm: str, tmp_path: Path) -
     assert {"stability", "margin_constants"} <= {claim["id"] for claim in certificate.claims["proved"]}
     found = stableopt.verify(certificate.save(tmp_path)[1], exact=True)
     assert found.verified, found.reason
+    with pytest.raises(CertificateError, match="'gated' has no rule"):
+        CertifiedModel(certificate, "float64").predict(torch.randn(1, T, D))
 
 
 class Classifier(nn.Module):
