@@ -63,6 +63,33 @@ def recurrence_error(analysis: Analysis, node: Node, start: State) -> State:
 
     Returns:
         The states; d, e0 and e1 are those that the recurrence itself adds.
+
+    Examples:
+        >>> from stableopt.certify.rounding import Analysis, State
+        >>> from stableopt.certify.runtime import RUNTIMES
+        >>> node = {
+        ...     "op": "recurrence",
+        ...     "in": [0],
+        ...     "weight": "W",
+        ...     "input": "U",
+        ...     "bias": None,
+        ...     "initial": None,
+        ...     "step": None,
+        ... }
+        >>> node |= {
+        ...     "outer": None,
+        ...     "activation": {"op": "activation", "name": "relu", "bound": 1.0},
+        ...     "reverse": False,
+        ...     "length": 2,
+        ... }
+        >>> node |= {"state": "linf", "scaling": None, "rate": 0.5, "push": 1.0, "bound": 1.5}
+        >>> one = torch.ones(1, 1, dtype=torch.float64)
+        >>> x = torch.ones(1, 2, 1, dtype=torch.float64)
+        >>> analysis = Analysis([node], {"W": 0.5 * one, "U": one}, RUNTIMES["float32"], "linf")
+        >>> zero = one.new_zeros(1)
+        >>> added = recurrence_error(analysis, node, State(x, zero, zero, 0.0, zero, 0.0, zero + torch.inf))
+        >>> added.value.tolist(), bool(0 < added.e0 < 1e-5)
+        ([[[1.0], [1.5]]], True)
     """
     reach0, reach1 = start.k0, start.k1
     zero, norm, W = torch.zeros_like(start.d), analysis.norm, analysis.tensors[node["weight"]]
