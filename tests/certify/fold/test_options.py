@@ -1,10 +1,9 @@
-"""Which modules a certificate covers, that it says the same as the module, and the sentence for those that it does not cover."""
+"""Certificates of layers with unusual options, of every method of stabilize, and sentences for what does not fit."""
 
 from __future__ import annotations
 
 import copy
 import math
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -13,34 +12,16 @@ import torch
 from torch import nn
 
 import stableopt
-import stableopt.nn as stable
-from stableopt.certify.coverage import KNOWN, uncovered
-from stableopt.certify.graph import fold
 from stableopt.errors import UncertifiableError
 from stableopt.nn import (
-    SLL,
     Abs,
-    AveragedResidual,
-    BallProjection,
     BatchCentering,
-    Concat,
-    ConvGradientBlock,
     GradientBlock,
     GroupSort,
-    Householder,
     InputNormalization,
-    InvertibleDownsampling,
-    L2NormPool,
-    LayerCentering,
-    LinearSpline,
     MaxMin,
-    Merge,
-    NActivation,
-    Parallel,
-    Sandwich,
     Scale,
     ScaledAvgPool,
-    SoftAbs,
     UnitRowLinear,
     export,
     lipschitz,
@@ -178,16 +159,6 @@ def steepness(model: nn.Module, x: torch.Tensor) -> float:
     return float(torch.linalg.matrix_norm(torch.as_tensor(J).reshape(-1, x.numel()), 2))
 
 
-def ours(kind: type) -> bool:
-    """Whether it is a class of torch or of this package, and none that a test or an example has registered."""
-    known = kind.__module__.startswith(("torch.", "stableopt."))
-    return known and getattr(sys.modules[kind.__module__], kind.__name__, None) is kind
-
-
-def test_each_rule_is_tried_with_other_options() -> None:
-    assert set(OPTIONS) == {kind for kind in fold.registry if kind is not object and ours(kind)}
-
-
 @pytest.mark.parametrize("kind", OPTIONS, ids=lambda kind: kind.__name__)
 def test_a_certificate_is_about_the_function_of_the_model_or_is_refused(kind: type[nn.Module]) -> None:
     """For every option: the certified module computes the same in float64, up to rounding."""
@@ -238,14 +209,13 @@ def test_a_model_that_cannot_run_on_the_shape_is_not_certified(
 def test_options_that_are_integers_are_certified(module: nn.Module) -> None:
     cert = stableopt.certify(module, (2, 4))
     x = torch.randn(3, 2, 4)
-    torch.testing.assert_close(cert.module()(x), module(x), rtol=0, atol=0)
+    torch.testing.assert_close(cert.module()(x), module(x), rtol=1e-14, atol=0)
     assert cert.lipschitz == lipschitz(module).upper
 
 
 @pytest.mark.parametrize(
     ("module", "words"),
     [
-        (Abs(0.5), "absolute value of all"),
         (nn.Softplus(threshold=1.0), "jumps where it switches"),
         (nn.Softplus(beta=math.inf), "finite beta"),
     ],
@@ -253,79 +223,6 @@ def test_options_that_are_integers_are_certified(module: nn.Module) -> None:
 def test_options_that_the_format_cannot_say_are_refused(module: nn.Module, words: str) -> None:
     with pytest.raises(UncertifiableError, match=rf"'0' \({type(module).__name__}\) cannot be certified: .*{words}"):
         stableopt.certify(nn.Sequential(module), (4,))
-
-
-def test_the_certified_module_can_be_bounded_and_certified_again() -> None:
-    cert = stableopt.certify(nn.Sequential(nn.Linear(4, 4), Abs(), nn.Linear(4, 2)), (4,))
-    assert lipschitz(cert.module()).upper <= cert.lipschitz
-    again = stableopt.certify(cert.module(), (4,))
-    assert again.lipschitz == cert.lipschitz
-
-
-BRANCH = r"without branches\. Write the model as a chain"
-TOGETHER = r"proved for its parts together.*Use a GradientBlock or stabilized Linear"
-ACTIVATION = r"activation is not in the format\. Use Abs, GroupSort"
-NOT_COVERED: list[tuple[Callable[[], nn.Module], tuple[int, ...], str]] = [
-    (lambda: SLL(4), (4,), TOGETHER),
-    (lambda: SLL(4).folded(), (4,), TOGETHER),
-    (lambda: Sandwich(4, 4), (4,), TOGETHER),
-    (lambda: Sandwich(4, 4).folded(), (4,), TOGETHER),
-    (lambda: Householder(4), (4,), ACTIVATION),
-    (lambda: LinearSpline(4), (4,), ACTIVATION),
-    (lambda: NActivation(4), (4,), ACTIVATION),
-    (SoftAbs, (4,), ACTIVATION),
-    (lambda: AveragedResidual(nn.ReLU()), (4,), BRANCH),
-    (lambda: stable.ResidualStack([nn.ReLU()], 2.0), (4,), BRANCH),
-    (lambda: stable.CompensatedPair(GradientBlock(4, strong=0.5), nn.ReLU()), (4,), BRANCH),
-    (lambda: stable.cfl(nn.ReLU(), "averaged"), (4,), BRANCH),
-    (lambda: stable.DissipativeBlock(4), (4,), TOGETHER),
-    (lambda: stable.RungeKuttaBlock(stable.GradientField(4)), (4,), TOGETHER),
-    (lambda: stable.InfNormBlock(4), (4,), TOGETHER),
-    (lambda: stable.ProximalBlock(4), (4,), "solution of an equation, and the format has operations without iteration"),
-    (lambda: stable.DiagonalStateSpace(4, 4), (3, 4), "without recurrence and attention"),
-    (lambda: Concat(nn.ReLU(), nn.Tanh()), (4,), BRANCH),
-    (lambda: Parallel(nn.ReLU(), nn.Tanh(), sizes=(2, 2)), (4,), BRANCH),
-    (lambda: Merge(nn.ReLU(), nn.Tanh()), (4,), BRANCH),
-    (lambda: GradientBlock(4, activation="tanh", bound="rows"), (4,), "only with relu or leaky_relu, got tanh"),
-    (lambda: ConvGradientBlock(1), (1, 4, 4), "gradient blocks of matrices only"),
-    (lambda: L2NormPool(2), (1, 4, 4), "average and max pooling only. Use ScaledAvgPool"),
-    (lambda: LayerCentering(4), (4,), "Use BatchCentering"),
-    (lambda: InvertibleDownsampling(2), (1, 4, 4), "no rearrangement of pixels. Use a convolution with a stride"),
-    (lambda: BallProjection(1.0), (4,), "apply it to the inputs before"),
-    (lambda: nn.ConvTranspose2d(1, 1, 2), (1, 4, 4), "ConvTranspose2d has no rule.*Those with one are Linear"),
-    (lambda: nn.Conv3d(1, 1, 2), (1, 3, 3, 3), r"Conv3d has no rule.*fold\.register\(Conv3d\)"),
-    (nn.Mish, (4,), "Mish has no rule"),
-    (lambda: nn.GRU(4, 4), (3, 4), "GRU has no rule"),
-    (lambda: nn.BatchNorm1d(4, track_running_stats=False), (4,), "without running statistics"),
-    (lambda: ScaledAvgPool(None), (1, 4, 4), "with a kernel_size"),
-    (lambda: ScaledAvgPool(2, dims=3), (1, 4, 4, 4), "for one or two axes"),
-    (lambda: InputNormalization(0.5, 0.5), (1, 2, 2, 2), "neither signals nor images"),
-]
-
-
-@pytest.mark.parametrize(("make", "shape", "sentence"), NOT_COVERED)
-def test_a_module_that_is_not_covered_has_a_sentence(
-    make: Callable[[], nn.Module], shape: tuple[int, ...], sentence: str
-) -> None:
-    module = make()
-    for model, where in ((module, "the module "), (nn.Sequential(nn.Identity(), module), "'1' ")):
-        start = rf"(?s)^{where}\({type(module).__name__}\) cannot be certified: "
-        with pytest.raises(UncertifiableError, match=rf"{start}.*{sentence}") as info:
-            stableopt.certify(model, shape)
-        assert "overrides" not in str(info.value)
-        assert "None" not in str(info.value)
-
-
-def test_the_sentence_points_to_a_bound_only_where_there_is_one() -> None:
-    assert uncovered(SLL(2), "").endswith("Its bound without a file is stableopt.nn.lipschitz(module).")
-    assert "lipschitz(module)" not in uncovered(nn.GRUCell(2, 2), "")
-    assert KNOWN in uncovered(nn.GRUCell(2, 2), "3")
-    assert "(GRU)" in uncovered(stabilize_quietly(nn.GRU(2, 2)), "").replace("ParametrizedGRU", "GRU")
-
-
-def stabilize_quietly(module: nn.Module) -> nn.Module:
-    with pytest.warns(UserWarning, match="no Lipschitz bound of the whole"):
-        return stabilize(module, radius=1.0)
 
 
 def test_a_subclass_that_changes_the_map_is_still_refused_for_that() -> None:
@@ -338,7 +235,11 @@ def test_a_subclass_that_changes_the_map_is_still_refused_for_that() -> None:
 
 
 @pytest.mark.parametrize(("method", "kind"), [(m, k) for m, k in CASES if norm_of(m) == "l2"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, *(pytest.param(d, marks=pytest.mark.slow) for d in (torch.float64, torch.bfloat16))],
+    ids=str,
+)
 def test_every_method_is_certified_within_its_limit(method: str, kind: str, dtype: torch.dtype) -> None:
     model = limited(method, kind).to(dtype)
     with torch.no_grad():
@@ -374,7 +275,7 @@ def test_a_model_of_many_kinds_of_layers() -> None:
     stabilize_head = release(stabilize(copy.deepcopy(model[6]), 1.0))
     model[6] = stabilize_head
     cert = stableopt.certify(model, (2, 4, 4))
-    assert cert.lipschitz == pytest.approx(lipschitz(model).upper, rel=1e-6)
+    assert cert.lipschitz <= lipschitz(model).upper * SLACK  # normalizations are joined with the weights before them
     assert math.isfinite(cert.lipschitz)
     x = torch.rand(4, 2, 4, 4)
     torch.testing.assert_close(cert.module()(x), model.eval()(x))
