@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import stableopt
 from stableopt.certify.deployed import CertifiedModel
 from stableopt.certify.execute import apply, lower, run
 from stableopt.certify.execute_sequences import recurrence_step
+from stableopt.certify.produce import certify
 from stableopt.certify.program import Program
 from stableopt.certify.publish import publish
 from stableopt.certify.rounding import Analysis, State
@@ -99,7 +99,7 @@ def test_no_run_on_a_ball_is_further_from_the_exact_value(name: str, norm: str, 
 
 def test_scales_of_a_metric_are_no_part_of_what_a_runtime_rounds() -> None:
     model = nn.Sequential(made("metric").float(), LastStep(), nn.Linear(5, 3)).float().eval()
-    claim = stableopt.certify(model, (T, D))
+    claim = certify(model, (T, D))
     assert claim.program.tensors[claim.program.nodes[0]["scaling"]].dtype == torch.float64
     answer = CertifiedModel(claim, "float32").predict(3.0 * torch.randn(8, T, D, dtype=torch.float32))
     assert float(answer.radii.max()) > 0
@@ -130,7 +130,7 @@ def own(program: Program, x: Tensor) -> Tensor:
 def test_a_contracting_cell_keeps_nearly_its_radius_over_many_steps(norm: str) -> None:
     torch.manual_seed(3)
     model = nn.Sequential(Recurrence(ContractingCell(D, 16)), LastStep(), nn.Linear(16, 3)).float().eval()
-    claim = stableopt.certify(model, (100, D), norm=norm)
+    claim = certify(model, (100, D), norm=norm)
     x = 4.0 * torch.randn(4, 100, D, dtype=torch.float32)
     single, double = (
         CertifiedModel(claim, runtime).predict(x.to(RUNTIMES[runtime].dtype)) for runtime in ("float32", "float64")

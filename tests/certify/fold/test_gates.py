@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import stableopt
 from stableopt.certify.deployed import CertifiedModel
+from stableopt.certify.produce import certify
 from stableopt.certify.program import Program
 from stableopt.certify.publish_gates import publish_gated
+from stableopt.certify.verifier import verify
 from stableopt.certify.verifier.gate_steps import Step, _logistic, _mixed
 from stableopt.errors import CertificateError, UncertifiableError
 from stableopt.nn import LastStep, Recurrence, clip_input, contracting, lipschitz
@@ -297,9 +298,9 @@ def test_gates_that_may_stay_open_have_a_bound_of_one_length_only(name: str) -> 
 def test_a_certificate_of_a_classifier_of_sequences(norm: str, tmp_path: Path) -> None:
     cell = contracting(nn.GRUCell(D, 5), 0.8, input_bound=1.0)
     model = nn.Sequential(Recurrence(cell), LastStep(), nn.Linear(5, 2)).eval()
-    certificate = stableopt.certify(model, (T, D), norm=norm)
+    certificate = certify(model, (T, D), norm=norm)
     assert {"stability", "margin_constants"} <= {claim["id"] for claim in certificate.claims["proved"]}
-    found = stableopt.verify(certificate.save(tmp_path)[1], exact=True)
+    found = verify(certificate.save(tmp_path)[1], exact=True)
     assert found.verified, found.reason
     with pytest.raises(CertificateError, match="'gated' has no rule"):
         CertifiedModel(certificate, "float64").predict(torch.randn(1, T, D))
@@ -320,10 +321,10 @@ class Classifier(nn.Module):
     "kind", [pytest.param(nn.RNN, marks=pytest.mark.slow), nn.GRU, pytest.param(nn.LSTM, marks=pytest.mark.slow)]
 )
 def test_a_layer_inside_of_a_forward_gives_its_outputs(kind: type[nn.RNNBase]) -> None:
-    certificate = stableopt.certify(Classifier(kind, last=False).eval(), (T, D))
+    certificate = certify(Classifier(kind, last=False).eval(), (T, D))
     assert certificate.lipschitz > 0
     with pytest.raises(UncertifiableError, match="last states"):
-        stableopt.certify(Classifier(kind, last=True).eval(), (T, D))
+        certify(Classifier(kind, last=True).eval(), (T, D))
 
 
 @pytest.mark.parametrize(
