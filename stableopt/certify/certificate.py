@@ -18,7 +18,7 @@ from torch import Tensor
 from stableopt.certify import verifier
 from stableopt.certify.arguments import check_inputs, checked_eps, checked_labels
 from stableopt.certify.deployed import CertifiedModel
-from stableopt.certify.files import decode_weights
+from stableopt.certify.files import check_machine, decode_weights
 from stableopt.certify.local import local_radii
 from stableopt.certify.network import CertifiedNetwork
 from stableopt.certify.program import Node, Program
@@ -69,6 +69,7 @@ class Certificate:
 
     def __post_init__(self) -> None:
         """Refuse bytes that the verifier rejects."""
+        check_machine()
         result = verifier.check(self.certificate, lambda _: self.weights)
         if result.lipschitz is None:
             raise CertificateError(f"the certificate is rejected: {result.reason}.")
@@ -78,6 +79,7 @@ class Certificate:
     @classmethod
     def _verified(cls, certificate: bytes, weights: bytes, lipschitz: float, norm: str) -> Certificate:
         """Make a certificate of bytes whose content the verifier has just walked through."""
+        check_machine()
         made = object.__new__(cls)
         for name, value in (
             ("certificate", certificate),

@@ -1,15 +1,19 @@
-"""Weights as the bytes of a safetensors file, and back."""
+"""Weights as the bytes of a safetensors file, and back; whether this machine can check proofs."""
 
 from __future__ import annotations
+
+import functools
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from stableopt.certify.verifier import parse_weights
+from stableopt.certify.verifier.checking import self_test
+from stableopt.errors import CertificateError
 from stableopt.files import encode_safetensors
 
-__all__ = ["decode_weights", "encode_weights"]
+__all__ = ["check_machine", "decode_weights", "encode_weights"]
 
 _NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
@@ -51,3 +55,19 @@ def decode_weights(data: bytes) -> dict[str, Tensor]:
         code, bits = {8: ("<i8", np.int64), 4: ("<i4", np.int32), 2: ("<i2", np.int16)}[dtype.itemsize]
         tensors[name] = torch.from_numpy(np.frombuffer(chunk, code).astype(bits)).view(dtype).reshape(shape)
     return tensors
+
+
+@functools.cache
+def check_machine() -> None:
+    """Spot-check, once in a process, what the proofs assume of the arithmetic of this machine.
+
+    Raises:
+        CertificateError: if it is not so.
+
+    Examples:
+        >>> check_machine()
+    """
+    try:
+        self_test(np.matmul)
+    except OSError as error:
+        raise CertificateError(f"{error}.") from None

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from stableopt.certify import files
 from stableopt.certify.certificate import Certificate
 from stableopt.certify.deployed import CertifiedModel
 from stableopt.certify.execute_weighted import plain_convolve
@@ -151,3 +152,15 @@ def test_the_bias_of_a_convolution_is_an_operand_too() -> None:
     model = CertifiedModel(certificate(graph), "tf32")
     for value in model.network.tensors().values():
         assert not (value.view(torch.int32) & 0x1FFF).any()  # 11 significant bits: the hardware cuts nothing off
+
+
+def test_a_machine_that_does_not_add_up_certifies_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = Builder((2,))
+    graph.add("linear", graph.input, weight=torch.eye(2), bias=None, transposed=False)
+    found = certificate(graph)
+    monkeypatch.setattr(files, "self_test", lambda _: (_ for _ in ()).throw(OSError("it does not add up")))
+    files.check_machine.cache_clear()
+    with pytest.raises(CertificateError, match="add up"):
+        Certificate(found.certificate, found.weights)
+    with pytest.raises(CertificateError, match="add up"):
+        certificate(graph)
