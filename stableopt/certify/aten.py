@@ -18,7 +18,7 @@ from stableopt.certify.fold.structure import batched_axis
 from stableopt.certify.program import Builder, Value
 from stableopt.errors import UncertifiableError
 
-__all__ = ["RULES", "Call", "bound_arguments"]
+__all__ = ["RULES", "Call", "bound_arguments", "register"]
 
 
 @dataclass(frozen=True)
@@ -84,13 +84,25 @@ RULES: dict[str, Callable[[Call], Any]] = {}
 """The rules by the names of the operations without ``aten::``."""
 
 
-def _rule(*names: str) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
-    def register(function: Callable[[Call], Any]) -> Callable[[Call], Any]:
+def register(*names: str) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
+    """Register a rule: it gives the value, the number or the list of them that an operation makes of its arguments.
+
+    Args:
+        names: of the operations, without ``aten::``.
+
+    Examples:
+        >>> @register("my_negative")
+        ... def _(call):
+        ...     return call.graph.add("scale", call.value(), factor=-1.0)
+        >>> _ = RULES.pop("my_negative")
+    """
+
+    def registered(function: Callable[[Call], Any]) -> Callable[[Call], Any]:
         for name in names:
             RULES[name] = function
         return function
 
-    return register
+    return registered
 
 
 # ---------------------------------------------------------------------------------------------------------------- arithmetic
@@ -140,23 +152,23 @@ def _added(call: Call, a: Any, b: Any, first: float, second: float) -> Value:
     return add_affine(graph, value, None, tensor * other if other != 1.0 else tensor, axis)
 
 
-@_rule("add", "sub")
+@register("add", "sub")
 def _add(call: Call) -> Value:
     sign = 1.0 if call.name == "add" else -1.0
     return _added(call, call["self"], call["other"], 1.0, sign * float(call["alpha"]))
 
 
-@_rule("rsub")
+@register("rsub")
 def _rsub(call: Call) -> Value:
     return _added(call, call["self"], call["other"], -float(call["alpha"]), 1.0)
 
 
-@_rule("neg")
+@register("neg")
 def _neg(call: Call) -> Value:
     return call.graph.add("scale", call.value(), factor=-1.0)
 
 
-@_rule("mul", "div")
+@register("mul", "div")
 def _mul(call: Call) -> Value:
     a: Any = call["self"]
     b: Any = call["other"]
@@ -180,12 +192,12 @@ def _mul(call: Call) -> Value:
 # ------------------------------------------------------------------------------------------------------------------- weights
 
 
-@_rule("linear")
+@register("linear")
 def _linear(call: Call) -> Value:
     return call.graph.add("linear", call.value("input"), weight=call["weight"], bias=call["bias"], transposed=False)
 
 
-@_rule("matmul", "mm")
+@register("matmul", "mm")
 def _matmul(call: Call) -> Value:
     left: Any = call["self"]
     right: Any = call["mat2"] if call.name == "mm" else call["other"]
@@ -198,7 +210,7 @@ def _matmul(call: Call) -> Value:
     raise UncertifiableError("a matrix product has a rule for a value and one matrix of numbers.")
 
 
-@_rule("addmm")
+@register("addmm")
 def _addmm(call: Call) -> Value:
     value = call.value("mat1")
     if call["beta"] != 1 or call["alpha"] != 1 or call["self"].ndim != 1:
@@ -206,7 +218,7 @@ def _addmm(call: Call) -> Value:
     return call.graph.add("linear", value, weight=call["mat2"], bias=call["self"], transposed=True)
 
 
-@_rule("convolution", *(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3)))
+@register("convolution", *(f"conv{t}{d}d" for t in ("", "_transpose") for d in (1, 2, 3)))
 def _conv(call: Call) -> Value:
     weight, value = call["weight"], call.value("input")
     dims = weight.ndim - 2
@@ -234,7 +246,7 @@ def _axes(given: Any, dims: int) -> tuple[int, ...]:
     return values * dims if len(values) == 1 else values
 
 
-@_rule("batch_norm", "_native_batch_norm_legit_no_training")
+@register("batch_norm", "_native_batch_norm_legit_no_training")
 def _batch_norm(call: Call) -> Any:
     if call.get("training"):
         raise UncertifiableError(
@@ -245,7 +257,7 @@ def _batch_norm(call: Call) -> Any:
     return value if call.name == "batch_norm" else [value, None, None]
 
 
-@_rule("layer_norm", "native_layer_norm")
+@register("layer_norm", "native_layer_norm")
 def _layer_norm(call: Call) -> Any:
     layer = nn.LayerNorm(list(call["normalized_shape"]), call["eps"], device="meta")
     layer.weight, layer.bias = _parameter(call["weight"]), _parameter(call["bias"])
@@ -253,7 +265,7 @@ def _layer_norm(call: Call) -> Any:
     return value if call.name == "layer_norm" else [value, None, None]
 
 
-@_rule("group_norm")
+@register("group_norm")
 def _group_norm(call: Call) -> Value:
     value = call.value("input")
     layer = nn.GroupNorm(call["num_groups"], value.shape[0], call["eps"], device="meta")
@@ -291,26 +303,26 @@ for _name in _ACTIVATIONS:
     RULES[_name] = _by_module
 
 
-@_rule("abs")
+@register("abs")
 def _abs(call: Call) -> Value:
     return call.graph.add("activation", call.value(), name="abs")
 
 
-@_rule("elu")
+@register("elu")
 def _elu(call: Call) -> Value:
     if call["scale"] != 1 or call["input_scale"] != 1:
         raise UncertifiableError("it has a rule for scale = input_scale = 1.")
     return call.folded(nn.ELU(float(call["alpha"])))
 
 
-@_rule("prelu")
+@register("prelu")
 def _prelu(call: Call) -> Value:
     layer = nn.PReLU(call["weight"].numel(), device="meta")
     layer.weight = _parameter(call["weight"])
     return fold(layer, call.graph, call.value("self"))
 
 
-@_rule("clamp", "hardtanh", "clamp_min", "clamp_max")
+@register("clamp", "hardtanh", "clamp_min", "clamp_max")
 def _clamp(call: Call) -> Value:
     low, high = call.get("min", call.get("min_val")), call.get("max", call.get("max_val"))
     if isinstance(low, Tensor | Value) or isinstance(high, Tensor | Value):
@@ -318,14 +330,14 @@ def _clamp(call: Call) -> Value:
     return clamp(call.graph, call.value("self"), low, high)
 
 
-@_rule("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")
+@register("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout", "native_dropout")
 def _dropout(call: Call) -> Value:
     if call["train"] and call["p"]:
         raise UncertifiableError("it drops entries at random in evaluation too; pass training=self.training.")
     return call.value("input")
 
 
-@_rule(
+@register(
     "clone", "detach", "alias", "contiguous", "to", "_to_copy", "lift_fresh_copy", "type_as", "_unsafe_view_same", "positive",
 )  # fmt: skip
 def _same(call: Call) -> Value:

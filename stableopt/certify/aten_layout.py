@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from stableopt.certify.aten import RULES, Call
+from stableopt.certify.aten import RULES, Call, register
 from stableopt.certify.fold.spatial import add_take
 from stableopt.certify.fold.stock import add_permute, add_reshape
 from stableopt.certify.program import Builder, Value
@@ -18,19 +18,10 @@ from stableopt.errors import UncertifiableError
 __all__: list[str] = []
 
 
-def _rule(*names: str) -> Callable[[Callable[[Call], Any]], Callable[[Call], Any]]:
-    def register(function: Callable[[Call], Any]) -> Callable[[Call], Any]:
-        for name in names:
-            RULES[name] = function
-        return function
-
-    return register
-
-
 # -------------------------------------------------------------------------------------------------------------------- shapes
 
 
-@_rule("view", "reshape", "_unsafe_view", "_reshape_copy", "view_copy")
+@register("view", "reshape", "_unsafe_view", "_reshape_copy", "view_copy")
 def _view(call: Call) -> Value:
     value = call.value()
     size = [int(n) for n in call["size" if "size" in call.arguments else "shape"]]
@@ -42,17 +33,17 @@ def _view(call: Call) -> Value:
     return add_reshape(call.graph, value, tuple(size[1:]))
 
 
-@_rule("flatten")
+@register("flatten")
 def _flatten(call: Call) -> Value:
     return call.folded(nn.Flatten(call["start_dim"], call["end_dim"]))
 
 
-@_rule("unflatten")
+@register("unflatten")
 def _unflatten(call: Call) -> Value:
     return call.folded(nn.Unflatten(call["dim"], tuple(call["sizes"])))
 
 
-@_rule("unsqueeze")
+@register("unsqueeze")
 def _unsqueeze(call: Call) -> Value:
     value, dim = call.value(), call["dim"]
     place = dim % (len(value.shape) + 2)
@@ -61,7 +52,7 @@ def _unsqueeze(call: Call) -> Value:
     return add_reshape(call.graph, value, (*value.shape[: place - 1], 1, *value.shape[place - 1 :]))
 
 
-@_rule("squeeze")
+@register("squeeze")
 def _squeeze(call: Call) -> Value:
     value, dims = call.value(), call.get("dim")
     given = range(1, len(value.shape) + 1) if dims is None else dims if isinstance(dims, list | tuple) else [dims]
@@ -70,7 +61,7 @@ def _squeeze(call: Call) -> Value:
     return add_reshape(call.graph, value, shape)
 
 
-@_rule("permute", "permute_copy")
+@register("permute", "permute_copy")
 def _permute(call: Call) -> Value:
     value, dims = call.value(), [d % len(call["dims"]) for d in call["dims"]]
     if dims[0] != 0:
@@ -78,7 +69,7 @@ def _permute(call: Call) -> Value:
     return add_permute(call.graph, value, [d - 1 for d in dims[1:]])
 
 
-@_rule("transpose", "transpose_copy", "swapaxes", "swapdims")
+@register("transpose", "transpose_copy", "swapaxes", "swapdims")
 def _transpose(call: Call) -> Value:
     value = call.value()
     dims = [call[k] for k in (("dim0", "dim1") if "dim0" in call.arguments else ("axis0", "axis1"))]
@@ -88,7 +79,7 @@ def _transpose(call: Call) -> Value:
     return add_permute(call.graph, value, order)
 
 
-@_rule("mT", "movedim", "moveaxis")
+@register("mT", "movedim", "moveaxis")
 def _movedim(call: Call) -> Value:
     value, n = call.value(), len(call.value().shape)
     if call.name == "mT":
@@ -107,7 +98,7 @@ def _listed(given: Any) -> list[int]:
     return list(given) if isinstance(given, list | tuple) else [given]
 
 
-@_rule("expand", "expand_copy")
+@register("expand", "expand_copy")
 def _expand(call: Call) -> Value:
     value, size = call.value(), list(call["size"])
     if len(size) != len(value.shape) + 1 or size[0] not in {-1, call.batch}:
@@ -129,7 +120,7 @@ def _slice(graph: Builder, value: Value, axis: int, start: int, stop: int) -> Va
     return graph.add("slice", value, axis=axis, start=start, stop=stop)
 
 
-@_rule("slice", "slice_copy")
+@register("slice", "slice_copy")
 def _slice_rule(call: Call) -> Value:
     value = call.value()
     if call["dim"] % (len(value.shape) + 1) == 0:
@@ -144,7 +135,7 @@ def _slice_rule(call: Call) -> Value:
     return add_take(call.graph, value, axis, list(range(start, stop, step)))
 
 
-@_rule("narrow")
+@register("narrow")
 def _narrow(call: Call) -> Value:
     value = call.value()
     axis, start = call.axis(call["dim"], value), int(call["start"])
@@ -152,7 +143,7 @@ def _narrow(call: Call) -> Value:
     return _slice(call.graph, value, axis, start, start + int(call["length"]))
 
 
-@_rule("select", "select_copy")
+@register("select", "select_copy")
 def _select(call: Call) -> Value:
     value = call.value()
     axis = call.axis(call["dim"], value)
@@ -166,7 +157,7 @@ def _parts(call: Call, value: Value, axis: int, sizes: Sequence[int]) -> list[Va
     return [_slice(call.graph, value, axis, end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
-@_rule("split", "split_with_sizes", "chunk", "unbind", "split_copy", "split_with_sizes_copy")
+@register("split", "split_with_sizes", "chunk", "unbind", "split_copy", "split_with_sizes_copy")
 def _split(call: Call) -> list[Value]:
     value = call.value()
     axis = call.axis(call["dim"], value)
@@ -182,13 +173,13 @@ def _split(call: Call) -> list[Value]:
     return _parts(call, value, axis, [int(size) for size in given])
 
 
-@_rule("index_select")
+@register("index_select")
 def _index_select(call: Call) -> Value:
     value = call.value("self")
     return add_take(call.graph, value, call.axis(call["dim"], value), call["index"].flatten().tolist())
 
 
-@_rule("flip")
+@register("flip")
 def _flip(call: Call) -> Value:
     value = call.value()
     for axis in [call.axis(d, value) for d in call["dims"]]:
@@ -196,7 +187,7 @@ def _flip(call: Call) -> Value:
     return value
 
 
-@_rule("roll")
+@register("roll")
 def _roll(call: Call) -> Value:
     value = call.value()
     if not call["dims"]:
@@ -208,7 +199,7 @@ def _roll(call: Call) -> Value:
     return value
 
 
-@_rule("cat", "concat", "concatenate")
+@register("cat", "concat", "concatenate")
 def _cat(call: Call) -> Value:
     parts = call["tensors"]
     if not all(isinstance(part, Value) for part in parts):
@@ -217,7 +208,7 @@ def _cat(call: Call) -> Value:
     return parts[0] if len(parts) == 1 else call.graph.add("concat", *parts, axis=axis)
 
 
-@_rule("stack")
+@register("stack")
 def _stack(call: Call) -> Value:
     parts = call["tensors"]
     if not all(isinstance(part, Value) for part in parts):
@@ -230,7 +221,7 @@ def _stack(call: Call) -> Value:
     return wide[0] if len(wide) == 1 else call.graph.add("concat", *wide, axis=place - 1)
 
 
-@_rule("constant_pad_nd", "pad")
+@register("constant_pad_nd", "pad")
 def _pad(call: Call) -> Value:
     padding, value = [int(p) for p in call["pad"]], call.value()
     mode = call.get("mode", "constant")
@@ -279,7 +270,7 @@ def _last_mean(graph: Builder, value: Value) -> Value:
     return graph.add("mean", rows, axis=len(rows.shape) - 1)
 
 
-@_rule("mean", "sum")
+@register("mean", "sum")
 def _mean(call: Call) -> Value:
     value, dims = call.value(), call.get("dim")
     total = value.shape
@@ -300,7 +291,7 @@ def _mean(call: Call) -> Value:
     return graph.add("scale", mean, factor=float(math.prod(total[axis] for axis in set(single))))
 
 
-@_rule("amax", "amin")
+@register("amax", "amin")
 def _amax(call: Call) -> Value:
     value, graph = call.value(), call.graph
     sign = 1.0 if call.name == "amax" else -1.0

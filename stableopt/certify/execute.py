@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import stableopt.certify.execute_activations
 import stableopt.certify.execute_blocks
-import stableopt.certify.execute_composite
 import stableopt.certify.execute_fold
 import stableopt.certify.execute_gates
 import stableopt.certify.execute_layout

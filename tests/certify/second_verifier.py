@@ -1,4 +1,4 @@
-"""A second verifier of certificates, independent of stableopt.certify.verify: exact integers and balls (python-flint) only.
+"""A second verifier of certificates, independent of stableopt.certify.verifier: exact integers and balls (python-flint) only.
 
 It is slower and knows small sizes only, but it decides what is *true* of the image sizes declared: convolutions and pools by their
 dense matrices, composition by the best of all rules. So what the first verifier accepts, this one must accept too.
