@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-__all__ = ["REDUCTIONS", "check_labels", "check_logits", "check_number", "check_reduction", "reduced"]
+__all__ = [
+    "REDUCTIONS",
+    "check_labels",
+    "check_logits",
+    "check_number",
+    "check_reduction",
+    "reduced",
+    "require_number",
+    "require_tensors",
+]
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -21,15 +31,38 @@ def check_number(name: str, value: float, *, positive: bool) -> float:
         positive: whether 0 is refused; negative numbers always are.
 
     Raises:
+        TypeError: if it is no number.
         ValueError: if it is negative or not finite, or 0 where that is refused.
 
     Examples:
         >>> check_number("eps", 1, positive=True)
         1.0
     """
+    require_number(name, value)
     if not (math.isfinite(value) and (value > 0 or (value == 0 and not positive))):
         raise ValueError(f"{name} must be {'positive' if positive else 'at least 0'} and finite, got {value!r}.")
     return float(value)
+
+
+def require_number(name: str, value: object) -> None:
+    """Refuse what is no number.
+
+    Args:
+        name: what the message calls it.
+        value: the setting.
+
+    Raises:
+        TypeError: if it is no number, and no tensor of one.
+
+    Examples:
+        >>> require_number("eps", 1)
+        >>> require_number("eps", "1")
+        Traceback (most recent call last):
+        TypeError: eps must be a number, got '1'.
+    """
+    single = isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex()
+    if isinstance(value, bool) or not (single or isinstance(value, Real)):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
 
 
 def check_reduction(reduction: str) -> str:
@@ -57,16 +90,40 @@ def check_logits(logits: Tensor, target: Tensor, owner: str) -> None:
 
     Raises:
         ValueError: if a shape does not fit or a label is no class.
-        TypeError: if the target does not hold integers.
+        TypeError: if the logits are no floating tensor, or the target does not hold integers.
 
     Examples:
         >>> check_logits(torch.zeros(2, 3), torch.tensor([0, 2]), "a loss")
     """
+    require_tensors(logits, target, owner)
     if logits.ndim != 2 or target.ndim != 1 or len(logits) != len(target):
         raise ValueError(
             f"{owner} needs logits of shape (N, C) and labels of shape (N,), got {tuple(logits.shape)} and {tuple(target.shape)}."
         )
     check_labels(target, logits.shape[1])
+
+
+def require_tensors(logits: object, target: object, owner: str) -> None:
+    """Refuse logits that are no floating tensor, and labels that are no tensor.
+
+    Args:
+        logits: the logits.
+        target: the labels.
+        owner: the loss, for the message.
+
+    Raises:
+        TypeError: if one of them is.
+
+    Examples:
+        >>> require_tensors(torch.zeros(1, 2), [0], "a loss")
+        Traceback (most recent call last):
+        TypeError: a loss needs labels in a tensor, got list.
+    """
+    for name, given in (("logits", logits), ("labels", target)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{owner} needs {name} in a tensor, got {type(given).__name__}.")
+    if isinstance(logits, Tensor) and not logits.is_floating_point():
+        raise TypeError(f"{owner} needs logits of a floating dtype, got {logits.dtype}.")
 
 
 def check_labels(target: Tensor, classes: int) -> None:

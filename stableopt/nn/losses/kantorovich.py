@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from stableopt.nn.losses.batch import check_labels, check_logits, check_number, check_reduction, reduced
+from stableopt.nn.losses.batch import (
+    check_labels,
+    check_logits,
+    check_number,
+    check_reduction,
+    reduced,
+    require_number,
+    require_tensors,
+)
 from stableopt.nn.precision import wide
 
 __all__ = ["HKRLoss", "KRLoss"]
@@ -89,6 +97,7 @@ class HKRLoss(nn.Module):
 
     def __init__(self, alpha: float = 0.95, margin: float = 1.0, *, reduction: str = "mean") -> None:
         super().__init__()
+        require_number("alpha", alpha)
         if not 0.0 <= alpha <= 1.0:
             raise ValueError(f"alpha must lie from 0 to 1, got {alpha!r}.")
         self.alpha = float(alpha)
@@ -109,6 +118,7 @@ class HKRLoss(nn.Module):
 
 def _batch(output: Tensor, target: Tensor, owner: str) -> tuple[Tensor, Tensor]:
     """Return the outputs in shape ``(N, K)`` and which samples belong to each of the K classes."""
+    require_tensors(output, target, owner)
     z = wide(output)
     if z.ndim == 1 or (z.ndim == 2 and z.shape[1] == 1):
         if target.ndim != 1 or len(target) != len(z):

@@ -20,6 +20,8 @@ from stableopt.nn import (
     CertifiedMarginLoss,
     GloRoLoss,
     GroupSort,
+    HKRLoss,
+    KRLoss,
     MarginBounds,
     stabilize,
 )
@@ -329,3 +331,30 @@ def test_training_with_them_enlarges_the_radii(name: str) -> None:
         (value if name != "correct only" else value + F.cross_entropy(8.0 * z, y) / 8.0).backward()
         optimizer.step()
     assert medians[-1] > max(0.6, medians[0])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        HKRLoss,
+        KRLoss,
+        lambda: GloRoLoss(nn.Linear(2, 3), 0.1),
+        lambda: CertifiedMarginLoss(nn.Linear(2, 3), 0.1),
+    ],
+)
+def test_what_is_no_batch_of_numbers_is_a_type_error(make) -> None:
+    for logits, target, words in (
+        (torch.zeros(2, 3), [0, 1], "needs labels in a tensor, got list"),
+        ([[0.0]], torch.tensor([0]), "needs logits in a tensor, got list"),
+        (torch.zeros(2, 3, dtype=torch.int64), torch.tensor([0, 1]), "logits of a floating dtype, got torch.int64"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            make()(logits, target)
+
+
+@pytest.mark.parametrize("eps", ["0.1", None, True, [0.1]], ids=repr)
+def test_a_radius_that_is_no_number_is_a_type_error(eps) -> None:
+    with pytest.raises(TypeError, match="eps must be a number, got"):
+        GloRoLoss(nn.Linear(2, 3), eps)
+    with pytest.raises(TypeError, match="alpha must be a number, got"):
+        HKRLoss(eps)
