@@ -608,7 +608,8 @@ def test_exit_statuses(cert: Certificate, tmp_path: Path, capsys: pytest.Capture
     assert verifier.main(["a", "b"]) == 2
     assert verifier.main(["--help"]) == 2
     assert verifier.main([str(tmp_path / "absent.json")]) == 2
-    assert verifier.main([str(tmp_path)]) == 2
+    assert verifier.main([str(tmp_path)]) == 0
+    assert verifier.main([str(tmp_path / "absent")]) == 2
     (tmp_path / "model.safetensors").unlink()
     assert verifier.main([str(path)]) == 1
     assert "cannot be read" in capsys.readouterr().out
