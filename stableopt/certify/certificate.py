@@ -97,9 +97,8 @@ class Certificate:
     @property
     def program(self) -> Program:
         """A copy of the operations in order, each with settings, inputs, names of tensors and proved ``bound``, and the tensors."""
-        stored = self._program
-        tensors = {name: value.clone() for name, value in stored.tensors.items()}
-        return replace(stored, nodes=copy.deepcopy(stored.nodes), tensors=tensors)
+        tensors = {name: value.clone() for name, value in self._program.tensors.items()}
+        return replace(self._program, nodes=self.layers, tensors=tensors)
 
     @cached_property
     def _program(self) -> Program:
@@ -269,13 +268,16 @@ class Certificate:
             >>> from stableopt.certify import certify
             >>> cert = certify(torch.nn.ReLU(), (2,)).with_claims(attested=[{"id": "note", "author": "me"}])
             >>> cert.claims["attested"]
-            [{'id': 'note', 'author': 'me'}]
+            [{'author': 'me', 'id': 'note'}]
         """
         statement = json.loads(self.certificate)
-        claims = statement["predicate"]["claims"]
-        claims["replayable"] += to_file(list(replayable))
-        claims["attested"] += to_file(list(attested))
-        return Certificate((json.dumps(statement, indent=1, sort_keys=True) + "\n").encode(), self.weights)
+        try:
+            for tier, more in (("replayable", replayable), ("attested", attested)):
+                statement["predicate"]["claims"][tier] += to_file(list(more))
+            content = json.dumps(statement, indent=1, sort_keys=True) + "\n"
+        except TypeError as error:
+            raise CertificateError(f"claims must be lists of what JSON can say: {error}.") from None
+        return Certificate(content.encode(), self.weights)
 
     def save(self, folder: str | Path) -> tuple[Path, Path]:
         """Write ``model.safetensors`` and then ``model.cert.json`` into a folder, each whole or not at all.
@@ -354,7 +356,7 @@ class Certificate:
         certified = [entry["name"] for entry in self._predicate.get("runtimes", [])]
         if find_runtime(runtime).name not in certified:
             raise CertificateError(
-                f"the certificate is not made for the runtime {runtime!r}, but for {certified}: name it in certify(..., runtimes=...)."
+                f"the certificate is not made for the runtime {runtime!r}, but for {certified}: give certify(runtimes=...) its name."
             )
         return CertifiedModel(self, runtime)
 

@@ -6,14 +6,17 @@ import copy
 import functools
 import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from stableopt import verify
 from stableopt.certify import Certificate, certified_accuracy, certify
 from stableopt.certify.arguments import checked_eps
+from stableopt.errors import CertificateError
 
 Use = Callable[[Certificate, Any, Any], Any]
 USES: dict[str, Use] = {
@@ -131,3 +134,18 @@ def test_a_copy_says_the_same(copied: Callable[[Certificate], Certificate]) -> N
     other = copied(cert)
     assert (other.lipschitz, other.norm, other.digest) == (cert.lipschitz, cert.norm, cert.digest)
     assert torch.equal(other.radius(x), radii)
+
+
+@pytest.mark.parametrize(
+    "claims", [None, [{"id": "n", "v": torch.ones(2)}], [{"id": "n", "v": object()}], [{1: 2, "id": "n"}]]
+)
+def test_claims_that_json_cannot_say_are_refused(claims: Any) -> None:
+    with pytest.raises(CertificateError, match="claims must be lists of what JSON can say"):
+        certificate().with_claims(attested=claims)
+
+
+def test_a_folder_is_verified_as_its_certificate(tmp_path: Path) -> None:
+    certificate().save(tmp_path)
+    assert verify(tmp_path).verified
+    with pytest.raises(FileNotFoundError):
+        verify(tmp_path / "nothing")

@@ -19,7 +19,7 @@ from stableopt.certify.audit.normalization import batch_statistics, sample_norma
 from stableopt.certify.audit.scene import Scene, scene
 from stableopt.certify.audit.search import generator
 from stableopt.certify.audit.sequences import recurrent_layers, recurrent_weights, state_spaces
-from stableopt.certify.audit.shared import low_precision, tied_apart, unsynchronised
+from stableopt.certify.audit.shared import low_precision, not_finite, tied_apart, unsynchronised
 from stableopt.certify.audit.spatial import active_dropout, copying_layers, steep_activations
 from stableopt.certify.audit.weights import claimed_norms, padded_convolutions
 from stableopt.errors import UncertifiableError
@@ -29,9 +29,9 @@ from stableopt.nn.sharded import refuse_spread
 __all__ = ["DETECTORS", "SEVERITIES", "Audit", "Finding", "Witness", "audit"]
 
 DETECTORS: tuple[Callable[[Scene], Iterator[Finding]], ...] = (
-    sample_normalizations, batch_statistics, claimed_norms, padded_convolutions, tied_apart, unsynchronised, low_precision,
-    copying_layers, steep_activations, active_dropout, growing_attention, foreign_blocks, functional_layers, recurrent_layers,
-    recurrent_weights, state_spaces,
+    not_finite, sample_normalizations, batch_statistics, claimed_norms, padded_convolutions, tied_apart, unsynchronised,
+    low_precision, copying_layers, steep_activations, active_dropout, growing_attention, foreign_blocks, functional_layers,
+    recurrent_layers, recurrent_weights, state_spaces,
 )  # fmt: skip
 """What is looked for."""
 
@@ -52,7 +52,7 @@ def audit(
         The findings, the worst first.
 
     Raises:
-        TypeError: if ``model`` is no module.
+        TypeError: if ``model`` is no module, or ``inputs`` no tuple.
         ValueError: if the shape holds anything but positive integers, or both a shape and inputs are given.
         UncertifiableError: if the model cannot be copied, or ``fully_shard`` has spread it over several processes.
 
@@ -100,6 +100,8 @@ def _tried(detector: Callable[[Scene], Iterator[Finding]], found: Scene) -> Iter
 
 def _inputs(model: nn.Module, shape: Sequence[int] | None, inputs: tuple[Any, ...] | None) -> tuple[Any, ...]:
     if inputs is not None:
+        if not isinstance(inputs, tuple | list):
+            raise TypeError(f"inputs must be the tuple of the arguments of the model, got {type(inputs).__name__}.")
         return tuple(x[:1] if isinstance(x, Tensor) and x.ndim else x for x in inputs)
     first = next((m for m in model.modules() if not list(m.children()) and list(m.parameters(recurse=False))), None)
     if shape is None:

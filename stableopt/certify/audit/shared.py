@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stableopt.certify.audit.findings import Finding
 from stableopt.certify.audit.scene import Scene, called
 
-__all__ = ["low_precision", "tied_apart", "unsynchronised"]
+__all__ = ["low_precision", "not_finite", "tied_apart", "unsynchronised"]
 
 
 def tied_apart(scene: Scene) -> Iterator[Finding]:
@@ -100,6 +100,30 @@ def unsynchronised(scene: Scene) -> Iterator[Finding]:
                 attained=float(len(lost)),
                 numbers={"parameters": float(total)},
             )
+
+
+def not_finite(scene: Scene) -> Iterator[Finding]:
+    """Find parameters and buffers that hold NaN or infinity.
+
+    Examples:
+        >>> from stableopt.certify.audit.scene import scene
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = nn.init.constant_(layer.bias, float("nan"))
+        >>> [(found.path, found.numbers["entries"]) for found in not_finite(scene(layer, ()))]
+        [('bias', 2.0)]
+    """
+    for path, module in scene.modules():
+        for name, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            bad = int((~value.detach().isfinite()).sum())
+            if bad:
+                yield Finding(
+                    f"{path}.{name}".lstrip("."),
+                    "not-finite",
+                    f"{bad} of {value.numel()} numbers are NaN or infinite: nothing holds for this model.",
+                    "serious",
+                    "Go back to a checkpoint with finite numbers.",
+                    numbers={"entries": float(bad)},
+                )
 
 
 def low_precision(scene: Scene) -> Iterator[Finding]:

@@ -120,13 +120,14 @@ def check(certificate: bytes, read_weights: Callable[[str], bytes], *, exact: bo
 
 
 def verify(path: str | Path, *, exact: bool = False) -> Result:
-    """Check a certificate file and the weight file beside it.
+    """Check a certificate file, or the model.cert.json of a folder, and the weight file beside it.
 
     Raises:
         OSError: if the certificate itself cannot be read, or if the arithmetic of this machine fails its self-test.
     """
     self_test(np.matmul)
     path = Path(path)
+    path = path / "model.cert.json" if path.is_dir() else path
     return check(path.read_bytes(), lambda name: (path.parent / name).read_bytes(), exact=exact)
 
 

@@ -68,3 +68,17 @@ def test_half_precision_is_measured_against_the_same_numbers_in_float64(dtype: t
     assert found.attained == pytest.approx(np.linalg.norm(rounded - exact) / np.linalg.norm(exact), rel=1e-9)
     assert found.numbers["unit roundoff"] == torch.finfo(dtype).eps / 2
     assert not of_kind(audit(nn.Linear(4, 4, dtype=torch.float32)), "low-precision")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_numbers_that_are_not_finite_are_found_first(bad: float) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    assert [finding.kind for finding in audit(model.eval()) if finding.kind == "not-finite"] == []
+    model[1].running_mean[1] = bad
+    (finding,) = [finding for finding in audit(model.eval()) if finding.kind == "not-finite"]
+    assert (finding.path, finding.severity, finding.numbers["entries"]) == ("1.running_mean", "serious", 1.0)
+
+
+def test_inputs_are_a_tuple() -> None:
+    with pytest.raises(TypeError, match="inputs must be the tuple of the arguments of the model, got Tensor"):
+        audit(nn.Linear(3, 3), inputs=torch.ones(1, 3))  # pyright: ignore[reportArgumentType]
