@@ -356,7 +356,7 @@ class Certificate:
         certified = [entry["name"] for entry in self._predicate.get("runtimes", [])]
         if find_runtime(runtime).name not in certified:
             raise CertificateError(
-                f"the certificate is not made for the runtime {runtime!r}, but for {certified}: give certify(runtimes=...) its name."
+                f"the certificate is not made for the runtime {runtime!r}, but for {certified}: name it in certify(runtimes=)."
             )
         return CertifiedModel(self, runtime)
 

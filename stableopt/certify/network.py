@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stableopt.certify.arguments import shape_words
 from stableopt.certify.execute import apply, is_composite, lower
 from stableopt.certify.execute_weighted import plain_convolve
 from stableopt.certify.program import Program
@@ -64,7 +65,7 @@ class CertifiedNetwork(nn.Module):
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 the name torch uses
         """Return the outputs of a batch of inputs, shape ``(batch, *shape)``."""
         if input.ndim == 0 or tuple(input.shape[1:]) != self.shape:
-            raise ValueError(f"expected inputs of shape (batch, {str(self.shape)[1:-1]}), got {tuple(input.shape)}.")
+            raise ValueError(f"expected inputs of shape {shape_words(self.shape)}, got {tuple(input.shape)}.")
         tensors = self.tensors()
         values: dict[int, Tensor] = {0: input}
         for number, node in enumerate(self.nodes, 1):

@@ -69,12 +69,12 @@ def certify(
             own that :func:`torch.export.export` can trace.
         input_shape: shape of one input, without the batch dimension.
         norm: of inputs and outputs: ``"l2"``, ``"linf"``, or for sequences ``"token_max"``, the largest 2-norm of a token.
-        lipschitz: a Lipschitz constant that the certificate must reach; the largest weights are scaled down until it does. None:
-            only the enforced limits count.
+        lipschitz: a Lipschitz constant that the certificate must reach; the largest weights, or in a program with branches all of
+            them, are scaled down until the product of the bounds does, ``joint`` or not. None: only the enforced limits count.
         joint: whether to search for bounds of whole chains of dense layers, below the product of their norms. It takes seconds.
         runtimes: the arithmetics in which the network may be deployed, see :meth:`Certificate.deploy`; what each is assumed to
             compute is written into the certificate.
-        run: a run folder whose energy record is attested in the certificate; what it says is not proved.
+        run: a run folder; its energy record and ledger, where it holds them, are attested in the certificate, not proved.
 
     Returns:
         The certificate, already checked by the independent verifier.
