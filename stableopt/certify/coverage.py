@@ -6,6 +6,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
+from stableopt.certify.network import CertifiedNetwork
 from stableopt.errors import UncertifiableError
 from stableopt.nn.budget import LearnedBudget
 from stableopt.nn.dispatch import lipschitz_rule, named, refusal, refused_classes, registered_class
@@ -27,6 +28,7 @@ _REASONS: dict[type, str] = {
     RecurrentCell: "it is one step of a recurrence, a map of an input and a state. Certify the Recurrence that runs it",
     LearnedBudget: "it is a number that layers share, and no map. Certify the model that it belongs to",
     torch.jit.ScriptModule: "it is compiled, so its operations cannot be read. Certify the module that it was made from",
+    CertifiedNetwork: "it is what a certificate speaks about. Use the certificate that it comes from",
     LazyModuleMixin: "it has no weights yet. Run it once on an input",
     nn.LogSoftmax: (
         "its constant grows with the number of classes. Certify the logits before it: the differences of two of its outputs, and "
@@ -58,8 +60,6 @@ def _reason(module: nn.Module) -> str:
         return _LOSS
     if isinstance(getattr(module, "_orig_mod", None), nn.Module):
         return "it is compiled. Certify the module that torch.compile was given, model._orig_mod"
-    if kind.__module__ == "stableopt.certify.network":
-        return "it is what a certificate speaks about. Use the certificate that it comes from"
     if kind in refused_classes():
         return refusal(module, "l2").rstrip(".")
     if registered_class(module) is not None:  # its rule may be a sentence
