@@ -128,7 +128,7 @@ def reflection_sums(vectors: Tensor) -> float:
     r"""Bound the row sums of :math:`I - 2vv^\top/v^\top v` and of the identity: the constant of reflections in linf.
 
     Examples:
-        >>> 2.33 < reflection_sums(torch.tensor([[1.0, 2.0, 2.0, 0.0]])) < 2.334
+        >>> 5 / 3 < reflection_sums(torch.tensor([[1.0, 2.0, 2.0, 0.0]])) < 1.667
         True
     """
     v = vectors.double().abs()

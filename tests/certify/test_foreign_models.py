@@ -170,7 +170,9 @@ def test_a_compiled_model_is_refused_with_the_name_of_what_it_was_made_from() ->
         stableopt.certify(torch.compile(nn.Linear(4, 3)), (4,))
 
 
-@pytest.mark.parametrize("model", [None, "model.pt", nn.ReLU, nn.ReLU().state_dict(), torch.relu], ids=repr)
+@pytest.mark.parametrize(
+    "model", [None, "model.pt", nn.ReLU, nn.ReLU().state_dict(), torch.relu], ids=lambda model: type(model).__name__
+)
 def test_what_is_no_module_is_a_type_error(model: Any) -> None:
     with pytest.raises(TypeError, match=r"the model must be a torch\.nn\.Module, got"):
         stableopt.certify(model, (4,))
