@@ -252,10 +252,23 @@ def _proved(walk: Walk) -> list[Node]:
     if total > 0 and depth:
         claims.append({"id": "forward_exponent", "depth": depth, "rate": _rate(total, depth)})
     for index, node in enumerate(walk.nodes):
+        mu = _log_norm(walk, node)
+        if mu is not None and mu < 0:  # the flow of this matrix contracts
+            claims.append({"id": "lognorm", "node": index, "mu": mu})
         rate, gain = walk.g.stable.get(id(node), (None, None))
         if rate is not None and gain is not None and rate < 1:
             claims.append({"id": "stability", "node": index, "rate": round_up(rate), "gain": round_up(gain)})
     return to_file(claims)
+
+
+def _log_norm(walk: Walk, node: Node) -> float | None:
+    """Return a number above the logarithmic 2-norm of a square dense operation of moderate size."""
+    weight = walk.g.tensors[node["weight"]] if node["op"] == "linear" and walk.g.norm != "linf" else np.zeros((0, 1))
+    if not 1 <= weight.shape[0] == weight.shape[1] <= _MOST_CLASSES:
+        return None
+    size = float(np.abs(weight).max())
+    top = float(np.linalg.eigvalsh(weight / size + (weight / size).T)[-1]) / 2 if size else 0.0
+    return (top + _SLACK * len(weight)) * size
 
 
 def _rate(total: float, depth: int) -> float:

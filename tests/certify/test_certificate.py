@@ -413,3 +413,17 @@ def test_a_network_is_deployed_only_in_a_runtime_of_its_certificate() -> None:
         cert.deploy("bfloat16")
     with pytest.raises(ValueError, match="float8"):
         certify(nn.Linear(2, 2), (2,), runtimes=("float8",))
+
+
+def test_a_dissipative_matrix_has_its_logarithmic_norm_claimed() -> None:
+    layer = nn.Linear(3, 3)
+    with torch.no_grad():
+        layer.weight.copy_(
+            torch.tensor([[-1.0, 5.0, 0.0], [-5.0, -2.0, 0.0], [0.0, 0.0, -0.5]])
+        )  # skew part and -1, -2, -0.5
+    [claim] = [claim for claim in certify(layer, (3,)).claims["proved"] if claim["id"] == "lognorm"]
+    assert -0.5 < claim["mu"] < -0.5 + 1e-7
+    with torch.no_grad():
+        layer.weight[2, 2] = 0.5
+    assert not [claim for claim in certify(layer, (3,)).claims["proved"] if claim["id"] == "lognorm"]
+    assert not [claim for claim in certify(nn.Linear(3, 2), (3,)).claims["proved"] if claim["id"] == "lognorm"]

@@ -510,7 +510,13 @@ def test_68_autocast_computes_the_weight_in_full_precision(name: str) -> None:
     outside = [slot.value for slot in find_slots(model)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside = [slot.value for slot in find_slots(model)]
-        y = model(x)
+        try:
+            y = model(x)
+        except RuntimeError as error:  # oneDNN has no bfloat16 LSTM for every processor: then torch's own fails as well
+            plain = nn.LSTM(2, 2, dtype=torch.float32)
+            with pytest.raises(RuntimeError, match="primitive"):
+                plain(torch.zeros(3, 1, 2, dtype=torch.float32))
+            pytest.skip(f"this processor has no {name} in bfloat16: {error}")
     y.float().sum().backward()
     for a, b in zip(inside, outside, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)

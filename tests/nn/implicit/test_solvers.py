@@ -94,7 +94,7 @@ def test_the_size_of_an_equation_bounds_its_jacobian(skew: float) -> None:
     problem = equation(skew=skew, activate=lambda z: z)._replace(bias=None)
     M = problem.residual(torch.zeros(6, 6), torch.eye(6)).T
     norm = float(torch.linalg.matrix_norm(M, 2))
-    assert norm <= float(problem.size()) <= 4 * norm
+    assert norm * (1 - 64 * torch.finfo(torch.float64).eps) <= float(problem.size()) <= 4 * norm  # both are rounded
 
 
 def test_conjugate_gradients_end_after_as_many_steps_as_dimensions() -> None:

@@ -344,7 +344,7 @@ def test_it_learns_an_average_within_its_gain() -> None:
     )
     target = run(system, x.double()).float()
     losses = []
-    for _ in range(50):
+    for _ in range(80):
         loss = (layer(x) - target).square().mean() / target.square().mean()
         opt.zero_grad()
         loss.backward()
