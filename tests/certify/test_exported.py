@@ -183,8 +183,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
     "integers": (lambda: of(lambda m, x: x.long().to(x.dtype)), V, "step function"),
     "a layer in place": (lambda: of(lambda m, x: x + m.f(x), f=nn.Sequential(nn.ReLU(inplace=True))), V, "inplace=False"),
     "a layer without a rule": (lambda: of(lambda m, x: x[:, :3] + m.f(x), f=nn.GLU()), V, r"'f' \(GLU\) cannot be certified"),
-    "a layer with two inputs": (lambda: of(lambda m, x: m.f(x, x), f=nn.Bilinear(6, 6, 6)), V, "other things than one tensor"),
-    "a layer with two outputs": (lambda: of(lambda m, x: m.f(x)[0], f=nn.RNN(9, 3, batch_first=True)), S, "other things than one"),
+    "a layer with two inputs": (lambda: of(lambda m, x: m.f(x, x), f=nn.Bilinear(6, 6, 6)), V, "multiplies its two inputs"),
+    "a last state": (lambda: of(lambda m, x: m.f(x)[1][0], f=nn.RNN(9, 3, batch_first=True)), S, "the last states"),
 }  # fmt: skip
 QUICK_REFUSED = {"a product", "a mixed batch"}
 

@@ -165,6 +165,7 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.:DeprecationWarning")  # of torch itself
 def test_a_compiled_model_is_refused_with_the_name_of_what_it_was_made_from() -> None:
     with pytest.raises(UncertifiableError, match=r"it is compiled\. Certify the module.*model\._orig_mod"):
         stableopt.certify(torch.compile(nn.Linear(4, 3)), (4,))
