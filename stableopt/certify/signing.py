@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -74,12 +75,12 @@ def verify_signature(folder: str | Path, public_key: str | Path) -> None:
 
 def _modules(name: str) -> tuple[Any, Any]:
     try:
-        from model_signing import hashing, signing, verifying
+        modules = tuple(importlib.import_module(f"model_signing.{part}") for part in (name, "hashing"))
     except ImportError as error:
         raise ImportError(
             f"signatures need the extra 'sign'; install it with: pip install 'stableopt[sign]' ({error})."
         ) from error
-    return (signing if name == "signing" else verifying), hashing
+    return modules[0], modules[1]
 
 
 def _covered(hashing: Any, folder: Path) -> Any:
