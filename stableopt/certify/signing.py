@@ -75,12 +75,12 @@ def verify_signature(folder: str | Path, public_key: str | Path) -> None:
 
 def _modules(name: str) -> tuple[Any, Any]:
     try:
-        modules = tuple(importlib.import_module(f"model_signing.{part}") for part in (name, "hashing"))
+        modules = [importlib.import_module(f"model_signing{part}") for part in ("", f".{name}", ".hashing")]
     except ImportError as error:
         raise ImportError(
             f"signatures need the extra 'sign'; install it with: pip install 'stableopt[sign]' ({error})."
         ) from error
-    return modules[0], modules[1]
+    return modules[1], modules[2]
 
 
 def _covered(hashing: Any, folder: Path) -> Any:
