@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import math
 import re
+import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .joint import read_joint
 from .numbers import Array, RejectedError, need
 from .operations import Graph
 from .program import Walk
+from .replay import replay
 
 __all__ = ["ASSUMPTIONS", "PREDICATE_TYPE", "Result", "check", "read_program", "self_test", "verify"]
 
@@ -119,16 +121,31 @@ def check(certificate: bytes, read_weights: Callable[[str], bytes], *, exact: bo
     return Result(True, "", total, walk.g.norm, digest, statement["predicate"]["claims"], _lines(walk))
 
 
-def verify(path: str | Path, *, exact: bool = False) -> Result:
-    """Check a certificate file, or the model.cert.json of a folder, and the weight file beside it.
+def verify(path: str | Path, *, exact: bool = False, data: str | Path | None = None) -> Result:
+    """Check a certificate file, or the model.cert.json of a folder, and the weight file beside it; each is read once.
+
+    With ``data``, an npz file with arrays x and y, the claims about these data are repeated too.
 
     Raises:
-        OSError: if the certificate itself cannot be read, or if the arithmetic of this machine fails its self-test.
+        OSError: if the certificate or the data cannot be read, or if the arithmetic of this machine fails its self-test.
     """
     self_test(np.matmul)
-    path = Path(path)
+    path, weights = Path(path), b""
     path = path / "model.cert.json" if path.is_dir() else path
-    return check(path.read_bytes(), lambda name: (path.parent / name).read_bytes(), exact=exact)
+
+    def read_weights(name: str) -> bytes:
+        nonlocal weights
+        weights = (path.parent / name).read_bytes()
+        return weights
+
+    certificate = path.read_bytes()
+    result = check(certificate, read_weights, exact=exact)
+    if data is None or not result.verified:
+        return result
+    try:
+        return replace(result, replayed=tuple(replay(certificate, weights, Path(data).read_bytes())))
+    except (RejectedError, ArithmeticError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
+        return replace(result, verified=False, reason=f"the claims cannot be replayed: {error}")
 
 
 def self_test(product: Callable[[Array, Array], Array]) -> None:

@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
-import zipfile
-from dataclasses import asdict, replace
-from pathlib import Path
+from dataclasses import asdict
 
-from .checking import Result, verify
-from .files import parse_json
-from .numbers import RejectedError
-from .replay import replay
+from .checking import verify
 
 __all__ = ["main"]
 
 _USAGE = "usage: verify model.cert.json [--exact] [--replay data.npz] [--json]\n"
-
-
-def _replayed(result: Result, certificate: Path, data: Path) -> Result:
-    content = certificate.read_bytes()
-    weights = (certificate.parent / parse_json(content)["subject"][0]["name"]).read_bytes()
-    try:
-        return replace(result, replayed=tuple(replay(content, weights, data.read_bytes())))
-    except (RejectedError, ArithmeticError, EOFError, LookupError, TypeError, ValueError, zipfile.BadZipFile) as error:
-        return replace(result, verified=False, reason=f"the claims cannot be replayed: {error}")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,20 +18,16 @@ def main(arguments: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     flags = {word for word in words if word in {"--json", "--exact"}}
     words = [word for word in words if word not in flags]
-    replayed_data = None
+    data = None
     if "--replay" in words[:-1]:
         place = words.index("--replay")
-        replayed_data = words[place + 1]
+        data = words[place + 1]
         del words[place : place + 2]
-    if len(words) == 1 and Path(words[0]).is_dir():
-        words[0] = str(Path(words[0]) / "model.cert.json")
     if len(words) != 1 or words[0].startswith("-"):
         sys.stderr.write(_USAGE)
         return 2
     try:
-        result = verify(words[0], exact="--exact" in flags)
-        if replayed_data is not None and result.verified:
-            result = _replayed(result, Path(words[0]), Path(replayed_data))
+        result = verify(words[0], exact="--exact" in flags, data=data)
     except OSError as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
