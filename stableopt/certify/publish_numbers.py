@@ -12,7 +12,7 @@ import numpy.typing as npt
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import round_up, spectral_norm
 
-__all__ = ["LARGEST_SCALE", "SLACK", "Array", "input_norm", "padded_norm", "published_number", "root_above"]
+__all__ = ["LARGEST_SCALE", "SLACK", "Array", "input_norm", "padded_norm", "published_number"]
 
 Array: TypeAlias = npt.NDArray[np.float64]
 
@@ -23,19 +23,6 @@ LARGEST_SCALE = 2.0**60
 _LEAST = Fraction(1, 2**32)
 """What a proof in integers needs."""
 _TINY = Fraction(1, 2**400)
-
-
-def root_above(value: Fraction) -> Fraction:
-    """Return a fraction above the root, by less than :math:`2^{-198}`.
-
-    Args:
-        value: a fraction that is not negative.
-
-    Examples:
-        >>> root_above(Fraction(2)) ** 2 > 2
-        True
-    """
-    return Fraction(math.isqrt(math.ceil(value * 2**400)) + 1, 2**200)
 
 
 def published_number(value: Fraction | float, slack: Fraction = SLACK) -> float:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from stableopt.certify.publish import composite
-from stableopt.certify.publish_numbers import LARGEST_SCALE, SLACK, Array, padded_norm, published_number, root_above
+from stableopt.certify.publish_numbers import LARGEST_SCALE, SLACK, Array, padded_norm, published_number
+from stableopt.certify.verifier.numbers import root_up
 from stableopt.certify.verifier.sequences import weight_sum
 from stableopt.errors import UncertifiableError
 from stableopt.linalg import round_up, spectral_norm
@@ -114,7 +115,7 @@ def _joint(out: Array, skip: Array | None, gain: float, q: float | None) -> floa
     if skip is None or q is None:
         return published_number(Fraction(padded_norm(out)) * Fraction(gain))
     joined = Fraction(padded_norm(np.concatenate([out, skip / q], 1)))
-    return published_number(joined * root_above(Fraction(gain) ** 2 + Fraction(q) ** 2))
+    return published_number(joined * root_up(Fraction(gain) ** 2 + Fraction(q) ** 2))
 
 
 def publish_statespace(node: Node, tensors: Mapping[str, Tensor], norm: str) -> Node:
@@ -182,9 +183,9 @@ def publish_attention(node: Node, tensors: Mapping[str, Tensor], shape: tuple[in
     total = Fraction(0)
     for s, k, v in zip(map(Fraction, scales.tolist()), map(Fraction, keys), map(Fraction, values), strict=True):
         kappa = s * R_v * R_q * k
-        constant = (v + kappa + root_above(v**2 + kappa**2)) / 2
+        constant = (v + kappa + root_up(v**2 + kappa**2)) / 2
         total += constant**2 * (weight_sum(s * R_q * R_k, shape[-2], causal=node["causal"]) if norm == "l2" else 1)
-    bound = Fraction(output) * (root_above(total) + R_v * R_k * Fraction(query))
+    bound = Fraction(output) * (root_up(total) + R_v * R_k * Fraction(query))
     published = {"key_bounds": keys, "value_bounds": values, "query_bound": query, "output_bound": output}
     return node | published | {"bound": published_number(bound, Fraction(1, 2**60))}
 
@@ -197,7 +198,7 @@ def _(node: Node, tensors: Mapping[str, Tensor], _shapes: list[tuple[int, ...]],
 @composite("bounded_norm")
 def _(node: Node, _tensors: Mapping[str, Tensor], shapes: list[tuple[int, ...]], norm: str) -> Node:
     """The constant 1; in linf the rows, 1 + sqrt((d - 1)/27)."""
-    excess = root_above(Fraction(shapes[0][-1] - 1, 27)) if norm == "linf" and shapes[0][-1] > 1 else Fraction(0)
+    excess = root_up(Fraction(shapes[0][-1] - 1, 27)) if norm == "linf" and shapes[0][-1] > 1 else Fraction(0)
     return node | {"bound": round_up(1 + excess)}
 
 

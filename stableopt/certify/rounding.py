@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from stableopt.certify.execute import is_composite, lower
+from stableopt.certify.publish import WEIGHTED
 from stableopt.certify.rounding_recurrence import recurrence_error
 from stableopt.certify.rounding_terms import (
     INFLATE,
@@ -47,7 +48,6 @@ Node = dict[str, Any]
 
 _PASSING_ACTIVATIONS = {"identity", "relu", "abs", "leaky_relu", "prelu"}
 _REFERENCE = RUNTIMES["float64"].wide
-_WEIGHTED = {"linear", "conv"}
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Analysis:
     def _step(self, node: Node, inputs: list[State]) -> State:
         if is_composite(node):
             return self._composite(node, self.settled(inputs[0]))
-        if node["op"] in _WEIGHTED:
+        if node["op"] in WEIGHTED:
             return self.product(node, self.settled(inputs[0]))
         if node["op"] in PASSING or (node["op"] == "pool" and node["name"] == "max"):
             return self._moved(node, inputs)
@@ -253,7 +253,7 @@ class Analysis:
 
     def bound(self, node: Node) -> float:
         """Return the Lipschitz bound of one operation with the weights that run."""
-        if node["op"] in _WEIGHTED:
+        if node["op"] in WEIGHTED:
             if "bound" in node and node["weight"] not in self.changed:
                 return node["bound"]
             return self._cached("norm", node, weight_norm)

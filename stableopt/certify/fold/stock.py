@@ -132,6 +132,18 @@ def _conv_padding(module: nn.Conv2d, dims: int) -> tuple[list[int], list[int]]:
     return padding, more
 
 
+def _conv_settings(module: nn.Conv2d | nn.ConvTranspose2d, dims: int) -> dict[str, Any]:
+    """Return what a convolution and a transposed one say in the same words."""
+    return {
+        "dims": dims,
+        "weight": module.weight,
+        "bias": module.bias,
+        "stride": list(per_axis(module.stride, dims)),
+        "dilation": list(per_axis(module.dilation, dims)),
+        "groups": int(module.groups),
+    }
+
+
 @fold.register(nn.Conv1d)
 @fold.register(nn.Conv2d)
 @fold.register(nn.Conv3d)
@@ -147,13 +159,8 @@ def _(module: nn.Conv2d, graph: Builder, value: Value) -> Value:
     return graph.add(
         "conv",
         value,
-        dims=dims,
-        weight=module.weight,
-        bias=module.bias,
-        stride=list(per_axis(module.stride, dims)),
+        **_conv_settings(module, dims),
         padding=padding,
-        dilation=list(per_axis(module.dilation, dims)),
-        groups=int(module.groups),
         padding_mode=module.padding_mode,
         transposed=False,
         output_padding=[0] * dims,
@@ -169,13 +176,8 @@ def _(module: nn.ConvTranspose2d, graph: Builder, value: Value) -> Value:
     return graph.add(
         "conv",
         value,
-        dims=dims,
-        weight=module.weight,
-        bias=module.bias,
-        stride=list(per_axis(module.stride, dims)),
+        **_conv_settings(module, dims),
         padding=list(per_axis(module.padding, dims)),  # pyright: ignore[reportArgumentType] no string here
-        dilation=list(per_axis(module.dilation, dims)),
-        groups=int(module.groups),
         padding_mode="zeros",
         transposed=True,
         output_padding=list(per_axis(module.output_padding, dims)),

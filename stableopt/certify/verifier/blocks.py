@@ -10,18 +10,13 @@ import numpy as np
 
 from .activations import slopes
 from .files import choice, ints, number
-from .numbers import TINY, Array, U, float_up, gamma, largest, need, norm_at_most, power_up, root_up, squares
+from .numbers import TINY, Array, U, float_up, gamma, largest, need, norm_at_most, power_up, root_up, squares, up_short
 from .operations import RULES, Graph, Node, Shape, rule
 
 __all__ = [
     "euler_factor", "infinity_factor", "infinity_parts", "infinity_sums", "iterated", "row_factor", "sandwich_matrix",
     "scaled_rows", "semidefinite", "shear_excess", "shear_sums",
 ]  # fmt: skip
-
-
-def _up(value: Fraction) -> Fraction:
-    """Round up to a multiple of 2^-100, so that powers stay short."""
-    return Fraction(math.ceil(value * 2**100), 2**100)
 
 
 def _times(node: Node) -> int:
@@ -82,7 +77,7 @@ def euler_factor(step: Fraction, norm: Fraction, decay: Fraction, skew: Fraction
     """S9.1: c I + K - step A^T D A + free: a normal part (c - a/2) I + K, the rest within a/2, a = step ||A||^2."""
     a = step * norm**2
     ends = max(abs(decay), abs(decay - a)) if skew is None else root_up((decay - a / 2) ** 2 + skew**2) + a / 2
-    return _up(ends + free)
+    return up_short(ends + free)
 
 
 @rule("euler", "operator steps step decay skew skew_bound free activation times")
@@ -121,7 +116,7 @@ def row_factor(
     grown, spread = ((scaled * v).sum(axis=(1, 3)).max() for v in (np.maximum(sums - 2 * A, 0), sums))
     tiny = 0 if exact else TINY * (1 + largest(sums))  # what underflows in ``scaled``, times n_k
     most, whole = ((_finite(v) * (1 + growth) + tiny) * step for v in (grown, spread))
-    return _up(max(decay + most, whole - decay))
+    return up_short(max(decay + most, whole - decay))
 
 
 def _finite(value: Any) -> Fraction:
@@ -148,13 +143,13 @@ def infinity_sums(kernel: Array, steps: Array, decay: Fraction, *, exact: bool =
     rows, columns = (fractions(v) * grown + tiny for v in (weighted.sum(axis=1), units @ weighted))
     moves = fractions(steps)
     idle, moved = abs(1 - moves * decay), abs(1 - moves * decay + moves * own)
-    return _up(max(np.maximum(idle, moved + moves * rows))), _up(max(np.maximum(idle, moved) + columns))
+    return up_short(max(np.maximum(idle, moved + moves * rows))), up_short(max(np.maximum(idle, moved) + columns))
 
 
 def infinity_factor(norm: str, sums: tuple[Fraction, Fraction], parts: Fraction | None) -> Fraction:
     """S9.4: in linf the sums of rows; in l2 the root of both sums, or the bound of the parts."""
-    product = sums[0] if norm == "linf" else _up(root_up(sums[0] * sums[1]))
-    return product if parts is None else min(product, _up(parts))
+    product = sums[0] if norm == "linf" else up_short(root_up(sums[0] * sums[1]))
+    return product if parts is None else min(product, up_short(parts))
 
 
 def infinity_parts(steps: Array, decay: Fraction, norm: Fraction) -> Fraction:
@@ -263,7 +258,7 @@ def _implicit(g: Graph, node: Node, shape: Shape, bound: Fraction) -> Shape:
 def iterated(size: Fraction, factor: Fraction, mix: Fraction, rho: Fraction, times: int) -> Fraction:
     """S9.7: the constants of the iterates, c_k+1 = rho (factor c_k + mix)."""
     for _ in range(times):
-        size = _up(rho * (factor * size + mix))
+        size = up_short(rho * (factor * size + mix))
         need(size < 2**1100, "the bound of the iterates is too large for float64")
     return size
 

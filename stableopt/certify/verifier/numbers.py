@@ -34,6 +34,7 @@ __all__ = [
     "row_sums",
     "squares",
     "up",
+    "up_short",
 ]
 
 Array: TypeAlias = npt.NDArray[np.float64]
@@ -172,6 +173,11 @@ def power_up(value: Fraction, exponent: int) -> Fraction:
 def up(value: Fraction) -> Fraction:
     """Round up to a multiple of 2^-1000, so that fractions stay short."""
     return Fraction(math.ceil(value * 2**1000), 2**1000)
+
+
+def up_short(value: Fraction) -> Fraction:
+    """Round up to a multiple of 2^-100, so that powers stay short."""
+    return Fraction(math.ceil(value * 2**100), 2**100)
 
 
 def float_up(value: Fraction) -> float:

@@ -9,17 +9,12 @@ import numpy as np
 
 from .activations import slopes
 from .files import choice, number
-from .numbers import TINY, Array, U, gamma, largest, need, norm_at_most, root_up, squares
+from .numbers import TINY, Array, U, gamma, largest, need, norm_at_most, root_up, squares, up_short
 from .operations import Graph, Node, Shape, rule
 
 __all__ = ["power_sum", "weight_sum"]
 
 _SCALES = 2.0**60  # scales of a metric lie between this and its inverse
-
-
-def _up(value: Fraction) -> Fraction:
-    """Round up to a multiple of 2^-100, so that powers stay short."""
-    return Fraction(math.ceil(value * 2**100), 2**100)
 
 
 def power_sum(a: Fraction, n: int) -> tuple[Fraction, Fraction]:
@@ -28,8 +23,8 @@ def power_sum(a: Fraction, n: int) -> tuple[Fraction, Fraction]:
         return Fraction(1), a
     total, power = power_sum(a, n // 2)
     need(power < 2**2000, "the gain of a recurrence overflows")
-    total, power = _up(total * (1 + power)), _up(power * power)
-    return (_up(1 + a * total), _up(a * power)) if n % 2 else (total, power)
+    total, power = up_short(total * (1 + power)), up_short(power * power)
+    return (up_short(1 + a * total), up_short(a * power)) if n % 2 else (total, power)
 
 
 def _exactly(g: Graph, matrix: Array, limit: Fraction, what: str) -> None:
@@ -203,10 +198,12 @@ def weight_sum(limit: Fraction, n: int, *, causal: bool) -> Fraction:
         return Fraction(n)
     power, term = Fraction(1), Fraction(1)
     for k in range(1, 200):  # exp(2 limit) by its series; the rest is below the last term
-        term = _up(term * 2 * limit / k)
+        term = up_short(term * 2 * limit / k)
         power += term
     power += term
-    return sum((_up(power / (power + i)) for i in range(n)), Fraction(0)) if causal else n * power / (power + n - 1)
+    return (
+        sum((up_short(power / (power + i)) for i in range(n)), Fraction(0)) if causal else n * power / (power + n - 1)
+    )
 
 
 @rule("bounded_norm", "radius")
