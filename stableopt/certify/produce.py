@@ -132,7 +132,7 @@ def _scaled(program: Program, limits: dict[str, float]) -> Program:
 
 def _reaching(program: Program, certificate: Certificate, target: float) -> Program:
     """Lower the largest weights of a chain to a common limit, those of another program by a common factor."""
-    published = publish(program)
+    published = certificate.program
     weighted = [node for node in published.nodes if node["op"] in WEIGHTED]
     if all(node["in"] == [index] and "bound" in node for index, node in enumerate(published.nodes)):
         fixed = math.prod(node["bound"] for node in published.nodes if node["op"] not in WEIGHTED)

@@ -25,9 +25,6 @@ _COPYING = (
     paddings._ReflectionPadNd, paddings._ReplicationPadNd, paddings._CircularPadNd, nn.Upsample, nn.Unfold, nn.Fold,  # noqa: SLF001
 )  # fmt: skip
 _MAXIMA = (pools._MaxPoolNd,)  # noqa: SLF001 torch has no public base class
-_NOT_ELEMENTWISE = (
-    nn.MultiheadAttention, nn.Softmax, nn.Softmax2d, nn.Softmin, nn.LogSoftmax, nn.GLU,
-)  # fmt: skip
 _REACH, _POINTS = 12.0, 240001
 
 
